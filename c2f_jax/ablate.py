@@ -1,0 +1,112 @@
+"""The paper's claims as an experiment: each idea added to the one before, same budget, several seeds, with intervals."""
+
+import json
+
+import numpy as np
+from etils import epath
+
+from c2f_jax.errors import UserError
+from c2f_jax.train import train_and_evaluate
+
+PLAIN = {"method.momentum": None, "method.alpha": 0.0, "queue_size": 0, "token_queue_size": 0, "method.sim_weight": 0.0,
+         "method.negatives": "global"}
+QUEUE = {k: v for k, v in PLAIN.items() if k not in ("method.momentum", "queue_size")}
+SIM = {k: v for k, v in QUEUE.items() if k != "method.sim_weight"}
+MINED = {"method.alpha": 0.0, "method.negatives": "queue"}
+FULL = {"method.negatives": "queue"}
+# Row -> what it sets on the configuration, which describes the whole method. Each adds one idea to the row above it.
+ROWS = {
+    "in-batch contrastive": PLAIN,
+    "+ embedding queue": QUEUE,
+    "+ SIM": SIM,
+    "+ queue-mined negatives": MINED,
+    "+ momentum distillation": FULL,
+    "noisy, without distillation": MINED | {"data.shuffled_share": "noise"},
+    "noisy, with distillation": FULL | {"data.shuffled_share": "noise"},
+}
+METRICS = [(d, m) for d in ("speech_to_image", "image_to_speech") for m in ("R@1", "R@10")]
+
+
+def ablate(config, workdir, *, seeds=3, noise=0.3, rows=None):
+    """Train and evaluate every row with every seed; finished runs are taken as they are.
+
+    Args:
+      config: ConfigDict of the whole method with a queue and alpha > 0. ``token_queue_size`` 0 is replaced, in the rows
+        with queue-mined negatives, by the embedding queue's size.
+      workdir: directory for the runs, ``table.json`` and ``table.md``.
+      seeds: seeds of each row, from config.seed on.
+      noise: share of shuffled captions in the noisy rows.
+      rows: names of ``ROWS`` to run; None for all.
+
+    Returns:
+      The table as Markdown: mean over seeds with a 95 % t interval.
+    """
+    unknown = sorted(set(rows or ()) - set(ROWS))
+    if unknown:
+        raise UserError(f"no row {unknown[0]!r}: the rows are {', '.join(ROWS)}")
+    if config.queue_size < 1 or not config.method.alpha or config.method.momentum is None:
+        raise UserError("ablate varies a configuration of the whole method: it needs queue_size, method.momentum and "
+                        "method.alpha above 0")
+    if seeds < 2:
+        raise UserError(f"--seeds={seeds}: an interval needs at least 2")
+    table = {}
+    for seed in range(config.seed, config.seed + seeds):
+        for row in rows or ROWS:
+            run = epath.Path(workdir) / f"{row.replace(' ', '-').replace('+-', '').replace(',', '')}-{seed}"
+            stored = run / "result.json"
+            if not stored.exists():
+                _, _, result, _ = train_and_evaluate(row_config(config, row, seed, noise), run)
+                stored.write_text(json.dumps(result))
+            table.setdefault(row, []).append(json.loads(stored.read_text()))
+            markdown = format_rows(table)
+            (epath.Path(workdir) / "table.md").write_text(markdown)
+    (epath.Path(workdir) / "table.json").write_text(json.dumps(summarise(table), indent=2) + "\n")
+    return markdown
+
+
+def row_config(config, row, seed, noise):
+    """The configuration of one row and seed."""
+    config = config.copy_and_resolve_references()
+    config.seed = seed
+    changes = ROWS[row]
+    if changes.get("method.negatives") == "queue":
+        config.token_queue_size = config.token_queue_size or config.queue_size
+    with config.ignore_type():
+        for key, value in changes.items():
+            config.update_from_flattened_dict({key: noise if value == "noise" else value})
+    return config
+
+
+def summarise(table):
+    """row -> stage -> direction -> metric -> [mean, half width of the 95 % t interval over seeds, values]."""
+    summary = {}
+    for row, results in table.items():
+        summary[row] = {}
+        for stage in ("coarse", "fine"):
+            if all(stage in result for result in results):
+                summary[row][stage] = {
+                    f"{direction}/{metric}": _interval([r[stage][direction][metric] for r in results])
+                    for direction, metric in METRICS
+                }
+    return summary
+
+
+def format_rows(table):
+    """Markdown: one line for each row and stage."""
+    lines = ["| | stage | " + " | ".join(f"{'s2i' if d.startswith('s') else 'i2s'} {m}" for d, m in METRICS) + " |"]
+    lines.append("|" + "---|" * (len(METRICS) + 2))
+    for row, stages in summarise(table).items():
+        for stage, values in stages.items():
+            cells = [f"{mean:.1f} ± {half:.1f}" if half is not None else f"{mean:.1f}" for mean, half, _ in values.values()]
+            lines.append(f"| {row} | {stage} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _interval(values):
+    """Mean and half width of the 95 % Student interval; None for fewer than two values."""
+    from scipy import stats
+
+    if len(values) < 2:
+        return float(np.mean(values)), None, values
+    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return float(np.mean(values)), float(half), values

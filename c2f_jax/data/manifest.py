@@ -1,0 +1,157 @@
+"""Anyone's own data: a JSONL or CSV file with the columns image, audio, split.
+
+Optional columns: image_id (equal ids are the same thing shown, right answers for each other; the picture's path unless
+given), caption, speaker, seconds. Paths are relative to the manifest. Other columns are ignored.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+from collections import Counter
+
+from c2f_jax.data.audio import read_bytes
+from c2f_jax.data.pairs import SAMPLE_RATE, BadItems, PairSource, Recording
+from c2f_jax.errors import UserError
+
+REQUIRED = ("image", "audio", "split")
+
+
+class ManifestSource(PairSource):
+    """One split of a manifest; `rows` are checked dicts with absolute paths (see `load_manifest`)."""
+
+    def __init__(self, path: str, split: str, rows: list[dict], bad_items: BadItems):
+        gallery: dict[str, int] = {}
+        identities: dict[str, int] = {}
+        image_index, image_ids, self._image_names = [], [], []
+        for row in rows:
+            identity = identities.setdefault(row["image_id"], len(identities))
+            gallery_row = gallery.setdefault(row["image"], len(gallery))
+            if gallery_row == len(image_ids):
+                image_ids.append(identity)
+                self._image_names.append(row["image_id"])
+            elif image_ids[gallery_row] != identity:
+                raise UserError(
+                    f"{row['where']}: the picture {row['image']} has image_id {row['image_id']!r} here and "
+                    f"{self._image_names[gallery_row]!r} before; a picture has one image_id"
+                )
+            image_index.append(gallery_row)
+        self._rows, self._images = rows, list(gallery)
+        super().__init__(path, split, image_index=image_index, image_ids=image_ids,
+                         num_samples=[row["samples"] for row in rows], bad_items=bad_items)
+
+    def recording(self, index: int) -> Recording:
+        """Recording `index`: path, caption, speaker."""
+        row = self._rows[index]
+        return Recording(audio=row["audio"], caption=row["caption"], speaker=row["speaker"])
+
+    def image(self, row: int) -> str:
+        """The path of picture `row`."""
+        return self._images[row]
+
+    def image_id(self, row: int) -> str:
+        """The image_id of picture `row` as written in the manifest."""
+        return self._image_names[row]
+
+
+def load_manifest(path: str, split: str, *, max_bad_share: float = 0.01) -> ManifestSource:
+    """One split of the manifest at `path` (local or in a bucket).
+
+    Rows whose files do not exist are left out and named in `bad_items`; files in a bucket are met only when read.
+    Raises `UserError`, naming file and line, for lines that cannot be read and missing columns; for an unknown or
+    empty split; and when more than max_bad_share of the split's rows lack a file.
+    """
+    path = str(path)
+    every = _read_rows(path)
+    present = Counter(row["split"] for row in every)
+    rows = [row for row in every if row["split"] == split]
+    if not rows:
+        listed = ", ".join(f"{name} ({count})" for name, count in present.items()) or "none: it has no rows"
+        raise UserError(f"{path}: no rows of the split {split!r}; splits in the file: {listed}")
+    folder = path.rpartition("/")[0]
+    for row in rows:
+        for column in ("image", "audio"):
+            row[column] = _join(folder, row[column])
+    bad_items = BadItems(f"{path}, split {split}", len(rows), max_bad_share)
+    missing = {row["where"]: gap for row in rows if (gap := _missing_file(row))}
+    bad_items.add_all({name: f"no such file ({where})" for where, name in missing.items()})
+    rows = [row for row in rows if row["where"] not in missing]
+    return ManifestSource(path, split, rows, bad_items)
+
+
+def _join(folder: str, name: str) -> str:
+    absolute = os.path.isabs(name) or "://" in name
+    return name if absolute or not folder else f"{folder}/{name}"
+
+
+def _missing_file(row: dict) -> str | None:
+    """The first file of the row that does not exist; files in buckets pass, asking for each would take too long."""
+    for column in ("audio", "image"):
+        if "://" not in row[column] and not os.path.isfile(row[column]):
+            return row[column]
+    return None
+
+
+def _read_rows(path: str) -> list[dict]:
+    try:
+        text = read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8 text ({e})") from e
+    parse = _parse_csv if path.lower().endswith(".csv") else _parse_jsonl
+    return [_checked(row, f"{path}:{line}") for line, row in parse(path, text)]
+
+
+def _parse_jsonl(path: str, text: str):
+    for line, content in enumerate(text.split("\n"), 1):
+        if not content.strip():
+            continue
+        try:
+            row = json.loads(content)
+        except json.JSONDecodeError as e:
+            raise UserError(f"{path}:{line}: not JSON ({e.msg}, column {e.colno}); expected one object a line") from e
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{line}: expected a JSON object with the keys {', '.join(REQUIRED)}")
+        yield line, row
+
+
+def _parse_csv(path: str, text: str):
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = reader.fieldnames or []
+        absent = [column for column in REQUIRED if column not in header]
+        if absent:
+            raise UserError(f"{path}:1: no column {', '.join(absent)}; the header has {', '.join(header) or 'nothing'}")
+        for row in reader:
+            if None in row or None in row.values():
+                raise UserError(f"{path}:{reader.line_num}: {len(header)} columns expected as in the header; a value "
+                                "that holds a comma needs quotes")
+            yield reader.line_num, row
+    except csv.Error as e:
+        raise UserError(f"{path}:{reader.line_num}: not CSV ({e})") from e
+
+
+def _checked(row: dict, where: str) -> dict:
+    """The known columns of a row with defaults filled in; `UserError` with file and line when one is wrong."""
+    for column in REQUIRED:
+        value = row.get(column)
+        if not isinstance(value, str) or not value:
+            has = f"it is {value!r}" if column in row else f"the row has {', '.join(map(str, row)) or 'nothing'}"
+            raise UserError(f"{where}: needs a text under {column!r}; {has}")
+    seconds = row.get("seconds")
+    if seconds in (None, ""):
+        samples = -1
+    else:
+        try:
+            seconds = float(seconds)
+        except (TypeError, ValueError):
+            seconds = math.nan
+        if not 0 < seconds < 1e5:
+            raise UserError(f"{where}: seconds is {row['seconds']!r}, expected the length of the recording, above 0")
+        samples = round(seconds * SAMPLE_RATE)
+    identity = row.get("image_id")
+    return {
+        "image": row["image"], "audio": row["audio"], "split": row["split"], "where": where, "samples": samples,
+        "image_id": row["image"] if identity in (None, "") else str(identity),
+        "caption": str(row.get("caption") or ""), "speaker": str(row.get("speaker") or ""),
+    }

@@ -1,0 +1,146 @@
+"""Recordings paired with pictures: the one view of a data set that training, evaluation and search use."""
+
+import threading
+from typing import TypedDict
+
+import numpy as np
+
+from c2f_jax.errors import UserError
+
+SAMPLE_RATE = 16_000
+
+
+class Recording(TypedDict):
+    """What is known of one recording; the audio is the encoded bytes or a path."""
+
+    audio: bytes | str
+    caption: str
+    speaker: str
+
+
+class BadItems:
+    """The recordings and pictures of one split that could not be used: counted, named, and limited in share.
+
+    Up to max_share of the items may be bad, and one of a hundred or more always; the next one raises `UserError`.
+    """
+
+    def __init__(self, where: str, total: int, max_share: float = 0.01):
+        self.where, self.total, self.max_share = where, total, max_share
+        self.allowed = max(int(max_share * total), 1 if total >= 100 else 0)
+        self._reasons: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def add(self, name: str, reason: str) -> None:
+        """Records one bad item (once, however often it is met); raises `UserError` when there are too many."""
+        self.add_all({name: reason})
+
+    def add_all(self, reasons: dict[str, str]) -> None:
+        """Records several at once, so that the error counts them all."""
+        with self._lock:
+            for name, reason in reasons.items():
+                self._reasons.setdefault(name, reason)
+            if len(self._reasons) > self.allowed:
+                raise UserError(self._too_many())
+
+    def _too_many(self) -> str:
+        shown = [f"  {name}: {reason}" for name, reason in list(self._reasons.items())[:5]]
+        more = len(self._reasons) - len(shown)
+        return "\n".join([
+            f"{self.where}: {len(self._reasons)} of {self.total} items cannot be used, which is more than the "
+            f"{self.allowed} allowed (max_bad_share {self.max_share:g}):",
+            *shown,
+            *([f"  and {more} more"] if more else []),
+            "mend or remove them, or raise max_bad_share",
+        ])
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Name of each bad item -> what is wrong with it."""
+        with self._lock:
+            return dict(self._reasons)
+
+    def __len__(self) -> int:
+        return len(self._reasons)
+
+
+class PairSource:
+    """One split of a data set: M recordings, each of one of G pictures.
+
+    name, split:   what it is called
+    image_index:   int32 (M,) the picture (gallery row) of each recording
+    image_ids:     int32 (G,) identity of each picture; pictures of equal identity are right answers for each other
+    num_samples:   int32 (M,) length of each recording at 16 kHz, -1 where unknown
+    bad_items:     what was left out, and why
+    """
+
+    def __init__(
+        self, name: str, split: str, *, image_index, image_ids, num_samples, bad_items: BadItems | None = None
+    ):
+        self.name, self.split = name, split
+        self.image_index = np.asarray(image_index, np.int32)
+        self.image_ids = np.asarray(image_ids, np.int32)
+        self.num_samples = np.asarray(num_samples, np.int32)
+        self.bad_items = bad_items or BadItems(f"{name}, split {split}", len(self.image_index))
+
+    def __len__(self) -> int:
+        return len(self.image_index)
+
+    @property
+    def num_images(self) -> int:
+        """G, the number of distinct pictures."""
+        return len(self.image_ids)
+
+    def recording(self, index: int) -> Recording:
+        """Recording `index`, its audio still encoded."""
+        raise NotImplementedError
+
+    def image(self, row: int) -> bytes | str:
+        """Picture `row` of the gallery: the encoded bytes or a path."""
+        raise NotImplementedError
+
+    def image_id(self, row: int) -> str:
+        """The identity of picture `row` as the data set writes it."""
+        raise NotImplementedError
+
+    def recording_name(self, index: int) -> str:
+        """What error messages call recording `index`."""
+        audio = self.recording(index)["audio"]
+        return audio if isinstance(audio, str) else f"{self.name}, {self.split}, recording {index}"
+
+    def image_name(self, row: int) -> str:
+        """What error messages call picture `row`."""
+        image = self.image(row)
+        return image if isinstance(image, str) else f"{self.name}, {self.split}, image {self.image_id(row)}"
+
+
+def _spoken_scenes(config: str, split: str, data_dir: str | None, max_bad_share: float) -> PairSource:
+    from c2f_jax.data.spoken_scenes.source import SpokenScenesSource
+
+    del max_bad_share  # made here, so none is bad
+    return SpokenScenesSource(config, split, data_dir)
+
+
+# Name -> loader(config, split, data_dir, max_bad_share); the config is what follows the slash in "name/config".
+DATA_SETS = {"spoken_scenes": _spoken_scenes}
+MANIFEST_SUFFIXES = (".jsonl", ".csv")
+
+
+def load_pairs(spec: str, split: str, data_dir: str | None = None, *, max_bad_share: float = 0.01) -> PairSource:
+    """One split of a data set, by name (`spoken_scenes`, `spoken_scenes/tiny`) or by the path of a manifest.
+
+    A manifest is a .jsonl or .csv file, on this machine or in a bucket (see `c2f_jax.data.manifest`). A registered
+    data set that does not exist yet is made in data_dir (TFDS's default directory unless given). Raises `UserError`
+    for an unknown name or split and for a manifest that cannot be used.
+    """
+    spec = str(spec)
+    if spec.lower().endswith(MANIFEST_SUFFIXES):
+        from c2f_jax.data.manifest import load_manifest
+
+        return load_manifest(spec, split, max_bad_share=max_bad_share)
+    name, _, config = spec.partition("/")
+    if name not in DATA_SETS:
+        raise UserError(
+            f"no data set {spec!r}: give one of {', '.join(sorted(DATA_SETS))}, or the path of a manifest, a file that "
+            f"ends in {' or '.join(MANIFEST_SUFFIXES)}"
+        )
+    return DATA_SETS[name](config, split, data_dir, max_bad_share)

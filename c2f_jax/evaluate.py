@@ -1,0 +1,212 @@
+"""Encode a split, rank it coarse and fine, and write the numbers, the page and the pictures."""
+
+import functools
+import json
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from c2f_jax.checkpoints import Checkpoints
+from c2f_jax.data import loader
+from c2f_jax.data.audio import decode_audio
+from c2f_jax.data.images import decode_image
+from c2f_jax.data.pairs import MANIFEST_SUFFIXES
+from c2f_jax.errors import UserError
+from c2f_jax.experiment import create_experiment, example_batch, load_saved_config
+from c2f_jax.models import Encoded
+from c2f_jax.retrieval.evaluation import evaluate_retrieval
+from c2f_jax.retrieval.figures import learning_curves_png, results_png
+from c2f_jax.retrieval.report import (
+    make_examples,
+    picture,
+    random_queries,
+    recording,
+    worst_queries,
+    write_results_page,
+)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def encode_speech(model, params, waveform, lengths):
+    """Recordings -> Encoded, deterministic."""
+    return model.apply({"params": params}, waveform, lengths, method="encode_speech")
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def encode_image(model, params, image):
+    """Images -> Encoded, deterministic."""
+    return model.apply({"params": params}, image, method="encode_image")
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def match(model, params, speech_tokens, speech_lengths, image_tokens):
+    """SIM logits (b, 2) of b pairs of token sequences."""
+    image_lengths = jnp.full((image_tokens.shape[0],), image_tokens.shape[1], jnp.int32)
+    speech, image = Encoded(None, speech_tokens, speech_lengths), Encoded(None, image_tokens, image_lengths)
+    return model.apply({"params": params}, speech, image, method="match")
+
+
+@dataclass(frozen=True)
+class EncodedSplit:
+    """Everything of one split that retrieval needs, on the host, bad items left out.
+
+    Attributes:
+      speech, image: Encoded with numpy leaves.
+      recordings: (R,) rows of the split's recordings that could be read.
+      images: (G,) rows of its images.
+      speech_ids, image_ids: (R,), (G,) identities; equal means right.
+    """
+
+    speech: Encoded
+    image: Encoded
+    recordings: np.ndarray
+    images: np.ndarray
+    speech_ids: np.ndarray
+    image_ids: np.ndarray
+
+
+def encode_split(experiment, params, source, progress=False):
+    """Encode all recordings and all images of a PairSource once.
+
+    Args:
+      experiment: Experiment.
+      params: model parameters.
+      source: PairSource.
+      progress: show a progress bar.
+    """
+    data, batch_size = experiment.data, experiment.eval.batch_size
+    speech, recordings = _encode_all(
+        lambda b: encode_speech(experiment.model, params, b["waveform"], b["speech_lengths"]),
+        loader.speech_batches(source, batch_size=batch_size, seconds_max=data.max_seconds),
+        len(source),
+        "recordings" if progress else None,
+    )
+    image, images = _encode_all(
+        lambda b: encode_image(experiment.model, params, b["image"]),
+        loader.image_batches(source, batch_size=batch_size, image_size=data.image_size),
+        source.num_images,
+        "images" if progress else None,
+    )
+    return EncodedSplit(
+        speech, image, recordings, images, source.image_ids[source.image_index[recordings]], source.image_ids[images]
+    )
+
+
+def retrieve(experiment, params, encoded, *, fine=True, resamples=None):
+    """Coarse and fine retrieval of an encoded split: (result for JSON, ranked lists); see ``evaluate_retrieval``."""
+    speech, image, options = encoded.speech, encoded.image, experiment.eval
+    return evaluate_retrieval(
+        speech.embedding,
+        image.embedding,
+        encoded.speech_ids,
+        encoded.image_ids,
+        speech.tokens,
+        speech.lengths,
+        image.tokens,
+        functools.partial(match, experiment.model, params) if fine and experiment.method.sim_weight else None,
+        k=options.k,
+        tau=float(experiment.model.apply({"params": params}, method="tau")),
+        score=options.score,
+        pair_chunk=options.pair_batch_size,
+        resamples=options.resamples if resamples is None else resamples,
+    )
+
+
+def evaluate_source(experiment, params, source, workdir, *, step, history=None, progress=True):
+    """Evaluate a split and write ``eval/<data set>-<split>.{json,html,png}`` below the workdir.
+
+    Returns:
+      The result as in the JSON file, with ``step``, ``data_set``, ``split`` and ``bad_items`` added, and the path of the page.
+    """
+    encoded = encode_split(experiment, params, source, progress)
+    result, lists = retrieve(experiment, params, encoded)
+    result |= {
+        "data_set": source.name,
+        "split": source.split,
+        "step": int(step),
+        "bad_items": source.bad_items.reasons,
+    }
+    folder, stem = epath.Path(workdir) / "eval", f"{data_set_label(source)}-{source.split}"
+    folder.mkdir(parents=True, exist_ok=True)
+    page = folder / f"{stem}.html"
+    (folder / f"{stem}.json").write_text(json.dumps(result, indent=2) + "\n")
+    curves = learning_curves_png(epath.Path(workdir) / "learning_curves.png", history) if history else None
+    speech_examples, failures, image_examples = choose_examples(source, encoded, lists)
+    write_results_page(
+        page,
+        title="Speech-image retrieval, coarse to fine",
+        result=result,
+        data_set=f"{source.name}, {source.split} split",
+        step=int(step),
+        speech_examples=speech_examples,
+        failures=failures,
+        image_examples=image_examples,
+        curves_png=curves,
+    )
+    results_png(folder / f"{stem}.png", speech_examples[:5], title=f"{source.name}, {source.split}: spoken query, coarse and fine top five")
+    return result, page
+
+
+def data_set_label(source):
+    """A data set's name as it stands in file and metric names: "spoken_scenes-tiny", or a manifest's folder."""
+    name = source.name
+    return epath.Path(name).parent.name if epath.Path(name).suffix in MANIFEST_SUFFIXES else name.replace("/", "-")
+
+
+def choose_examples(source, encoded, lists, count=8):
+    """Examples for the page, as report.Example: random speech queries, the worst of them, random image queries."""
+    pictures = functools.cache(lambda row: picture(decode_image(source.image(int(encoded.images[row])), 96)))
+
+    @functools.cache
+    def sounds(row):
+        item = source.recording(int(encoded.recordings[row]))
+        return recording(decode_audio(item["audio"]), caption=item["caption"], speaker=item["speaker"])
+
+    def right_picture(row):
+        return pictures(int(np.flatnonzero(encoded.image_ids == encoded.speech_ids[row])[0]))
+
+    s2i, i2s = lists["s2i"], lists["i2s"]
+    return (
+        make_examples(s2i, random_queries(s2i, count), sounds, pictures, right_picture),
+        make_examples(s2i, worst_queries(s2i, count // 2), sounds, pictures, right_picture),
+        make_examples(i2s, random_queries(i2s, count // 2), pictures, sounds),
+    )
+
+
+def load_trained(workdir, *, step="best", config=None):
+    """A trained run: (experiment, parameters, step, learning curves).
+
+    Args:
+      workdir: directory of ``c2f train``.
+      step: "best", "latest" or a number.
+      config: ConfigDict to use instead of the one saved with the run (evaluation values overridden).
+    """
+    experiment = create_experiment(config if config is not None else load_saved_config(workdir))
+    checkpoints = Checkpoints(workdir, read_only=True)
+    named = {"best": checkpoints.best_step, "latest": checkpoints.latest_step}
+    if step not in named and not str(step).isdigit():
+        raise UserError(f"--step={step}: best, latest or the number of a saved step is expected")
+    number = named[step] if step in named else int(step)
+    # On one local device, whatever devices the checkpoint was written from.
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = jax.eval_shape(experiment.model.init, jax.random.key(0), example_batch(experiment.data))["params"]
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+    params, progress = checkpoints.restore_params(number, shapes)
+    return experiment, params, number, progress["history"]
+
+
+def _encode_all(encode, batches, total, label):
+    """Run ``encode`` over fixed-shape batches, keep the valid rows: (Encoded of host arrays, their row numbers)."""
+    parts, rows = [], []
+    with tqdm(total=total, desc=label, disable=label is None, unit="", leave=False) as bar:
+        for batch in batches:
+            valid = batch["valid"]
+            encoded = jax.device_get(encode(batch))
+            parts.append(jax.tree.map(lambda x, keep=valid: np.asarray(x)[keep], encoded))
+            rows.append(batch["index"][valid])
+            bar.update(int(valid.sum()))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts), np.concatenate(rows)

@@ -1,0 +1,229 @@
+"""From a configuration to the typed, checked pieces of an experiment. Nothing below this file sees a ConfigDict."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+import ml_collections
+import numpy as np
+from etils import epath
+
+from c2f_jax.data.pairs import SAMPLE_RATE, load_pairs
+from c2f_jax.errors import UserError
+from c2f_jax.models import C2FModel, create_model
+from c2f_jax.momentum import momentum_from_half_life
+from c2f_jax.optimizer import OptimizerConfig
+from c2f_jax.parallel import MODES
+from c2f_jax.retrieval.evaluation import SCORES
+from c2f_jax.train_step import MethodConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read.
+
+    Attributes:
+      name: data set ("spoken_scenes", "spoken_scenes/tiny") or path of a manifest (.jsonl, .csv).
+      data_dir: where TFDS keeps prepared sets; None for its default.
+      train_split, validation_split, test_split: splits; validation chooses the best checkpoint.
+      image_size: side in pixels.
+      bucket_seconds: training lengths; every batch has one of them and longer recordings are cropped to the longest.
+      max_seconds: evaluation length; recordings are taken whole up to it.
+      max_bad_share: share of unreadable items above which a run stops.
+      shuffled_share: share of training recordings whose image is swapped with another's (noisy supervision).
+      threads: decoding threads.
+      prefetch: batches held ready.
+    """
+
+    name: str
+    data_dir: str | None = None
+    train_split: str = "train"
+    validation_split: str = "validation"
+    test_split: str = "test"
+    image_size: int = 224
+    bucket_seconds: tuple[float, ...] = (8.0,)
+    max_seconds: float = 20.0
+    max_bad_share: float = 0.01
+    shuffled_share: float = 0.0
+    threads: int = 4
+    prefetch: int = 4
+
+    def load(self, split):
+        """The PairSource of a split."""
+        return load_pairs(self.name, split, self.data_dir, max_bad_share=self.max_bad_share)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How retrieval is measured.
+
+    Attributes:
+      k: candidates of each query that SIM re-ranks; more than the gallery re-ranks all.
+      score: ranking of the fine stage: "sic", "sim", "sum", "prob" or "joint".
+      batch_size: rows encoded at once.
+      pair_batch_size: pairs matched at once.
+      resamples: bootstrap resamples of the intervals.
+    """
+
+    k: int = 128
+    score: str = "joint"
+    batch_size: int = 64
+    pair_batch_size: int = 256
+    resamples: int = 1000
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A checked experiment.
+
+    Attributes:
+      seed: of initialisation, data order and every draw.
+      batch_size: global batch N, over all devices of all processes.
+      steps: optimiser steps.
+      log_every, eval_every, checkpoint_every: cadences in steps; 0 for only at the end.
+      queue_size: K of the embedding queue.
+      token_queue_size: slots of the token queue for ``queue`` negatives.
+      parallel: "pmap" or "shard_map".
+      data, eval, method, optimizer, model: see their classes.
+    """
+
+    seed: int
+    batch_size: int
+    steps: int
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+    queue_size: int
+    token_queue_size: int
+    parallel: str
+    data: DataConfig
+    eval: EvalConfig
+    method: MethodConfig
+    optimizer: OptimizerConfig
+    model: C2FModel
+
+
+def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
+    """Check a configuration and build its pieces.
+
+    ``method.momentum_half_life``, in training pairs, takes the place of ``method.momentum`` where it is given: the
+    moving average then does not change when more devices make the batch larger.
+
+    Raises:
+      UserError: naming the value, what is expected and how to mend it.
+    """
+    plain = json.loads(config.to_json())
+    model = plain.pop("model", None)
+    if model is None:
+        raise UserError("the configuration has no `model` section: see configs/spoken_scenes.py")
+    method = plain.pop("method", {})
+    half_life = method.pop("momentum_half_life", None)
+    if half_life is not None:
+        method["momentum"] = momentum_from_half_life(half_life, plain.get("batch_size", 1))
+    parts = {
+        "data": _build(DataConfig, "data", plain.pop("data", {})),
+        "eval": _build(EvalConfig, "eval", plain.pop("eval", {})),
+        "method": _build(MethodConfig, "method", method),
+        "optimizer": _build(OptimizerConfig, "optimizer", plain.pop("optimizer", {}) | {"steps": plain.get("steps")}),
+        "model": _model(model),
+    }
+    experiment = _build(Experiment, "the configuration", plain | parts)
+    for name in ("batch_size", "steps", "log_every"):
+        if getattr(experiment, name) < 1:
+            raise UserError(f"{name}={getattr(experiment, name)}: a positive number is expected")
+    if experiment.parallel not in MODES:
+        raise UserError(f"parallel={experiment.parallel!r}: choose one of {', '.join(MODES)}")
+    if experiment.eval.score not in SCORES:
+        raise UserError(f"eval.score={experiment.eval.score!r}: choose one of {', '.join(SCORES)}")
+    if experiment.eval.k < 1:
+        raise UserError(f"eval.k={experiment.eval.k}: at least 1 candidate is expected")
+    if not 0.0 <= experiment.data.shuffled_share <= 1.0:
+        raise UserError(f"data.shuffled_share={experiment.data.shuffled_share}: a share from 0 to 1 is expected")
+    patch = model["image"].get("patch")
+    if patch and experiment.data.image_size % patch:
+        raise UserError(
+            f"data.image_size={experiment.data.image_size} is not a multiple of model.image.patch={patch}"
+        )
+    experiment.method.check(experiment.queue_size, experiment.token_queue_size)
+    return experiment
+
+
+def example_batch(data: DataConfig):
+    """One row of zeros in the longest training shape, to initialise a model with."""
+    samples = round(max(data.bucket_seconds) * SAMPLE_RATE)
+    return {
+        "waveform": np.zeros((1, samples), np.float32),
+        "speech_lengths": np.full((1,), samples, np.int32),
+        "image": np.zeros((1, data.image_size, data.image_size, 3), np.uint8),
+    }
+
+
+def save_config(config, workdir):
+    """Write ``<workdir>/config.json``, or refuse a workdir that holds another experiment.
+
+    ``steps`` and the cadences may change from run to run, so that a run can be prolonged; all else must be equal.
+
+    Raises:
+      UserError: listing the values that differ.
+    """
+    path = epath.Path(workdir) / "config.json"
+    free = {"steps", "log_every", "eval_every", "checkpoint_every", "parallel", "data.threads", "data.prefetch"}
+    wanted = json.loads(config.to_json())
+    if path.exists():
+        found = _flat(load_saved_config(workdir).to_dict())
+        asked = _flat(wanted)
+        differing = [k for k in sorted(found.keys() | asked.keys()) if found.get(k) != asked.get(k) and k not in free]
+        differing = [k for k in differing if not k.startswith("eval.")]
+        if differing:
+            rows = "\n".join(f"  {k}: {found.get(k)!r} there, {asked.get(k)!r} asked" for k in differing)
+            raise UserError(
+                f"{workdir} holds a run of another configuration:\n{rows}\n"
+                "Give another --workdir, or the same values to go on with that run."
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(wanted, indent=2) + "\n")
+
+
+def load_saved_config(workdir):
+    """The ConfigDict of a training run.
+
+    Raises:
+      UserError: no run there, or an unreadable file.
+    """
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise UserError(f"{workdir} holds no training run (no config.json): give the --workdir of `c2f train`")
+    try:
+        return ml_collections.ConfigDict(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged ({error}): restore it or train into another --workdir") from error
+
+
+def _model(values):
+    values = dict(values)
+    parts = [values.pop(name, {}) for name in ("speech", "image", "multimodal")]
+    known = {"embedding_dim", "initial_tau", "dtype", "attention", "remat"}
+    if set(values) - known:
+        raise UserError(f"model has no {', '.join(sorted(set(values) - known))}: its values are {', '.join(sorted(known))}")
+    return create_model(*parts, **values)
+
+
+def _build(cls, where, values):
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise UserError(f"{where} has no {', '.join(unknown)}: its values are {', '.join(fields)}")
+    missing = [n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING]
+    if missing:
+        raise UserError(f"{where} lacks {', '.join(missing)}: see configs/spoken_scenes.py")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _flat(values, prefix=""):
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat

@@ -1,0 +1,105 @@
+"""The C2F model: two encoders with projections for SIC, a multimodal encoder for SIM, a learnt temperature."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from c2f_jax.models.layers import fold_keys
+
+MOMENTUM_MODULES = ("speech_encoder", "image_encoder", "speech_projection", "image_projection")
+
+
+class Encoded(NamedTuple):
+    """One modality of a batch.
+
+    Attributes:
+      embedding: (n, D) float32, L2-normalised projection z of the [CLS].
+      tokens: (n, T, W) token sequence H, [CLS] first.
+      lengths: (n,) int32 valid tokens.
+    """
+
+    embedding: jax.Array
+    tokens: jax.Array
+    lengths: jax.Array
+
+
+class Temperature(nn.Module):
+    """The learnt temperature tau = exp(log_tau) that divides similarities.
+
+    The logarithm is learnt, as in CLIP: a step of Adam at the encoders' learning rate would be a large share of tau itself.
+    """
+
+    initial: float = 0.07
+
+    @nn.compact
+    def __call__(self):
+        """float32 scalar."""
+        return jnp.exp(self.param("log_tau", nn.initializers.constant(jnp.log(self.initial)), ()))
+
+
+def clip_temperature(params, minimum, maximum):
+    """Parameters with tau kept in [minimum, maximum]."""
+    log_tau = jnp.clip(params["temperature"]["log_tau"], jnp.log(minimum), jnp.log(maximum))
+    return {**params, "temperature": {"log_tau": log_tau}}
+
+
+class C2FModel(nn.Module):
+    """Coarse-to-fine speech-image model.
+
+    Attributes:
+      speech_encoder: (waveform, lengths, keys) -> tokens, lengths.
+      image_encoder: (image, keys) -> tokens, lengths.
+      multimodal_encoder: (speech tokens, lengths, image tokens, lengths, keys) -> logits (n, 2).
+      embedding_dim: D.
+      initial_tau: tau at step 0.
+
+    Per-example ``keys`` (n,) switch dropout on; None is deterministic.
+    """
+
+    speech_encoder: nn.Module
+    image_encoder: nn.Module
+    multimodal_encoder: nn.Module
+    embedding_dim: int = 256
+    initial_tau: float = 0.07
+
+    def setup(self):
+        # Projection and normalisation in float32 whatever the compute type: similarities are divided by a small tau.
+        self.speech_projection = nn.Dense(self.embedding_dim)
+        self.image_projection = nn.Dense(self.embedding_dim)
+        self.temperature = Temperature(self.initial_tau)
+
+    def encode_speech(self, waveform, lengths, keys=None) -> Encoded:
+        """Encode recordings: waveform (n, S) float32 at 16 kHz with (n,) valid samples."""
+        tokens, token_lengths = self.speech_encoder(waveform, lengths, fold_keys(keys, 0))
+        return Encoded(_normalised(self.speech_projection, tokens), tokens, token_lengths)
+
+    def encode_image(self, image, keys=None) -> Encoded:
+        """Encode images: (n, H, W, 3) uint8."""
+        tokens, token_lengths = self.image_encoder(image, fold_keys(keys, 1))
+        return Encoded(_normalised(self.image_projection, tokens), tokens, token_lengths)
+
+    def match(self, speech: Encoded, image: Encoded, keys=None):
+        """SIM logits (n, 2) of n pairs; embeddings are not used and may be None."""
+        return self.multimodal_encoder(speech.tokens, speech.lengths, image.tokens, image.lengths, fold_keys(keys, 2))
+
+    def tau(self):
+        """The temperature, float32 scalar."""
+        return self.temperature()
+
+    def __call__(self, batch):
+        """Every part once, for initialisation: returns (speech, image, logits, tau)."""
+        speech = self.encode_speech(batch["waveform"], batch["speech_lengths"])
+        image = self.encode_image(batch["image"])
+        return speech, image, self.match(speech, image), self.tau()
+
+
+def momentum_subset(params):
+    """The part of the parameters that has a momentum copy: both encoders and both projections, not tau, not SIM."""
+    return {name: params[name] for name in MOMENTUM_MODULES}
+
+
+def _normalised(projection, tokens):
+    z = projection(tokens[:, 0].astype(jnp.float32))
+    return z * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(z), axis=-1, keepdims=True), 1e-12))

@@ -1,0 +1,54 @@
+"""Image encoders. Interface: image (n, H, W, 3) uint8 -> [CLS] + tokens, token lengths."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from c2f_jax.models.layers import Transformer, dropout, fold_keys, prepend_cls
+
+
+class ViTImageEncoder(nn.Module):
+    """A vision transformer (Dosovitskiy et al. 2021) with a [CLS] and learnt positions.
+
+    Attributes:
+      patch: side of a patch in pixels; divides the image side.
+      width: W of the tokens.
+      depth, heads, mlp_ratio, dropout_rate: of the transformer.
+      dtype, attention, remat: compute type, attention implementation, rematerialisation.
+    """
+
+    patch: int = 8
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+    mlp_ratio: float = 4.0
+    dropout_rate: float = 0.0
+    dtype: Any = jnp.float32
+    attention: str = "xla"
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, image, keys=None):
+        """(n, H, W, 3) uint8 -> tokens (n, HW / patch^2 + 1, width) with [CLS] first, and their lengths (n,) int32."""
+        n, height, width, _ = image.shape
+        p = self.patch
+        x = image.astype(self.dtype) / 127.5 - 1.0
+        # Patches as rows: a matrix product is what a convolution with stride = kernel computes, and faster on a CPU.
+        x = x.reshape(n, height // p, p, width // p, p, 3).transpose(0, 1, 3, 2, 4, 5).reshape(n, -1, p * p * 3)
+        x = nn.Dense(self.width, dtype=self.dtype, name="patch_embedding")(x)
+        positions = self.param("positions", nn.initializers.normal(0.02), (1, x.shape[1], self.width))
+        x = x + positions.astype(self.dtype)
+        x = prepend_cls(self, dropout(x, self.dropout_rate, fold_keys(keys, self.depth)))
+        lengths = jnp.full((n,), x.shape[1], jnp.int32)
+        x = Transformer(
+            self.depth,
+            self.heads,
+            self.mlp_ratio,
+            dropout_rate=self.dropout_rate,
+            dtype=self.dtype,
+            attention=self.attention,
+            remat=self.remat,
+            name="transformer",
+        )(x, lengths, keys)
+        return x, lengths

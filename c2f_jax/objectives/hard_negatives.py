@@ -1,0 +1,47 @@
+"""Hard negatives for SIM, mined by the contrastive similarities that SIC has computed."""
+
+import jax
+import jax.numpy as jnp
+
+
+def row_keys(key, rows):
+    """One key for each row: fold_in(key, row). Keys of global rows give the same draws on any number of devices.
+
+    Args:
+      key: a typed PRNG key.
+      rows: (n,) int global row numbers.
+
+    Returns:
+      (n,) typed keys.
+    """
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
+
+
+def sample_hard_negatives(keys, logits, ids, candidate_ids, candidate_valid):
+    """Draw one negative for each row with probability softmax(l_i) over the candidates with another id.
+
+    Gumbel-max on masked logits: argmax_j (l_ij + G_ij), where same-id and unwritten candidates are -inf *before* the
+    softmax, so the draw is defined however much mass the positive holds.
+
+    Args:
+      keys: (n,) typed PRNG keys, one per row.
+      logits: (n, M) SIC similarity logits (cosine / tau).
+      ids: (n,) int image ids of the rows.
+      candidate_ids: (M,) int image ids of the candidates.
+      candidate_valid: (M,) bool.
+
+    Returns:
+      (n,) int32 candidate columns, and (n,) bool: False where no candidate is legal (the column is then 0 and the
+      row must be dropped from the loss).
+
+    Source: ALBEF (Li et al. 2021), section 3.3, with the masking moved before the softmax.
+
+    >>> keys = row_keys(jax.random.key(0), jnp.arange(2))
+    >>> sampled = sample_hard_negatives(keys, jnp.zeros((2, 3)), jnp.array([5, 6]), jnp.array([5, 5, 6]), jnp.ones(3, bool))
+    >>> int(sampled[0][0]), sampled[1].tolist()
+    (2, [True, True])
+    """
+    legal = (ids[:, None] != candidate_ids[None, :]) & candidate_valid[None, :]
+    gumbel = jax.vmap(lambda key: jax.random.gumbel(key, (logits.shape[1],), jnp.float32))(keys)
+    perturbed = jnp.where(legal, jax.lax.stop_gradient(logits).astype(jnp.float32) + gumbel, -jnp.inf)
+    return jnp.argmax(perturbed, axis=-1).astype(jnp.int32), jnp.any(legal, axis=-1)

@@ -1,0 +1,184 @@
+"""Search a gallery: pictures by voice, recordings by a picture."""
+
+import functools
+from pathlib import PurePath
+
+import jax
+import numpy as np
+from etils import epath
+
+from c2f_jax.data.audio import decode_audio
+from c2f_jax.data.images import decode_image
+from c2f_jax.data.pairs import DATA_SETS, MANIFEST_SUFFIXES, SAMPLE_RATE
+from c2f_jax.errors import UserError
+from c2f_jax.evaluate import encode_image, encode_speech, load_trained, match
+from c2f_jax.models import Encoded
+from c2f_jax.retrieval.figures import results_png
+from c2f_jax.retrieval.index import AUDIO_SUFFIXES, IMAGE_SUFFIXES, GalleryIndex, list_media
+from c2f_jax.retrieval.report import Example, picture, recording, write_search_page
+from c2f_jax.retrieval.search import coarse_top_k, fine_scores, rerank
+
+
+def build_index(workdir, gallery=None, *, kind="image", split=None, step="best", trained=None):
+    """Encode a gallery with a trained run.
+
+    Args:
+      workdir: directory of the run.
+      gallery: folder of files, data set name or manifest; None for the run's own data set.
+      kind: "image" or "speech".
+      split: of a data set or manifest; None for the run's test split.
+      step: "best", "latest" or a number.
+      trained: what ``load_trained`` returned, where it is at hand.
+
+    Returns:
+      GalleryIndex. Files that cannot be read are named on standard output and left out.
+    """
+    experiment, params, number, _ = trained or load_trained(workdir, step=step)
+    names, files = _gallery_files(experiment, gallery, kind, split)
+    decoded, kept = [], []
+    for position, (name, file) in enumerate(zip(names, files, strict=True)):
+        try:
+            decoded.append(_decode(experiment, kind, file))
+            kept.append(position)
+        except UserError as error:
+            print(f"left out: {name}: {error}")
+    if not kept:
+        raise UserError(f"{gallery}: none of the {len(files)} files can be read")
+    encoded = _encode(experiment, params, kind, decoded)
+    media = [files[p] if isinstance(files[p], bytes) else epath.Path(files[p]).read_bytes() for p in kept]
+    return GalleryIndex(
+        kind, f"{workdir}@{number}", [names[p] for p in kept], media, encoded.embedding, encoded.tokens, encoded.lengths
+    )
+
+
+def search(
+    workdir, *, audio=(), say=(), images=(), gallery=None, split=None, index=None, step="best", k=None, top=5, output=None
+):
+    """Answer queries and write a page and, for spoken queries, a picture of the answers.
+
+    Args:
+      workdir: directory of a training run.
+      audio: recordings as queries; or
+      say: sentences, spoken by espeak-ng; or
+      images: pictures as queries.
+      gallery, split: what to search, as in ``build_index``; or
+      index: path of a saved GalleryIndex.
+      step: "best", "latest" or a number.
+      k: candidates that SIM re-ranks; None for the run's value.
+      top: answers of each query.
+      output: path of the page; None for ``<workdir>/search.html``.
+
+    Returns:
+      The path of the page. Answers are printed as they are found.
+    """
+    if top < 1 or (k is not None and k < 1):
+        raise UserError(f"--top={top}, --k={k}: at least 1 is expected")
+    trained = load_trained(workdir, step=step)
+    experiment, params, number, _ = trained
+    query_kind, kind = ("image", "speech") if images else ("speech", "image")
+    names, files = list(images or audio or say), list(images or audio)
+    if say:
+        files = [_spoken(text) for text in say]
+    decoded = [_decode(experiment, query_kind, file) for file in files]
+    items = GalleryIndex.load(index) if index else build_index(
+        workdir, gallery, kind=kind, split=split, trained=trained
+    )
+    if items.kind != kind:
+        raise UserError(f"{index} holds {items.kind} items, but these queries look for {kind} items: "
+                        f"make one with `c2f index --kind={kind}`")
+    if items.embeddings.shape[1] != experiment.model.embedding_dim or not items.model.endswith(f"@{number}"):
+        raise UserError(f"{index} was encoded by {items.model}, the queries by {workdir}@{number}: make the index again")
+    queries = _encode(experiment, params, query_kind, decoded)
+
+    k = min(k or experiment.eval.k, len(items.names))
+    cosine, coarse = coarse_top_k(queries.embedding, items.embeddings, max(k, top))
+    score = experiment.eval.score
+    fine = None
+    if experiment.method.sim_weight:
+        logits = rerank(
+            functools.partial(match, experiment.model, params),
+            queries.tokens,
+            items.tokens,
+            coarse[:, :k],
+            direction="s2i" if kind == "image" else "i2s",
+            speech_lengths=queries.lengths if kind == "image" else items.lengths,
+            pair_chunk=experiment.eval.pair_batch_size,
+        )
+        values = fine_scores(cosine[:, :k], logits, float(experiment.model.apply({"params": params}, method="tau")))[score]
+        order = np.argsort(-values, axis=1, kind="stable")
+        fine = np.concatenate([np.take_along_axis(coarse[:, :k], order, axis=1), coarse[:, k:]], axis=1)
+
+    show = functools.cache(lambda row: _media(kind, items.media[row], items.names[row]))
+    examples = []
+    for row, name in enumerate(names):
+        lists = [coarse[row, :top].tolist(), None if fine is None else fine[row, :top].tolist()]
+        print(f"\n{name}")
+        for place, item in enumerate(lists[1] or lists[0], 1):
+            print(f"  {place}. {items.names[item]}")
+        shown = [[show(item) for item in best] if best else None for best in lists]
+        unknown = [False] * top
+        asked = _media(query_kind, decoded[row], name)
+        examples.append(Example(asked, shown[0], unknown[: len(shown[0])], fine=shown[1], fine_hits=unknown[: len(shown[0])]))
+    page = epath.Path(output or epath.Path(workdir) / "search.html")
+    searched = f"{len(items.names):,} {'pictures' if kind == 'image' else 'recordings'} of {index or gallery or experiment.data.name}"
+    write_search_page(page, examples, way="s2i" if kind == "image" else "i2s", gallery=searched)
+    if kind == "image":
+        results_png(page.with_suffix(".png"), examples, top=top)
+    return page
+
+
+def _gallery_files(experiment, gallery, kind, split):
+    """Names and files (paths or bytes) of a gallery."""
+    is_data_set = gallery is None or str(gallery).partition("/")[0] in DATA_SETS or str(gallery).endswith(MANIFEST_SUFFIXES)
+    if not is_data_set:
+        files = list_media(gallery, IMAGE_SUFFIXES if kind == "image" else AUDIO_SUFFIXES)
+        return files, files
+    data = experiment.data
+    from c2f_jax.data.pairs import load_pairs
+
+    source = load_pairs(gallery or data.name, split or data.test_split, data.data_dir, max_bad_share=data.max_bad_share)
+    if kind == "image":
+        rows = range(source.num_images)
+        return [source.image_id(row) for row in rows], [source.image(row) for row in rows]
+    items = [source.recording(row) for row in range(len(source))]
+    return [item["caption"] or f"recording {row}" for row, item in enumerate(items)], [item["audio"] for item in items]
+
+
+def _decode(experiment, kind, file):
+    """A waveform (S,) float32 cut to the longest evaluation length, or an image (side, side, 3) uint8."""
+    if kind == "image":
+        return decode_image(file, experiment.data.image_size)
+    return decode_audio(file)[: round(experiment.data.max_seconds * SAMPLE_RATE)]
+
+
+def _encode(experiment, params, kind, decoded):
+    """Encode items in fixed-size batches: Encoded with numpy leaves."""
+    size, parts = min(experiment.eval.batch_size, len(decoded)), []
+    samples = round(experiment.data.max_seconds * SAMPLE_RATE)
+    for start in range(0, len(decoded), size):
+        chunk = decoded[start : start + size]
+        filled = chunk + [chunk[-1]] * (size - len(chunk))
+        if kind == "image":
+            encoded = encode_image(experiment.model, params, np.stack(filled))
+        else:
+            waveform = np.stack([np.pad(wave, (0, samples - len(wave))) for wave in filled])
+            lengths = np.array([len(wave) for wave in filled], np.int32)
+            encoded = encode_speech(experiment.model, params, waveform, lengths)
+        parts.append(jax.tree.map(lambda x, n=len(chunk): np.asarray(x)[:n], encoded))
+    return Encoded(*(np.concatenate(leaves).astype(leaves[0].dtype) for leaves in zip(*parts, strict=True)))
+
+
+def _spoken(text):
+    """A sentence as FLAC bytes in a voice that no training split of spoken_scenes uses."""
+    from c2f_jax.data.spoken_scenes.speech import draw_voice, speak
+
+    voice = draw_voice(np.random.default_rng(list(text.encode())), "test")
+    return speak(text, **voice)[0]
+
+
+def _media(kind, item, name):
+    """What a page shows of an item: encoded bytes, a path, or what ``_decode`` returned."""
+    label = PurePath(name).name
+    if kind == "image":
+        return picture(item if isinstance(item, np.ndarray) else decode_image(item, 128), label)
+    return recording(item if isinstance(item, np.ndarray) else decode_audio(item), caption=label)

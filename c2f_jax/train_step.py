@@ -1,0 +1,277 @@
+"""One C2F training step, the algorithm in numbered stages. Nothing else composes the objectives."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from clu import metrics as clu_metrics
+
+from c2f_jax import objectives
+from c2f_jax.collectives import all_gather, axis_index, masked_mean, pmean, psum
+from c2f_jax.embedding_queue import bank, bank_valid, enqueue
+from c2f_jax.errors import UserError
+from c2f_jax.models.c2f import Encoded, clip_temperature, momentum_subset
+from c2f_jax.momentum import update_momentum
+
+NEGATIVE_POOLS = ("batch", "global", "queue")
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """What the paper's method is made of. Values are inherited from ALBEF and BLIP where the paper's are not known.
+
+    Attributes:
+      momentum: m of the momentum model; None trains without one, with online keys that receive gradient (plain
+        in-batch contrastive learning; needs an empty queue and alpha = 0).
+      alpha: weight of momentum distillation.
+      alpha_ramp_steps: steps over which alpha grows from 0; 0 for none, None for the first epoch (set by the trainer).
+      id_policy: "multi_positive", "mask" or "diagonal".
+      sic_weight, sim_weight: L = sic_weight L_SIC + sim_weight L_SIM; sim_weight = 0 skips SIM altogether.
+      negatives: pool of SIM's hard negatives: "batch" (own device), "global" (all devices) or "queue" (all devices and
+        the token queue).
+      min_tau, max_tau: the temperature is clipped to this range after each update.
+    """
+
+    momentum: float | None = 0.995
+    alpha: float = 0.4
+    alpha_ramp_steps: int | None = None
+    id_policy: str = "multi_positive"
+    sic_weight: float = 1.0
+    sim_weight: float = 1.0
+    negatives: str = "global"
+    min_tau: float = 0.001
+    max_tau: float = 0.5
+
+    def check(self, queue_size, token_queue_size):
+        """Raise UserError for values that contradict each other."""
+        if self.id_policy not in objectives.ID_POLICIES:
+            raise UserError(f"method.id_policy={self.id_policy!r}: choose one of {', '.join(objectives.ID_POLICIES)}")
+        if self.negatives not in NEGATIVE_POOLS:
+            raise UserError(f"method.negatives={self.negatives!r}: choose one of {', '.join(NEGATIVE_POOLS)}")
+        if not 0.0 <= self.alpha <= 1.0:
+            raise UserError(f"method.alpha={self.alpha}: a weight from 0 to 1 is expected")
+        if self.momentum is not None and not 0.0 <= self.momentum <= 1.0:
+            raise UserError(f"method.momentum={self.momentum}: a value from 0 to 1, or None, is expected")
+        if min(self.sic_weight, self.sim_weight) < 0:
+            raise UserError("method.sic_weight and method.sim_weight must not be negative")
+        if queue_size < 0 or token_queue_size < 0:
+            raise UserError(f"queue_size={queue_size}, token_queue_size={token_queue_size}: sizes are 0 or more")
+        if self.momentum is None and (queue_size or token_queue_size or self.alpha):
+            raise UserError(
+                "method.momentum=None trains without a momentum model, which the queue and distillation need: "
+                "set queue_size=0, token_queue_size=0 and method.alpha=0, or give method.momentum a value"
+            )
+        if (self.negatives == "queue") != (token_queue_size > 0):
+            raise UserError(
+                f"method.negatives={self.negatives!r} with token_queue_size={token_queue_size}: negatives from the queue "
+                "need token_queue_size > 0, and no other pool uses it"
+            )
+
+
+def train_step(state, batch, *, model, optimizer, method, axis_name=None):
+    """Take one step of C2F on this device's share of the global batch.
+
+    With ``global`` and ``queue`` negatives the result depends on the global batch and the seed alone, not on the number
+    of devices: every draw is keyed by (seed, step, global row) and every mean is over the global batch.
+
+    Args:
+      state: C2FTrainState, the same on all devices.
+      batch: waveform (n, S), speech_lengths (n,), image (n, H, W, 3) uint8, image_id (n,) int32; row r of device d is
+        row d n + r of the global batch.
+      model: C2FModel.
+      optimizer: optax transformation.
+      method: MethodConfig.
+      axis_name: device axis under pmap or shard_map; None on one device.
+
+    Returns:
+      The next state, and metrics: name -> clu Average (sum and count, merged over steps by the caller).
+
+    Source: C2F, as specified in sections "SIC", "SIM" and "momentum distillation"; ALBEF, algorithm 1.
+    """
+    n = batch["image_id"].shape[0]
+    rows = axis_index(axis_name) * n + jnp.arange(n)
+    ids = batch["image_id"]
+    key_dropout, key_speech, key_image = jax.random.split(
+        jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step), 3
+    )
+    alpha = objectives.alpha_at(state.step, method.alpha, method.alpha_ramp_steps)
+
+    # 1. Momentum forward: no gradient, no dropout.
+    momentum = None
+    if method.momentum is not None:
+        momentum = jax.lax.stop_gradient(encode(model, state.momentum_params, batch))
+
+    def loss_fn(params):
+        # 2. Online forward.
+        dropout_keys = objectives.row_keys(key_dropout, rows)
+        speech, image = encode(model, params, batch, dropout_keys)
+        tau = model.apply({"params": params}, method="tau")
+
+        # 3. Banks: the global batch first, then the queue.
+        key_speech_z, key_image_z, bank_ids = all_gather(
+            (speech.embedding, image.embedding, ids)
+            if momentum is None
+            else (momentum[0].embedding, momentum[1].embedding, ids),
+            axis_name,
+        )
+        global_ids, valid = bank_ids, bank_valid(bank_ids.shape[0], state.queue)
+        bank_speech = bank(key_speech_z, state.queue, "speech")
+        bank_image = bank(key_image_z, state.queue, "image")
+        bank_ids = bank(bank_ids, state.queue, "id")
+
+        # 4. SIC with identity targets, softened by momentum distillation.
+        logits_s2i = objectives.similarity_logits(speech.embedding, bank_image, tau)
+        logits_i2s = objectives.similarity_logits(image.embedding, bank_speech, tau)
+        hard, keep = objectives.identity_targets(ids, bank_ids, rows, valid, method.id_policy)
+        targets_s2i = targets_i2s = hard
+        if momentum is not None and method.alpha:
+            soft = [
+                objectives.similarity_logits(z, keys, tau)
+                for z, keys in ((momentum[0].embedding, bank_image), (momentum[1].embedding, bank_speech))
+            ]
+            targets_s2i, targets_i2s = (objectives.distillation_targets(s, hard, keep, alpha) for s in soft)
+        sic_rows = objectives.sic_loss(logits_s2i, logits_i2s, targets_s2i, targets_i2s, keep)
+        sic = pmean(jnp.mean(sic_rows), axis_name)
+        metrics = {"sic_loss": sic_rows, "tau": tau, "sic_accuracy": _hits(logits_s2i, hard, keep)}
+        if not method.sim_weight:
+            return method.sic_weight * sic, (metrics, momentum, global_ids)
+
+        # 5. Hard negatives, drawn with probability softmax(SIC similarity), never of the same id.
+        pool_speech, pool_image, scores, pool_ids, pool_valid = negative_pool(
+            state.token_queue, speech, image, (logits_s2i, logits_i2s), ids, rows, tau, method.negatives, axis_name
+        )
+        image_index, image_valid = objectives.sample_hard_negatives(
+            objectives.row_keys(key_image, rows), scores[0], ids, pool_ids, pool_valid
+        )
+        speech_index, speech_valid = objectives.sample_hard_negatives(
+            objectives.row_keys(key_speech, rows), scores[1], ids, pool_ids, pool_valid
+        )
+
+        # 6. SIM over the 3n pairs.
+        pair_speech, pair_image, labels, pair_valid = objectives.assemble_pairs(
+            _without_embedding(speech),
+            _without_embedding(image),
+            jax.tree.map(lambda x: x[speech_index], pool_speech),
+            jax.tree.map(lambda x: x[image_index], pool_image),
+            speech_valid,
+            image_valid,
+        )
+        pair_keys = jax.vmap(jax.random.fold_in, in_axes=(0, 0))(
+            jnp.tile(dropout_keys, 3), jnp.repeat(jnp.arange(1, 4), n)
+        )
+        sim_logits = model.apply({"params": params}, pair_speech, pair_image, pair_keys, method="match")
+        sim_rows = objectives.sim_loss(sim_logits, labels)
+        sim = masked_mean(sim_rows, pair_valid, axis_name)
+        correct = (jnp.argmax(sim_logits, axis=-1) == labels).astype(jnp.float32)
+        metrics |= {
+            "sim_loss": (sim_rows, pair_valid),
+            "sim_accuracy": (correct, pair_valid),
+            "sim_positive_accuracy": (correct[:n], pair_valid[:n]),
+            "queue_negatives": ((image_index >= global_ids.shape[0]).astype(jnp.float32), image_valid),
+        }
+        return method.sic_weight * sic + method.sim_weight * sim, (metrics, momentum, global_ids)
+
+    # 7. Gradients. The loss is averaged over the devices inside and the gradients outside: right for pmap and shard_map.
+    (loss, (metrics, momentum, global_ids)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    grads = pmean(grads, axis_name)
+
+    # 8. Optimiser step; the temperature stays in its range.
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    params = clip_temperature(params, method.min_tau, method.max_tau)
+
+    # 9. Momentum update, and the global batch's momentum embeddings enter the queue.
+    momentum_params, queue, token_queue = state.momentum_params, state.queue, state.token_queue
+    if momentum is not None:
+        momentum_params = update_momentum(momentum_params, momentum_subset(params), method.momentum)
+        queue = enqueue(queue, all_gather(_queue_rows(momentum, ids), axis_name))
+        if token_queue.size:
+            token_queue = enqueue(token_queue, all_gather(_token_rows(momentum, ids, token_queue), axis_name))
+
+    metrics |= {"loss": loss, "gradient_norm": optax.global_norm(grads), "alpha": alpha}
+    state = state.replace(
+        step=state.step + 1,
+        params=params,
+        momentum_params=momentum_params,
+        opt_state=opt_state,
+        queue=queue,
+        token_queue=token_queue,
+    )
+    return state, {name: _average(value, axis_name) for name, value in metrics.items()}
+
+
+def encode(model, params, batch, keys=None):
+    """Both modalities of a batch: (Encoded speech, Encoded image)."""
+    variables = {"params": params}
+    speech = model.apply(variables, batch["waveform"], batch["speech_lengths"], keys, method="encode_speech")
+    return speech, model.apply(variables, batch["image"], keys, method="encode_image")
+
+
+def negative_pool(token_queue, speech, image, logits, ids, rows, tau, pool, axis_name):
+    """Candidates for SIM's hard negatives, with the SIC logits that they are drawn by.
+
+    Returns:
+      speech and image candidates (Encoded without embeddings, leaves (C, ...)), logits (s2i, i2s) each (n, C), ids (C,),
+      valid (C,). "batch": C = n, "global": C = N, "queue": C = N + token queue slots.
+    """
+    n = ids.shape[0]
+    speech_pool, image_pool, pool_ids = _without_embedding(speech), _without_embedding(image), ids
+    if pool == "batch":
+        own = tuple(jax.lax.dynamic_slice_in_dim(x, rows[0], n, axis=1) for x in logits)
+        return speech_pool, image_pool, own, pool_ids, jnp.ones((n,), bool)
+    # Gathered with gradient: a negative on another device trains the encoders as one on this device would.
+    speech_pool, image_pool, pool_ids = all_gather((speech_pool, image_pool, pool_ids), axis_name)
+    total = pool_ids.shape[0]
+    in_batch = tuple(x[:, :total] for x in logits)
+    if pool == "global":
+        return speech_pool, image_pool, in_batch, pool_ids, jnp.ones((total,), bool)
+    entries = token_queue.entries
+    scores = tuple(
+        jnp.concatenate([own, objectives.similarity_logits(z, entries[name], tau)], axis=1)
+        for own, z, name in ((in_batch[0], speech.embedding, "image"), (in_batch[1], image.embedding, "speech"))
+    )
+    # A shorter bucket's tokens are padded to the queue's length; the lengths hide the padding.
+    missing = entries["speech_tokens"].shape[1] - speech_pool.tokens.shape[1]
+    padded = speech_pool._replace(tokens=jnp.pad(speech_pool.tokens, ((0, 0), (0, missing), (0, 0))))
+    queued_speech = Encoded(None, entries["speech_tokens"].astype(padded.tokens.dtype), entries["speech_lengths"])
+    queued_image = Encoded(None, entries["image_tokens"].astype(image_pool.tokens.dtype), entries["image_lengths"])
+    append = lambda a, b: jax.tree.map(lambda x, y: jnp.concatenate([x, y]), a, b)  # noqa: E731
+    return (
+        append(padded, queued_speech),
+        append(image_pool, queued_image),
+        scores,
+        jnp.concatenate([pool_ids, entries["id"]]),
+        bank_valid(total, token_queue),
+    )
+
+
+def _without_embedding(encoded):
+    return encoded._replace(embedding=None)
+
+
+def _queue_rows(momentum, ids):
+    return {"id": ids, "speech": momentum[0].embedding, "image": momentum[1].embedding}
+
+
+def _token_rows(momentum, ids, token_queue):
+    speech, image = momentum
+    missing = token_queue.entries["speech_tokens"].shape[1] - speech.tokens.shape[1]
+    return _queue_rows(momentum, ids) | {
+        "speech_tokens": jnp.pad(speech.tokens, ((0, 0), (0, missing), (0, 0))),
+        "speech_lengths": speech.lengths,
+        "image_tokens": image.tokens,
+        "image_lengths": image.lengths,
+    }
+
+
+def _hits(logits, targets, valid):
+    """(n,) 1.0 where the best valid column is a positive."""
+    best = jnp.argmax(jnp.where(valid, logits, -jnp.inf), axis=-1)
+    return (jnp.take_along_axis(targets, best[:, None], axis=-1)[:, 0] > 0).astype(jnp.float32)
+
+
+def _average(value, axis_name):
+    """A value, an array of per-row values, or (values, valid) as a clu Average over all devices."""
+    values, mask = value if isinstance(value, tuple) else (value, None)
+    return psum(clu_metrics.Average.from_model_output(jnp.atleast_1d(values), mask), axis_name)
