@@ -6,7 +6,8 @@ TENSORFLOW = [  # TFDS prepares and clu logs with it; the CPU build, for jax has
     "tensorflow-cpu>=2.18; platform_system != 'Darwin'",
     "tensorflow>=2.18; platform_system == 'Darwin'",
 ]
-SPEECH = ["espeakng-loader>=0.2"]  # carries espeak-ng, which is GPL-3: only to make spoken_scenes and for `c2f search --say`
+# The package carries espeak-ng, which is GPL-3: only to make spoken_scenes and for `c2f search --say`.
+SPEECH = ["espeakng-loader>=0.2"]
 
 setup(
     name="c2f_jax",

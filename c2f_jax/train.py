@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from c2f_jax.checkpoints import Checkpoints, abstract
-from c2f_jax.data import loader
+from c2f_jax.data import batch_plan, loader
 from c2f_jax.evaluate import data_set_label, encode_split, evaluate_source, retrieve
 from c2f_jax.experiment import create_experiment, example_batch, save_config
 from c2f_jax.metrics import Recorder
@@ -50,6 +50,12 @@ def train_and_evaluate(config, workdir, *, devices=None, test=True):
     parallel = DataParallel(experiment.parallel, devices)
     parallel.check_batch_size(experiment.batch_size)
     source, validation = data.load(data.train_split), data.load(data.validation_split)
+    batch_plan.check_plan(
+        len(source),
+        batch_size=experiment.batch_size,
+        bucket_seconds=data.bucket_seconds,
+        process_count=jax.process_count(),
+    )
     # The test split is opened before the training, so that a misspelt one is not found hours later.
     test_source = data.load(data.test_split) if test else None
     is_main = jax.process_index() == 0

@@ -2,7 +2,7 @@
 
     c2f train --config=configs/spoken_scenes.py --workdir=runs/spoken_scenes
 
-The argument ``runlocal`` shrinks everything to a run of seconds, for tests: ``--config=configs/spoken_scenes.py:runlocal``.
+``--config=configs/spoken_scenes.py:runlocal`` shrinks everything to a run of seconds, for tests.
 """
 
 import ml_collections

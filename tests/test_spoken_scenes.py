@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import re
 import subprocess
 import sys
@@ -171,16 +172,25 @@ def test_a_failing_worker_names_the_reason():
         list(speech.speak_all([bad], processes=1))
 
 
-def test_stopping_early_leaves_no_process_and_no_file_behind(tmp_path, monkeypatch):
+def test_stopping_early_leaves_no_process_behind():
     pytest.importorskip("espeakng_loader")
     psutil = pytest.importorskip("psutil")
-    monkeypatch.setenv("TMPDIR", str(tmp_path))  # for the workers
     before = set(psutil.Process().children())
     spoken = speech.speak_all(utterances(200), processes=2)
     next(spoken)
-    assert len(set(psutil.Process().children()) - before) == 2 and list(tmp_path.iterdir())
+    assert len(set(psutil.Process().children()) - before) == 2
     spoken.close()
-    assert set(psutil.Process().children()) <= before and not list(tmp_path.iterdir())
+    assert set(psutil.Process().children()) <= before
+
+
+def test_a_process_that_has_spoken_leaves_no_files(tmp_path):
+    pytest.importorskip("espeakng_loader")
+    code = ("import runpy, sys; speech = runpy.run_path(sys.argv[1]);"
+            "print(len(list(speech['speak_all']([eval(sys.argv[2])]))))")
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    out = subprocess.run([sys.executable, "-c", code, speech.__file__, repr(utterances(1)[0])], env=environment,
+                         capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "1" and not list(tmp_path.iterdir())
 
 
 def test_workers_import_neither_jax_nor_tensorflow():

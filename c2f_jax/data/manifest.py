@@ -1,7 +1,8 @@
 """Anyone's own data: a JSONL or CSV file with the columns image, audio, split.
 
 Optional columns: image_id (equal ids are the same thing shown, right answers for each other; the picture's path unless
-given), caption, speaker, seconds. Paths are relative to the manifest. Other columns are ignored.
+given), caption, speaker, seconds (it only chooses the batch a recording is padded with). Paths are relative to the
+manifest. Other columns are ignored.
 """
 
 import csv
@@ -10,6 +11,7 @@ import json
 import math
 import os
 from collections import Counter
+from collections.abc import Iterator
 
 from c2f_jax.data.audio import read_bytes
 from c2f_jax.data.pairs import SAMPLE_RATE, BadItems, PairSource, Recording
@@ -63,9 +65,12 @@ def load_manifest(path: str, split: str, *, max_bad_share: float = 0.01) -> Mani
     empty split; and when more than max_bad_share of the split's rows lack a file.
     """
     path = str(path)
-    every = _read_rows(path)
-    present = Counter(row["split"] for row in every)
-    rows = [row for row in every if row["split"] == split]
+    present: Counter = Counter()
+    rows = []
+    for row in _read_rows(path):
+        present[row["split"]] += 1
+        if row["split"] == split:
+            rows.append(row)
     if not rows:
         listed = ", ".join(f"{name} ({count})" for name, count in present.items()) or "none: it has no rows"
         raise UserError(f"{path}: no rows of the split {split!r}; splits in the file: {listed}")
@@ -93,13 +98,14 @@ def _missing_file(row: dict) -> str | None:
     return None
 
 
-def _read_rows(path: str) -> list[dict]:
+def _read_rows(path: str) -> Iterator[dict]:
     try:
         text = read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not UTF-8 text ({e})") from e
     parse = _parse_csv if path.lower().endswith(".csv") else _parse_jsonl
-    return [_checked(row, f"{path}:{line}") for line, row in parse(path, text)]
+    for line, row in parse(path, text):
+        yield _checked(row, f"{path}:{line}")
 
 
 def _parse_jsonl(path: str, text: str):

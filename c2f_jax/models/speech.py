@@ -10,16 +10,15 @@ import numpy as np
 from c2f_jax.models.layers import Transformer, dropout, fold_keys, length_mask, prepend_cls, sinusoidal_positions
 
 SAMPLE_RATE = 16_000
-WINDOW = 400  # 25 ms
-FFT = 512
+WINDOW = 400  # 25 ms, the length of the Fourier transform too
 
 
 @cache
 def _mel_filters(mels):
-    """(FFT / 2 + 1, mels) triangular filters, 20 Hz to 8 kHz (librosa's Slaney scale)."""
+    """(WINDOW / 2 + 1, mels) triangular filters, 0 to 8 kHz (librosa's Slaney scale)."""
     import librosa
 
-    return librosa.filters.mel(sr=SAMPLE_RATE, n_fft=FFT, n_mels=mels, fmin=20.0).T.astype(np.float32)
+    return librosa.filters.mel(sr=SAMPLE_RATE, n_fft=WINDOW, n_mels=mels).T.astype(np.float32)
 
 
 def log_mel(waveform, lengths, mels=80, hop=160):
@@ -40,7 +39,7 @@ def log_mel(waveform, lengths, mels=80, hop=160):
     frames = (waveform.shape[1] - WINDOW) // hop + 1
     index = np.arange(frames)[:, None] * hop + np.arange(WINDOW)
     windows = waveform[:, index] * jnp.asarray(np.hanning(WINDOW), jnp.float32)
-    spectrum = jnp.fft.rfft(windows, n=FFT)
+    spectrum = jnp.fft.rfft(windows)
     power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
     features = jnp.log(1e-6 + power @ jnp.asarray(_mel_filters(mels)))  # (n, T, F) . (F, M) -> (n, T, M)
     frame_lengths = jnp.clip((lengths - WINDOW) // hop + 1, 0, frames).astype(jnp.int32)
@@ -85,6 +84,8 @@ class LogMelSpeechEncoder(nn.Module):
             lengths = (lengths + 1) // 2
             # A convolution's bias would leak past the end and reach valid positions in the next layer.
             x = jnp.where(length_mask(lengths, x.shape[1])[..., None], x, 0)
+        # Features on the scale of the positions: without the norm the positions drown them at the start.
+        x = nn.LayerNorm(dtype=self.dtype, name="input_norm")(x)
         x = x + sinusoidal_positions(x.shape[1], self.width).astype(self.dtype)
         x = prepend_cls(self, dropout(x, self.dropout_rate, fold_keys(keys, self.depth)))
         lengths = lengths + 1

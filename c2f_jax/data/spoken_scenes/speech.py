@@ -6,6 +6,7 @@ tenth of a second and carry neither jax nor TensorFlow.
 """
 
 import _ctypes
+import atexit
 import collections
 import concurrent.futures
 import ctypes
@@ -43,6 +44,7 @@ VARIANTS = {
 }
 _RATE, _VOLUME, _PITCH, _PITCH_RANGE = 1, 2, 3, 4  # espeak_PARAMETER
 _SYNCHRONOUS, _DONT_EXIT, _UTF8, _CHARACTERS = 2, 0x8000, 1, 1
+_DATA_VARIABLE = "C2F_JAX_ESPEAK_DATA"  # from a process to its workers
 _CHUNK = 32  # utterances sent to a worker at a time
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
@@ -99,7 +101,7 @@ def _synthesise(text: str, voice: str, rate: int, pitch: int, pitch_range: int) 
 
     library = ctypes.CDLL(espeakng_loader.get_library_path())
     try:
-        sample_rate = library.espeak_Initialize(_SYNCHRONOUS, 0, _voice_data().name.encode(), _DONT_EXIT)
+        sample_rate = library.espeak_Initialize(_SYNCHRONOUS, 0, _voice_data().encode(), _DONT_EXIT)
         if sample_rate <= 0:
             raise RuntimeError("espeak-ng did not start")
         chunks: list[bytes] = []
@@ -125,16 +127,20 @@ def _synthesise(text: str, voice: str, rate: int, pitch: int, pitch_range: int) 
 
 
 @functools.cache
-def _voice_data() -> tempfile.TemporaryDirectory:
-    """A copy of what the English voices need of espeak-ng's data, each accent where it is looked for first.
+def _voice_data() -> str:
+    """The path of a copy of what the English voices need of espeak-ng's data, each accent where it is looked for first.
 
     From the full data each freshly loaded library would list all 250 voices before it speaks, a third of the time.
+    Workers are told the copy of their parent; otherwise it lasts as long as this process.
     """
+    if _DATA_VARIABLE in os.environ:
+        return os.environ[_DATA_VARIABLE]
     import espeakng_loader
 
     original = Path(espeakng_loader.get_data_path())
-    folder = tempfile.TemporaryDirectory(prefix="espeak-")
-    copy = Path(folder.name) / "espeak-ng-data"
+    folder = tempfile.mkdtemp(prefix="espeak-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    copy = Path(folder) / "espeak-ng-data"
     shutil.copytree(original / "voices" / "!v", copy / "voices" / "!v")
     (copy / "lang").mkdir()
     for name in ("phontab", "phonindex", "phondata", "intonations", "en_dict"):
@@ -167,7 +173,7 @@ def speak_all(utterances: Iterable[dict], *, processes: int | None = None) -> It
     processes = processes or _cores()
     # Plain child processes rather than multiprocessing: that would import the caller's main module, jax and all,
     # in each worker, and fails in scripts without the __main__ guard.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    environment = {**os.environ, _DATA_VARIABLE: _voice_data(), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     workers = [subprocess.Popen([sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                 env=environment) for _ in range(processes)]
     free: queue.SimpleQueue = queue.SimpleQueue()
@@ -199,7 +205,7 @@ def speak_all(utterances: Iterable[dict], *, processes: int | None = None) -> It
             yield from waiting.popleft().result()
     finally:
         for worker in workers:
-            worker.terminate()
+            worker.kill()
             worker.wait()
         threads.shutdown(cancel_futures=True)
 
@@ -223,7 +229,6 @@ def _serve() -> None:
     """The worker: lists of utterances in, lists of answers (or one error message) out, until the input ends."""
     # The pipe is kept apart from file descriptor 1, so that nothing that C code prints can spoil it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # in order, so that the temporary folder goes too
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     while True:

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Several training processes on this machine, talking over loopback: a rehearsal of a multi-host run.
+#
+#   launch/local_processes.sh 2 --config=configs/spoken_scenes.py --workdir=runs/scenes [--config.key=value ...]
+set -euo pipefail
+if [ "$#" -lt 2 ]; then sed -n '2,4p' "$0" >&2; exit 2; fi
+processes=$1; shift
+port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+pids=()
+trap 'kill "${pids[@]}" 2>/dev/null || true' EXIT INT TERM
+for ((i = 0; i < processes; i++)); do
+  c2f train "$@" --coordinator="127.0.0.1:$port" --num-processes="$processes" --process-id="$i" &
+  pids+=("$!")
+done
+for pid in "${pids[@]}"; do wait "$pid"; done
+trap - EXIT
