@@ -115,7 +115,7 @@ def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
     plain = json.loads(config.to_json())
     model = plain.pop("model", None)
     if model is None:
-        raise UserError("the configuration has no `model` section: see configs/spoken_scenes.py")
+        raise UserError("the configuration has no `model` section: see c2f_jax/config.py")
     method = plain.pop("method", {})
     half_life = method.pop("momentum_half_life", None)
     if half_life is not None:
@@ -215,7 +215,7 @@ def _build(cls, where, values):
         raise UserError(f"{where} has no {', '.join(unknown)}: its values are {', '.join(fields)}")
     missing = [n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING]
     if missing:
-        raise UserError(f"{where} lacks {', '.join(missing)}: see configs/spoken_scenes.py")
+        raise UserError(f"{where} lacks {', '.join(missing)}: see c2f_jax/config.py")
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 

@@ -44,37 +44,30 @@ def load_config(path, overrides=()):
     Raises:
       UserError: no such file, unknown key (with the nearest known one), value of another type.
     """
-    from absl import flags
-    from ml_collections import config_flags
-
     file = path.partition(":")[0]
     if not os.path.isfile(file):
         raise UserError(f"--config={path}: there is no file {file}; the repository's are in configs/")
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
-    try:
-        values(["c2f", f"--config={path}", *overrides])
-        return values["config"].value
-    except (AttributeError, KeyError) as error:
-        known = _keys(_load_plain(values, path))
-        asked = [word.partition("=")[0].removeprefix("--config.") for word in overrides]
-        wrong = [key for key in asked if key not in known]
-        if not wrong:
-            raise UserError(f"--config={path}: {error}") from error
-        near = difflib.get_close_matches(wrong[0], known, n=1)
-        hint = f"did you mean --config.{near[0]}?" if near else f"known keys: {', '.join(known)}"
-        raise UserError(f"the configuration has no {wrong[0]}: {hint}") from error
-    except (flags.Error, TypeError, ValueError) as error:
-        raise UserError(f"--config={path}: {error}") from error
+    known = _keys(_read_config(path, ()))
+    for word in overrides:
+        key = word.partition("=")[0].removeprefix("--config.")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean --config.{near[0]}?" if near else f"known keys: {', '.join(known)}"
+            raise UserError(f"the configuration has no {key}: {hint}")
+    return _read_config(path, overrides)
 
 
-def _load_plain(values, path):
+def _read_config(path, overrides):
+    from absl import flags
     from ml_collections import config_flags
 
-    values = type(values)()
-    config_flags.DEFINE_config_file("config", flag_values=values)
-    values(["c2f", f"--config={path}"])
-    return values["config"].value
+    values, argv = flags.FlagValues(), ["c2f", f"--config={path}", *overrides]
+    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+        return values["config"].value
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"--config={path}: {error}") from error
 
 
 def _keys(config, prefix=""):

@@ -141,7 +141,7 @@ class Recorder:
     def _check_collapse(self, step, values):
         if self._alarmed or self._sim_from is None or step < self._sim_from:
             return
-        if abs(values["sim_loss"] - COLLAPSE_VALUE) < COLLAPSE_WIDTH:
+        if abs(values.get("sim_loss", 0.0) - COLLAPSE_VALUE) < COLLAPSE_WIDTH:
             self._alarmed = True
             self.say(
                 f"WARNING: at step {step} the SIM loss is {values['sim_loss']:.4f}, the value {COLLAPSE_VALUE:.4f} of a "

@@ -70,7 +70,8 @@ class DataParallel:
         """Put this process's rows (n, ...) of the global batch on its devices."""
         if self.mode == "pmap":
             local = len(self.local_devices)
-            return {k: v.reshape(local, v.shape[0] // local, *v.shape[1:]) for k, v in batch.items()}
+            batch = {k: v.reshape(local, v.shape[0] // local, *v.shape[1:]) for k, v in batch.items()}
+            return jax.device_put(batch, NamedSharding(Mesh(np.array(self.local_devices), (AXIS,)), P(AXIS)))
         sharding = NamedSharding(self.mesh, P(AXIS))
         return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 

@@ -65,7 +65,7 @@ def train_and_evaluate(config, workdir, *, devices=None, test=True):
         workdir if is_main else None,
         steps=experiment.steps,
         batch_size=experiment.batch_size,
-        sim_from=experiment.optimizer.warmup_steps * 2 if experiment.method.sim_weight else None,
+        sim_from=_alarm_from(experiment),
     )
     experiment = fit_to_data(experiment, source, recorder.say)
     source.image_index = shuffled_images(source.image_index, data.shuffled_share, experiment.seed)
@@ -104,8 +104,10 @@ def train_and_evaluate(config, workdir, *, devices=None, test=True):
 def _train(experiment, state, start, optimizer, source, validation, parallel, checkpoints, recorder):
     """Steps ``start`` + 1 to the last; returns the final state."""
     data = experiment.data
-    step_fn = parallel.compile_step(
-        functools.partial(train_step, model=experiment.model, optimizer=optimizer, method=experiment.method)
+    method = experiment.method
+    sic_step, full_step = (
+        parallel.compile_step(functools.partial(train_step, model=experiment.model, optimizer=optimizer, method=m))
+        for m in (method.before_sim(), method)
     )
     batches = loader.train_batches(
         source,
@@ -125,6 +127,7 @@ def _train(experiment, state, start, optimizer, source, validation, parallel, ch
             began = time.perf_counter()
             _, batch = next(batches)
             waited = time.perf_counter() - began
+            step_fn = full_step if step > method.sim_start_step else sic_step
             state, metrics = step_fn(state, parallel.place_batch(batch))
             recorder.add(metrics, waited)
 
@@ -180,6 +183,13 @@ def shuffled_images(image_index, share, seed):
     shuffled = image_index.copy()
     shuffled[chosen] = image_index[np.roll(chosen, 1)]
     return shuffled
+
+
+def _alarm_from(experiment):
+    """Step from which a SIM loss at its collapse value is worth a warning; None without SIM."""
+    if not experiment.method.sim_weight:
+        return None
+    return max(experiment.method.sim_start_step, experiment.optimizer.warmup_steps) + experiment.steps // 4
 
 
 def _due(step, every):

@@ -1,5 +1,6 @@
 """One C2F training step, the algorithm in numbered stages. Nothing else composes the objectives."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -12,7 +13,8 @@ from c2f_jax.collectives import all_gather, axis_index, masked_mean, pmean, psum
 from c2f_jax.embedding_queue import bank, bank_valid, enqueue
 from c2f_jax.errors import UserError
 from c2f_jax.models.c2f import Encoded, clip_temperature, momentum_subset
-from c2f_jax.momentum import update_momentum
+from c2f_jax.models.layers import fold_keys
+from c2f_jax.momentum import momentum_at, update_momentum
 
 NEGATIVE_POOLS = ("batch", "global", "queue")
 
@@ -22,14 +24,19 @@ class MethodConfig:
     """What the paper's method is made of. Values are inherited from ALBEF and BLIP where the paper's are not known.
 
     Attributes:
-      momentum: m of the momentum model; None trains without one, with online keys that receive gradient (plain
-        in-batch contrastive learning; needs an empty queue and alpha = 0).
+      momentum: m of the momentum model, reached by the ramp min(m, (1 + step) / (10 + step)), so that the average does
+        not lag behind encoders that start from nothing. None trains without a momentum model, with online keys that
+        receive gradient (plain in-batch contrastive learning; needs an empty queue and alpha = 0).
       alpha: weight of momentum distillation.
       alpha_ramp_steps: steps over which alpha grows from 0; 0 for none, None for the first epoch (set by the trainer).
       id_policy: "multi_positive", "mask" or "diagonal".
       sic_weight, sim_weight: L = sic_weight L_SIC + sim_weight L_SIM; sim_weight = 0 skips SIM altogether.
       negatives: pool of SIM's hard negatives: "batch" (own device), "global" (all devices) or "queue" (all devices and
         the token queue).
+      queue_start_step: until this step the queue is filled but not scored against. Encoders that start from nothing
+        change so fast that old embeddings are told from fresh ones by their age alone; 0 for pretrained encoders.
+      sim_start_step: until this step the trainer takes SIC-only steps (``before_sim``), which cost half, since hard
+        negatives mean nothing before the similarities do; 0 for pretrained encoders.
       min_tau, max_tau: the temperature is clipped to this range after each update.
     """
 
@@ -40,8 +47,15 @@ class MethodConfig:
     sic_weight: float = 1.0
     sim_weight: float = 1.0
     negatives: str = "global"
+    queue_start_step: int = 0
+    sim_start_step: int = 0
     min_tau: float = 0.001
     max_tau: float = 0.5
+
+    def before_sim(self):
+        """The method of the steps before ``sim_start_step``. A static choice: a branch inside the step would have to
+        write zeros for all that SIM's backward pass reads."""
+        return dataclasses.replace(self, sim_weight=0.0)
 
     def check(self, queue_size, token_queue_size):
         """Raise UserError for values that contradict each other."""
@@ -57,6 +71,8 @@ class MethodConfig:
             raise UserError("method.sic_weight and method.sim_weight must not be negative")
         if queue_size < 0 or token_queue_size < 0:
             raise UserError(f"queue_size={queue_size}, token_queue_size={token_queue_size}: sizes are 0 or more")
+        if min(self.queue_start_step, self.sim_start_step) < 0:
+            raise UserError("method.queue_start_step and method.sim_start_step must not be negative")
         if self.momentum is None and (queue_size or token_queue_size or self.alpha):
             raise UserError(
                 "method.momentum=None trains without a momentum model, which the queue and distillation need: "
@@ -92,9 +108,8 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
     n = batch["image_id"].shape[0]
     rows = axis_index(axis_name) * n + jnp.arange(n)
     ids = batch["image_id"]
-    key_dropout, key_speech, key_image = jax.random.split(
-        jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step), 3
-    )
+    # One key for each global row: dropout, then the image and the speech negative.
+    keys = objectives.row_keys(jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step), rows)
     alpha = objectives.alpha_at(state.step, method.alpha, method.alpha_ramp_steps)
 
     # 1. Momentum forward: no gradient, no dropout.
@@ -104,8 +119,7 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
 
     def loss_fn(params):
         # 2. Online forward.
-        dropout_keys = objectives.row_keys(key_dropout, rows)
-        speech, image = encode(model, params, batch, dropout_keys)
+        speech, image = encode(model, params, batch, fold_keys(keys, 0))
         tau = model.apply({"params": params}, method="tau")
 
         # 3. Banks: the global batch first, then the queue.
@@ -115,7 +129,8 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
             else (momentum[0].embedding, momentum[1].embedding, ids),
             axis_name,
         )
-        global_ids, valid = bank_ids, bank_valid(bank_ids.shape[0], state.queue)
+        global_ids = bank_ids
+        valid = bank_valid(global_ids.shape[0], state.queue, state.step >= method.queue_start_step)
         bank_speech = bank(key_speech_z, state.queue, "speech")
         bank_image = bank(key_image_z, state.queue, "image")
         bank_ids = bank(bank_ids, state.queue, "id")
@@ -127,8 +142,8 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
         targets_s2i = targets_i2s = hard
         if momentum is not None and method.alpha:
             soft = [
-                objectives.similarity_logits(z, keys, tau)
-                for z, keys in ((momentum[0].embedding, bank_image), (momentum[1].embedding, bank_speech))
+                objectives.similarity_logits(z, other, tau)
+                for z, other in ((momentum[0].embedding, bank_image), (momentum[1].embedding, bank_speech))
             ]
             targets_s2i, targets_i2s = (objectives.distillation_targets(s, hard, keep, alpha) for s in soft)
         sic_rows = objectives.sic_loss(logits_s2i, logits_i2s, targets_s2i, targets_i2s, keep)
@@ -137,40 +152,11 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
         if not method.sim_weight:
             return method.sic_weight * sic, (metrics, momentum, global_ids)
 
-        # 5. Hard negatives, drawn with probability softmax(SIC similarity), never of the same id.
-        pool_speech, pool_image, scores, pool_ids, pool_valid = negative_pool(
-            state.token_queue, speech, image, (logits_s2i, logits_i2s), ids, rows, tau, method.negatives, axis_name
+        # 5. and 6. Hard negatives and SIM.
+        sim, sim_metrics = sim_stage(
+            params, state, speech, image, (logits_s2i, logits_i2s), ids, rows, tau, keys, model, method, axis_name
         )
-        image_index, image_valid = objectives.sample_hard_negatives(
-            objectives.row_keys(key_image, rows), scores[0], ids, pool_ids, pool_valid
-        )
-        speech_index, speech_valid = objectives.sample_hard_negatives(
-            objectives.row_keys(key_speech, rows), scores[1], ids, pool_ids, pool_valid
-        )
-
-        # 6. SIM over the 3n pairs.
-        pair_speech, pair_image, labels, pair_valid = objectives.assemble_pairs(
-            _without_embedding(speech),
-            _without_embedding(image),
-            jax.tree.map(lambda x: x[speech_index], pool_speech),
-            jax.tree.map(lambda x: x[image_index], pool_image),
-            speech_valid,
-            image_valid,
-        )
-        pair_keys = jax.vmap(jax.random.fold_in, in_axes=(0, 0))(
-            jnp.tile(dropout_keys, 3), jnp.repeat(jnp.arange(1, 4), n)
-        )
-        sim_logits = model.apply({"params": params}, pair_speech, pair_image, pair_keys, method="match")
-        sim_rows = objectives.sim_loss(sim_logits, labels)
-        sim = masked_mean(sim_rows, pair_valid, axis_name)
-        correct = (jnp.argmax(sim_logits, axis=-1) == labels).astype(jnp.float32)
-        metrics |= {
-            "sim_loss": (sim_rows, pair_valid),
-            "sim_accuracy": (correct, pair_valid),
-            "sim_positive_accuracy": (correct[:n], pair_valid[:n]),
-            "queue_negatives": ((image_index >= global_ids.shape[0]).astype(jnp.float32), image_valid),
-        }
-        return method.sic_weight * sic + method.sim_weight * sim, (metrics, momentum, global_ids)
+        return method.sic_weight * sic + method.sim_weight * sim, (metrics | sim_metrics, momentum, global_ids)
 
     # 7. Gradients. The loss is averaged over the devices inside and the gradients outside: right for pmap and shard_map.
     (loss, (metrics, momentum, global_ids)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
@@ -184,7 +170,9 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
     # 9. Momentum update, and the global batch's momentum embeddings enter the queue.
     momentum_params, queue, token_queue = state.momentum_params, state.queue, state.token_queue
     if momentum is not None:
-        momentum_params = update_momentum(momentum_params, momentum_subset(params), method.momentum)
+        momentum_params = update_momentum(
+            momentum_params, momentum_subset(params), momentum_at(state.step, method.momentum)
+        )
         queue = enqueue(queue, all_gather(_queue_rows(momentum, ids), axis_name))
         if token_queue.size:
             token_queue = enqueue(token_queue, all_gather(_token_rows(momentum, ids, token_queue), axis_name))
@@ -199,6 +187,44 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
         token_queue=token_queue,
     )
     return state, {name: _average(value, axis_name) for name, value in metrics.items()}
+
+
+def sim_stage(params, state, speech, image, logits, ids, rows, tau, keys, model, method, axis_name):
+    """Stages 5 and 6: mine hard negatives, match 3n pairs. Returns L_SIM and its metrics (values, valid)."""
+    n = ids.shape[0]
+    # 5. Hard negatives, drawn with probability softmax(SIC similarity), never of the same id.
+    pool_speech, pool_image, scores, pool_ids, pool_valid = negative_pool(
+        state.token_queue, speech, image, logits, ids, rows, tau, method.negatives, axis_name
+    )
+    image_index, image_valid = objectives.sample_hard_negatives(
+        fold_keys(keys, 1), scores[0], ids, pool_ids, pool_valid
+    )
+    speech_index, speech_valid = objectives.sample_hard_negatives(
+        fold_keys(keys, 2), scores[1], ids, pool_ids, pool_valid
+    )
+
+    # 6. SIM over the 3n pairs.
+    pair_speech, pair_image, labels, valid = objectives.assemble_pairs(
+        _pad_tokens(_without_embedding(speech), pool_speech.tokens.shape[1]),
+        _without_embedding(image),
+        jax.tree.map(lambda x: x[speech_index], pool_speech),
+        jax.tree.map(lambda x: x[image_index], pool_image),
+        speech_valid,
+        image_valid,
+    )
+    pair_keys = jnp.concatenate([fold_keys(keys, site) for site in (3, 4, 5)])
+    sim_logits = model.apply({"params": params}, pair_speech, pair_image, pair_keys, method="match")
+    sim_rows = objectives.sim_loss(sim_logits, labels)
+    correct = (jnp.argmax(sim_logits, axis=-1) == labels).astype(jnp.float32)
+    from_queue = (image_index >= pool_ids.shape[0] - state.token_queue.size).astype(jnp.float32)
+    metrics = {
+        "sim_loss": (sim_rows, valid),
+        "sim_accuracy": (correct, valid),
+        "sim_positive_accuracy": (correct[:n], valid[:n]),
+    }
+    if method.negatives == "queue":
+        metrics["queue_negatives"] = (from_queue, image_valid)
+    return masked_mean(sim_rows, valid, axis_name), metrics
 
 
 def encode(model, params, batch, keys=None):
@@ -231,9 +257,7 @@ def negative_pool(token_queue, speech, image, logits, ids, rows, tau, pool, axis
         jnp.concatenate([own, objectives.similarity_logits(z, entries[name], tau)], axis=1)
         for own, z, name in ((in_batch[0], speech.embedding, "image"), (in_batch[1], image.embedding, "speech"))
     )
-    # A shorter bucket's tokens are padded to the queue's length; the lengths hide the padding.
-    missing = entries["speech_tokens"].shape[1] - speech_pool.tokens.shape[1]
-    padded = speech_pool._replace(tokens=jnp.pad(speech_pool.tokens, ((0, 0), (0, missing), (0, 0))))
+    padded = _pad_tokens(speech_pool, entries["speech_tokens"].shape[1])
     queued_speech = Encoded(None, entries["speech_tokens"].astype(padded.tokens.dtype), entries["speech_lengths"])
     queued_image = Encoded(None, entries["image_tokens"].astype(image_pool.tokens.dtype), entries["image_lengths"])
     append = lambda a, b: jax.tree.map(lambda x, y: jnp.concatenate([x, y]), a, b)  # noqa: E731
@@ -250,15 +274,20 @@ def _without_embedding(encoded):
     return encoded._replace(embedding=None)
 
 
+def _pad_tokens(encoded, length):
+    """Tokens padded to ``length``, where a shorter bucket meets the queue; the lengths hide the padding."""
+    missing = length - encoded.tokens.shape[1]
+    return encoded._replace(tokens=jnp.pad(encoded.tokens, ((0, 0), (0, missing), (0, 0))))
+
+
 def _queue_rows(momentum, ids):
     return {"id": ids, "speech": momentum[0].embedding, "image": momentum[1].embedding}
 
 
 def _token_rows(momentum, ids, token_queue):
-    speech, image = momentum
-    missing = token_queue.entries["speech_tokens"].shape[1] - speech.tokens.shape[1]
+    speech, image = _pad_tokens(momentum[0], token_queue.entries["speech_tokens"].shape[1]), momentum[1]
     return _queue_rows(momentum, ids) | {
-        "speech_tokens": jnp.pad(speech.tokens, ((0, 0), (0, missing), (0, 0))),
+        "speech_tokens": speech.tokens,
         "speech_lengths": speech.lengths,
         "image_tokens": image.tokens,
         "image_lengths": image.lengths,

@@ -21,10 +21,10 @@ CONFIG = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))
 
 
 @pytest.fixture(scope="session")
-def flags(tmp_path_factory):
+def flags(tiny_data_dir):
     """Overrides that all runs share: the tiny data set in a directory of its own, negatives from the queue."""
     return [
-        f"--config.data.data_dir={tmp_path_factory.mktemp('data')}",
+        f"--config.data.data_dir={tiny_data_dir}",
         "--config.method.negatives=queue",
         "--config.token_queue_size=24",
         "--config.steps=6",
@@ -181,6 +181,7 @@ def test_evaluate_and_search_commands(unbroken, tmp_path, capsys):
 
     index = tmp_path / "gallery.npz"
     assert main(["index", f"--workdir={workdir}", f"--output={index}"]) == 0
+    capsys.readouterr()
     page = tmp_path / "answers.html"
     query = ["--say", "a small red circle above a large blue square"]
     assert main(["search", f"--workdir={workdir}", *query, f"--index={index}", f"--output={page}"]) == 0

@@ -1,5 +1,6 @@
 """Image encoders. Interface: image (n, H, W, 3) uint8 -> [CLS] + tokens, token lengths."""
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -20,15 +21,17 @@ class ViTImageEncoder(nn.Module):
 
     Attributes:
       patch: side of a patch in pixels; divides the image side.
-      stem_patch: 0, or the side of smaller patches that are embedded first (width / 2, GELU) and then joined to a patch;
-        such a two-stage stem learns faster than one linear map (Xiao et al. 2021).
+      conv_stem: 3 x 3 convolutions of stride 2 down to the patch grid instead of one linear map of a patch; small ViTs
+        learn much faster with it (Xiao et al. 2021, "Early Convolutions Help Transformers See Better").
+      token_pool: output tokens are means over token_pool x token_pool patches, which makes matching cheaper.
       width: W of the tokens.
       depth, heads, mlp_ratio, dropout_rate: of the transformer.
       dtype, attention, remat: compute type, attention implementation, rematerialisation.
     """
 
     patch: int = 8
-    stem_patch: int = 0
+    conv_stem: bool = False
+    token_pool: int = 1
     width: int = 128
     depth: int = 4
     heads: int = 4
@@ -40,14 +43,18 @@ class ViTImageEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, image, keys=None):
-        """(n, H, W, 3) uint8 -> tokens (n, HW / patch^2 + 1, width) with [CLS] first, and their lengths (n,) int32."""
+        """(n, H, W, 3) uint8 -> tokens (n, HW / (patch token_pool)^2 + 1, width), [CLS] first, lengths (n,) int32."""
         n = image.shape[0]
         x = image.astype(self.dtype) / 127.5 - 1.0
-        if self.stem_patch:
-            x = nn.Dense(self.width // 2, dtype=self.dtype, name="stem")(patches(x, self.stem_patch))
-            x = nn.LayerNorm(dtype=self.dtype, name="stem_norm")(nn.gelu(x))
-        x = patches(x, self.patch // (self.stem_patch or 1))
-        x = nn.Dense(self.width, dtype=self.dtype, name="patch_embedding")(x).reshape(n, -1, self.width)
+        if self.conv_stem:
+            layers = int(math.log2(self.patch))
+            for layer in range(layers):
+                channels = self.width // 2 ** (layers - 1 - layer)
+                x = nn.gelu(nn.Conv(channels, (3, 3), strides=(2, 2), dtype=self.dtype, name=f"conv_{layer}")(x))
+            x = nn.Dense(self.width, dtype=self.dtype, name="patch_embedding")(x)
+        else:
+            x = nn.Dense(self.width, dtype=self.dtype, name="patch_embedding")(patches(x, self.patch))
+        x = x.reshape(n, -1, self.width)
         positions = self.param("positions", nn.initializers.normal(0.02), (1, x.shape[1], self.width))
         x = x + positions.astype(self.dtype)
         x = prepend_cls(self, dropout(x, self.dropout_rate, fold_keys(keys, self.depth)))
@@ -62,4 +69,10 @@ class ViTImageEncoder(nn.Module):
             remat=self.remat,
             name="transformer",
         )(x, lengths, keys)
+        if self.token_pool > 1:
+            rows, columns = image.shape[1] // self.patch, image.shape[2] // self.patch
+            grid = x[:, 1:].reshape(n, rows, columns, self.width)
+            pooled = nn.avg_pool(grid, (self.token_pool,) * 2, strides=(self.token_pool,) * 2)
+            x = jnp.concatenate([x[:, :1], pooled.reshape(n, -1, self.width)], axis=1)
+            lengths = jnp.full((n,), x.shape[1], jnp.int32)
         return x, lengths

@@ -80,7 +80,9 @@ class LogMelSpeechEncoder(nn.Module):
         x, lengths = log_mel(waveform, lengths, self.mels, self.hop)
         x = x.astype(self.dtype)
         for layer in range(self.conv_layers):
-            x = nn.gelu(nn.Conv(self.width, (3,), strides=(2,), dtype=self.dtype, name=f"conv_{layer}")(x))
+            # Windows start at every second frame; "SAME" would shift them with the parity of the padded length.
+            conv = nn.Conv(self.width, (3,), strides=(2,), padding=((0, 2),), dtype=self.dtype, name=f"conv_{layer}")
+            x = nn.gelu(conv(x))
             lengths = (lengths + 1) // 2
             # A convolution's bias would leak past the end and reach valid positions in the next layer.
             x = jnp.where(length_mask(lengths, x.shape[1])[..., None], x, 0)

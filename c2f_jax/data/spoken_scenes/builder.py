@@ -14,10 +14,11 @@ SPLITS = ("train", "validation", "test")
 
 @dataclasses.dataclass(kw_only=True)
 class SpokenScenesConfig(tfds.core.BuilderConfig):
-    """How many scenes and how many spoken captions of each, by split."""
+    """How many scenes and how many spoken captions of each, by split; simple scenes have two objects without sizes."""
 
     images: dict[str, int] = dataclasses.field(default_factory=dict)
     captions: dict[str, int] = dataclasses.field(default_factory=dict)
+    simple: bool = False
     seed: int = 0
 
 
@@ -36,6 +37,14 @@ class SpokenScenes(tfds.core.GeneratorBasedBuilder):
             description="8,000 scenes for training, 500 for validation, 500 for testing.",
             images={"train": 8000, "validation": 500, "test": 500},
             captions={"train": 2, "validation": 2, "test": 4},
+        ),
+        SpokenScenesConfig(
+            name="simple",
+            description="1,500 scenes of two objects without sizes for training, 250 for validation, 500 for testing.",
+            images={"train": 1500, "validation": 250, "test": 500},
+            captions={"train": 4, "validation": 2, "test": 2},
+            simple=True,
+            seed=2,
         ),
         SpokenScenesConfig(
             name="tiny",
@@ -74,7 +83,7 @@ class SpokenScenes(tfds.core.GeneratorBasedBuilder):
         config = self.builder_config
         rng = np.random.default_rng([config.seed, 0])
         seen: set[frozenset] = set()
-        return {split: self._generate_examples(split, _distinct_scenes(config.images[split], rng, seen))
+        return {split: self._generate_examples(split, _distinct_scenes(config.images[split], rng, seen, config.simple))
                 for split in reversed(SPLITS)}  # the small splits first: what fails, fails early
 
     def _generate_examples(self, split: str, described: list[scenes.Scene]):
@@ -95,11 +104,13 @@ class SpokenScenes(tfds.core.GeneratorBasedBuilder):
         self.info.metadata[split] = {"captions": count, "samples": lengths}
 
 
-def _distinct_scenes(count: int, rng: np.random.Generator, seen: set[frozenset]) -> list[scenes.Scene]:
+def _distinct_scenes(
+    count: int, rng: np.random.Generator, seen: set[frozenset], simple: bool
+) -> list[scenes.Scene]:
     """Scenes that differ from each other and from all seen ones, which they join."""
     drawn = []
     while len(drawn) < count:
-        scene = scenes.draw_scene(rng)
+        scene = scenes.draw_scene(rng, simple=simple)
         if scene.key() not in seen:
             seen.add(scene.key())
             drawn.append(scene)

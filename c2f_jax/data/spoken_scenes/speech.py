@@ -28,7 +28,7 @@ import numpy as np
 
 SAMPLE_RATE = 16_000
 WANTED_SECONDS, MOST_SECONDS = 4.5, 5.0
-ACCENTS = ("en", "en-us", "en-gb-scotland", "en-gb-x-rp", "en-029", "en-us-nyc", "en-gb-x-gbclan", "en-gb-x-gbcwmd")
+ACCENTS = ("en", "en-us", "en-gb-scotland", "en-gb-x-rp", "en-us-nyc")
 # Voice variants of espeak-ng 1.52. Left out: whispers, robots, echoes and croaks, and two (Reed, caleb) whose sound
 # depends on uninitialised memory. Variants that share most of their parameters (iven, iven2) are in one split.
 VARIANTS = {

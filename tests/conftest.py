@@ -1,0 +1,31 @@
+"""Four CPU devices for every test, compiled for a short compile time; set before jax is imported."""
+
+import os
+
+# Tests run each program a few times: an unoptimised one without fusion compiles three times faster.
+FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4 {FAST_COMPILE}"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture
+def no_rank_promotion():
+    """Broadcasting (n,) against (n, m) raises; for the objectives, where it would hide a wrong axis."""
+    with jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_data_dir(tmp_path_factory):
+    """A TFDS directory that holds spoken_scenes/tiny."""
+    from c2f_jax.data.pairs import load_pairs
+
+    pytest.importorskip("espeakng_loader")
+    directory = str(tmp_path_factory.mktemp("tfds"))
+    load_pairs("spoken_scenes/tiny", "train", directory)
+    return directory
