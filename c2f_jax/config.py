@@ -38,7 +38,7 @@ def default_config():
     config.model.dtype = "float32"
     config.model.attention = "xla"
     config.model.remat = False
-    config.model.speech = ConfigDict({"name": "log_mel", "mels": 80, "hop": 320, "conv_layers": 3} | encoder)
+    config.model.speech = ConfigDict({"name": "log_mel", "mels": 80, "hop": 240, "conv_layers": 3} | encoder)
     config.model.image = ConfigDict({"name": "vit", "patch": 8, "conv_stem": True, "token_pool": 2} | encoder)
     config.model.multimodal = ConfigDict(encoder | {"depth": 2, "mlp_ratio": 2.0})
 

@@ -65,7 +65,7 @@ def test_scenes_have_the_stated_make_up():
     described, _ = draw(3000)
     counts = Counter(len(s.objects) for s in described)
     assert set(counts) == {2, 3}
-    assert abs(counts[2] / 3000 - 2 / 3) < 0.04
+    assert abs(counts[2] / 3000 - 3 / 4) < 0.04
     for scene in described:
         assert len(set(scene.objects)) == len(scene.objects)
         if len(scene.objects) == 3:
