@@ -14,7 +14,7 @@ COLOURS = {
     "white": (250, 250, 250), "black": (12, 12, 12),
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
-RADII = {"small": 7.5, "large": 12.5, "": 10.0}  # pixels of a 64 pixel picture; "" in scenes that tell no sizes
+RADII = {"small": 7.5, "large": 11.8, "": 10.0}  # pixels of a 64 pixel picture; "" in scenes that tell no sizes
 SIZE_WORDS = {"small": ("small ", "small ", "little ", "tiny "), "large": ("large ", "large ", "big ", "huge "), "": ("",)}
 RELATION_WORDS = {
     "above": ("above",), "below": ("below", "under"),
