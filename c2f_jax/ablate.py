@@ -1,4 +1,4 @@
-"""The paper's claims as an experiment: each idea added to the one before, same budget, several seeds, with intervals."""
+"""The paper's claims as an experiment: each idea added to the one before, same budget, several seeds."""
 
 import json
 
@@ -8,8 +8,14 @@ from etils import epath
 from c2f_jax.errors import UserError
 from c2f_jax.train import train_and_evaluate
 
-PLAIN = {"method.momentum": None, "method.alpha": 0.0, "queue_size": 0, "token_queue_size": 0, "method.sim_weight": 0.0,
-         "method.negatives": "global"}
+PLAIN = {
+    "method.momentum": None,
+    "method.alpha": 0.0,
+    "queue_size": 0,
+    "token_queue_size": 0,
+    "method.sim_weight": 0.0,
+    "method.negatives": "global",
+}
 QUEUE = {k: v for k, v in PLAIN.items() if k not in ("method.momentum", "queue_size")}
 SIM = {k: v for k, v in QUEUE.items() if k != "method.sim_weight"}
 MINED = {"method.alpha": 0.0, "method.negatives": "queue"}
@@ -45,8 +51,10 @@ def ablate(config, workdir, *, seeds=3, noise=0.3, rows=None):
     if unknown:
         raise UserError(f"no row {unknown[0]!r}: the rows are {', '.join(ROWS)}")
     if config.queue_size < 1 or not config.method.alpha or config.method.momentum is None:
-        raise UserError("ablate varies a configuration of the whole method: it needs queue_size, method.momentum and "
-                        "method.alpha above 0")
+        raise UserError(
+            "ablate varies a configuration of the whole method: it needs queue_size, method.momentum and "
+            "method.alpha above 0"
+        )
     if seeds < 2:
         raise UserError(f"--seeds={seeds}: an interval needs at least 2")
     table = {}
@@ -97,7 +105,9 @@ def format_rows(table):
     lines.append("|" + "---|" * (len(METRICS) + 2))
     for row, stages in summarise(table).items():
         for stage, values in stages.items():
-            cells = [f"{mean:.1f} ± {half:.1f}" if half is not None else f"{mean:.1f}" for mean, half, _ in values.values()]
+            cells = [
+                f"{mean:.1f} ± {half:.1f}" if half is not None else f"{mean:.1f}" for mean, half, _ in values.values()
+            ]
             lines.append(f"| {row} | {stage} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -10,8 +10,8 @@ class EmbeddingQueue(NamedTuple):
     """The last K rows that were enqueued.
 
     Attributes:
-      entries: name -> (K, ...) rows. C2F stores ``speech`` and ``image`` embeddings with their image ``id``; the queue of
-        the ``queue`` negatives also stores momentum token sequences.
+      entries: name -> (K, ...) rows. C2F stores ``speech`` and ``image`` embeddings with their image ``id``; the
+        queue of the ``queue`` negatives also stores momentum token sequences.
       cursor: int32 [], slot that the next row is written to.
       count: int32 [], rows written so far, at most K. Slots at ``count`` and above were never written.
     """
@@ -76,7 +76,7 @@ def enqueue(queue, rows):
 
 
 def bank(batch_rows, queue, name):
-    """What queries are scored against: the global batch first, then the queue; (N, ...) and (K, ...) -> (N + K, ...)."""
+    """What queries are scored against: the global batch, then the queue; (N, ...), (K, ...) -> (N + K, ...)."""
     return jnp.concatenate([batch_rows, queue.entries[name].astype(batch_rows.dtype)])
 
 

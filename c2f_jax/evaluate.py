@@ -120,7 +120,7 @@ def evaluate_source(experiment, params, source, workdir, *, step, history=None, 
     """Evaluate a split and write ``eval/<data set>-<split>.{json,html,png}`` below the workdir.
 
     Returns:
-      The result as in the JSON file, with ``step``, ``data_set``, ``split`` and ``bad_items`` added, and the path of the page.
+      The result, as it stands in the JSON file, and the path of the page.
     """
     encoded = encode_split(experiment, params, source, progress)
     result, lists = retrieve(experiment, params, encoded)
@@ -147,7 +147,11 @@ def evaluate_source(experiment, params, source, workdir, *, step, history=None, 
         image_examples=image_examples,
         curves_png=curves,
     )
-    results_png(folder / f"{stem}.png", speech_examples[:5], title=f"{source.name}, {source.split}: spoken query, coarse and fine top five")
+    results_png(
+        folder / f"{stem}.png",
+        speech_examples[:5],
+        title=f"{source.name}, {source.split}: spoken query, coarse and fine top five",
+    )
     return result, page
 
 

@@ -141,9 +141,7 @@ def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
         raise UserError(f"data.shuffled_share={experiment.data.shuffled_share}: a share from 0 to 1 is expected")
     patch = model["image"].get("patch")
     if patch and experiment.data.image_size % patch:
-        raise UserError(
-            f"data.image_size={experiment.data.image_size} is not a multiple of model.image.patch={patch}"
-        )
+        raise UserError(f"data.image_size={experiment.data.image_size} is not a multiple of model.image.patch={patch}")
     experiment.method.check(experiment.queue_size, experiment.token_queue_size)
     return experiment
 
@@ -204,7 +202,9 @@ def _model(values):
     parts = [values.pop(name, {}) for name in ("speech", "image", "multimodal")]
     known = {"embedding_dim", "initial_tau", "dtype", "attention", "remat"}
     if set(values) - known:
-        raise UserError(f"model has no {', '.join(sorted(set(values) - known))}: its values are {', '.join(sorted(known))}")
+        raise UserError(
+            f"model has no {', '.join(sorted(set(values) - known))}: its values are {', '.join(sorted(known))}"
+        )
     return create_model(*parts, **values)
 
 

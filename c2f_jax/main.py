@@ -80,7 +80,7 @@ def _keys(config, prefix=""):
 def _parser():
     parser = argparse.ArgumentParser(
         prog="c2f",
-        description="Speech-image retrieval, coarse to fine: train on spoken captions and pictures, search one by the other.",
+        description="Speech-image retrieval, coarse to fine: train on spoken captions and pictures, search by voice",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -102,11 +102,15 @@ def _parser():
     train.add_argument("--workdir", required=True, help="directory of the run, local or gs://; an existing run goes on")
     _distributed_arguments(train)
 
-    evaluate = add("evaluate", _evaluate, "Coarse and fine retrieval on a split, with intervals, JSON and an HTML page.")
+    evaluate = add(
+        "evaluate", _evaluate, "Coarse and fine retrieval on a split, with intervals, JSON and an HTML page."
+    )
     evaluate.add_argument("--workdir", required=True, help="directory of a training run")
     evaluate.add_argument("--data", help="another data set or manifest (zero-shot); the run's own by default")
     evaluate.add_argument("--split", help="split; the run's test split by default")
-    evaluate.add_argument("--step", default="best", help="best, latest or the number of a checkpoint (default: %(default)s)")
+    evaluate.add_argument(
+        "--step", default="best", help="best, latest or the number of a checkpoint (default: %(default)s)"
+    )
     evaluate.add_argument("--k", type=int, help="candidates that SIM re-ranks; the run's value by default")
     evaluate.add_argument("--score", help="ranking of the fine stage: sic, sim, sum, prob or joint")
 
@@ -114,10 +118,14 @@ def _parser():
     search = add("search", _search, "Search pictures by voice, or recordings by a picture.")
     for sub in (index, search):
         sub.add_argument("--workdir", required=True, help="directory of a training run")
-        sub.add_argument("--step", default="best", help="best, latest or the number of a checkpoint (default: %(default)s)")
+        sub.add_argument(
+            "--step", default="best", help="best, latest or the number of a checkpoint (default: %(default)s)"
+        )
         sub.add_argument("--gallery", help="folder of files, data set name or manifest; the run's own data by default")
         sub.add_argument("--split", help="split of a data set or manifest; the run's test split by default")
-    index.add_argument("--kind", choices=("image", "speech"), default="image", help="what to index (default: %(default)s)")
+    index.add_argument(
+        "--kind", choices=("image", "speech"), default="image", help="what to index (default: %(default)s)"
+    )
     index.add_argument("--output", required=True, help="index file to write (.npz), local or gs://")
     query = search.add_mutually_exclusive_group(required=True)
     query.add_argument("--audio", nargs="+", metavar="FILE", help="recordings that describe pictures")
@@ -126,13 +134,21 @@ def _parser():
     search.add_argument("--index", help="a file of `c2f index`, in place of --gallery")
     search.add_argument("--top", type=int, default=5, help="answers shown for each query (default: %(default)s)")
     search.add_argument("--k", type=int, help="candidates that SIM re-ranks; the run's value by default")
-    search.add_argument("--output", help="page of the answers (.html); <workdir>/search.html by default, with a .png beside it")
+    search.add_argument(
+        "--output", help="page of the answers (.html); <workdir>/search.html by default, with a .png beside it"
+    )
 
-    ablate = add("ablate", _ablate, "The paper's claims as an experiment: one row an idea, several seeds.", takes_config=True)
+    ablate = add(
+        "ablate", _ablate, "The paper's claims as an experiment: one row an idea, several seeds.", takes_config=True
+    )
     ablate.add_argument("--config", required=True, metavar="FILE[:ARG]", help="configuration that the rows vary")
-    ablate.add_argument("--workdir", required=True, help="directory for all the runs and the table; finished runs are kept")
+    ablate.add_argument(
+        "--workdir", required=True, help="directory for all the runs and the table; finished runs are kept"
+    )
     ablate.add_argument("--seeds", type=int, default=3, help="seeds of each row (default: %(default)s)")
-    ablate.add_argument("--noise", type=float, default=0.3, help="share of shuffled captions in the noisy rows (default: %(default)s)")
+    ablate.add_argument(
+        "--noise", type=float, default=0.3, help="share of shuffled captions in the noisy rows (default: %(default)s)"
+    )
     ablate.add_argument("--rows", help="comma-separated names, to run some of the rows only")
     return parser
 

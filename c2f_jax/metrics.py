@@ -41,7 +41,12 @@ class Recorder:
         """Show the progress bar and start the clocks at ``step``."""
         if self._reports:
             self._bar = tqdm(
-                total=self._steps, initial=step, desc="train", unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
+                total=self._steps,
+                initial=step,
+                desc="train",
+                unit="step",
+                dynamic_ncols=True,
+                disable=not sys.stderr.isatty(),
             )
         self._restart_clocks()
 
@@ -51,7 +56,7 @@ class Recorder:
             tqdm.write(text, file=sys.stderr)
 
     def add(self, metrics, waited):
-        """Take one step's metrics (name -> clu Average, still on the device) and the seconds it waited for its batch."""
+        """Take one step's metrics (name -> clu Average, still on the device) and the seconds it waited for data."""
         self._window.append(metrics)
         self._waited += waited
         self._window_steps += 1
@@ -144,8 +149,8 @@ class Recorder:
         if abs(values.get("sim_loss", 0.0) - COLLAPSE_VALUE) < COLLAPSE_WIDTH:
             self._alarmed = True
             self.say(
-                f"WARNING: at step {step} the SIM loss is {values['sim_loss']:.4f}, the value {COLLAPSE_VALUE:.4f} of a "
-                "matcher that ignores its input and answers 1/3. Likely causes: the learning rate is too high or the "
-                "warm-up too short; the encoders' tokens do not tell the items apart yet (is R@1 rising?); false negatives "
-                "(wrong image_id); a multimodal encoder too shallow. If it stays for thousands of steps, change one of these."
+                f"WARNING: at step {step} the SIM loss is {values['sim_loss']:.4f}, the value {COLLAPSE_VALUE:.4f} "
+                "of a matcher that ignores its input and answers 1/3. Likely causes: learning rate too high or "
+                "warm-up too short; encoders that do not tell the items apart yet (is R@1 rising?); false negatives "
+                "(wrong image_id); a multimodal encoder too shallow. If it stays there, change one of these."
             )

@@ -52,7 +52,18 @@ def build_index(workdir, gallery=None, *, kind="image", split=None, step="best",
 
 
 def search(
-    workdir, *, audio=(), say=(), images=(), gallery=None, split=None, index=None, step="best", k=None, top=5, output=None
+    workdir,
+    *,
+    audio=(),
+    say=(),
+    images=(),
+    gallery=None,
+    split=None,
+    index=None,
+    step="best",
+    k=None,
+    top=5,
+    output=None,
 ):
     """Answer queries and write a page and, for spoken queries, a picture of the answers.
 
@@ -80,14 +91,18 @@ def search(
     if say:
         files = [_spoken(text) for text in say]
     decoded = [_decode(experiment, query_kind, file) for file in files]
-    items = GalleryIndex.load(index) if index else build_index(
-        workdir, gallery, kind=kind, split=split, trained=trained
+    items = (
+        GalleryIndex.load(index) if index else build_index(workdir, gallery, kind=kind, split=split, trained=trained)
     )
     if items.kind != kind:
-        raise UserError(f"{index} holds {items.kind} items, but these queries look for {kind} items: "
-                        f"make one with `c2f index --kind={kind}`")
+        raise UserError(
+            f"{index} holds {items.kind} items, but these queries look for {kind} items: "
+            f"make one with `c2f index --kind={kind}`"
+        )
     if items.embeddings.shape[1] != experiment.model.embedding_dim or not items.model.endswith(f"@{number}"):
-        raise UserError(f"{index} was encoded by {items.model}, the queries by {workdir}@{number}: make the index again")
+        raise UserError(
+            f"{index} was encoded by {items.model}, the queries by {workdir}@{number}: make the index again"
+        )
     queries = _encode(experiment, params, query_kind, decoded)
 
     k = min(k or experiment.eval.k, len(items.names))
@@ -104,7 +119,9 @@ def search(
             speech_lengths=queries.lengths if kind == "image" else items.lengths,
             pair_chunk=experiment.eval.pair_batch_size,
         )
-        values = fine_scores(cosine[:, :k], logits, float(experiment.model.apply({"params": params}, method="tau")))[score]
+        values = fine_scores(cosine[:, :k], logits, float(experiment.model.apply({"params": params}, method="tau")))[
+            score
+        ]
         order = np.argsort(-values, axis=1, kind="stable")
         fine = np.concatenate([np.take_along_axis(coarse[:, :k], order, axis=1), coarse[:, k:]], axis=1)
 
@@ -118,9 +135,12 @@ def search(
         shown = [[show(item) for item in best] if best else None for best in lists]
         unknown = [False] * top
         asked = _media(query_kind, decoded[row], name)
-        examples.append(Example(asked, shown[0], unknown[: len(shown[0])], fine=shown[1], fine_hits=unknown[: len(shown[0])]))
+        examples.append(
+            Example(asked, shown[0], unknown[: len(shown[0])], fine=shown[1], fine_hits=unknown[: len(shown[0])])
+        )
     page = epath.Path(output or epath.Path(workdir) / "search.html")
-    searched = f"{len(items.names):,} {'pictures' if kind == 'image' else 'recordings'} of {index or gallery or experiment.data.name}"
+    what = "pictures" if kind == "image" else "recordings"
+    searched = f"{len(items.names):,} {what} of {index or gallery or experiment.data.name}"
     write_search_page(page, examples, way="s2i" if kind == "image" else "i2s", gallery=searched)
     if kind == "image":
         results_png(page.with_suffix(".png"), examples, top=top)
@@ -129,7 +149,9 @@ def search(
 
 def _gallery_files(experiment, gallery, kind, split):
     """Names and files (paths or bytes) of a gallery."""
-    is_data_set = gallery is None or str(gallery).partition("/")[0] in DATA_SETS or str(gallery).endswith(MANIFEST_SUFFIXES)
+    is_data_set = (
+        gallery is None or str(gallery).partition("/")[0] in DATA_SETS or str(gallery).endswith(MANIFEST_SUFFIXES)
+    )
     if not is_data_set:
         files = list_media(gallery, IMAGE_SUFFIXES if kind == "image" else AUDIO_SUFFIXES)
         return files, files
@@ -164,7 +186,8 @@ def _encode(experiment, params, kind, decoded):
             waveform = np.stack([np.pad(wave, (0, samples - len(wave))) for wave in filled])
             lengths = np.array([len(wave) for wave in filled], np.int32)
             encoded = encode_speech(experiment.model, params, waveform, lengths)
-        parts.append(jax.tree.map(lambda x, n=len(chunk): np.asarray(x)[:n], encoded))
+        kept = len(chunk)
+        parts.append(jax.tree.map(lambda x, kept=kept: np.asarray(x)[:kept], encoded))
     return Encoded(*(np.concatenate(leaves).astype(leaves[0].dtype) for leaves in zip(*parts, strict=True)))
 
 

@@ -80,8 +80,8 @@ class MethodConfig:
             )
         if (self.negatives == "queue") != (token_queue_size > 0):
             raise UserError(
-                f"method.negatives={self.negatives!r} with token_queue_size={token_queue_size}: negatives from the queue "
-                "need token_queue_size > 0, and no other pool uses it"
+                f"method.negatives={self.negatives!r} with token_queue_size={token_queue_size}: negatives from the "
+                "queue need token_queue_size > 0, and no other pool uses it"
             )
 
 
@@ -158,7 +158,7 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
         )
         return method.sic_weight * sic + method.sim_weight * sim, (metrics | sim_metrics, momentum, global_ids)
 
-    # 7. Gradients. The loss is averaged over the devices inside and the gradients outside: right for pmap and shard_map.
+    # 7. Gradients. The loss is averaged over the devices inside, the gradients outside: right for pmap and shard_map.
     (loss, (metrics, momentum, global_ids)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     grads = pmean(grads, axis_name)
 
@@ -238,8 +238,8 @@ def negative_pool(token_queue, speech, image, logits, ids, rows, tau, pool, axis
     """Candidates for SIM's hard negatives, with the SIC logits that they are drawn by.
 
     Returns:
-      speech and image candidates (Encoded without embeddings, leaves (C, ...)), logits (s2i, i2s) each (n, C), ids (C,),
-      valid (C,). "batch": C = n, "global": C = N, "queue": C = N + token queue slots.
+      speech and image candidates (Encoded without embeddings, leaves (C, ...)), logits (s2i, i2s) each (n, C),
+      ids (C,), valid (C,). "batch": C = n, "global": C = N, "queue": C = N + token queue slots.
     """
     n = ids.shape[0]
     speech_pool, image_pool, pool_ids = _without_embedding(speech), _without_embedding(image), ids

@@ -153,11 +153,28 @@ def test_image_tokens_belong_to_their_patches():
     image = np.random.default_rng(6).integers(0, 256, (1, 16, 24, 3)).astype(np.uint8)
     changed = image.copy()
     changed[:, 8:, 8:16] = 255 - changed[:, 8:, 8:16]
-    for stem_patch in (0, 2, 4):
-        encoder = ViTImageEncoder(patch=8, stem_patch=stem_patch, width=16, depth=0)
-        variables = encoder.init(jax.random.key(0), image)
-        moved = encoder.apply(variables, changed)[0] - encoder.apply(variables, image)[0]
-        assert (np.abs(moved[0]).max(1) > 1e-6).tolist() == [False] * 5 + [True, False]  # [CLS], then 2 x 3 patches
+    encoder = ViTImageEncoder(patch=8, width=16, depth=0)
+    variables = encoder.init(jax.random.key(0), image)
+    moved = encoder.apply(variables, changed)[0] - encoder.apply(variables, image)[0]
+    assert (np.abs(moved[0]).max(1) > 1e-6).tolist() == [False] * 5 + [True, False]  # [CLS], then 2 x 3 patches
+
+
+@pytest.mark.parametrize("conv_stem", [False, True])
+def test_pooled_image_tokens_are_means_over_squares_of_patches(conv_stem):
+    image = np.random.default_rng(8).integers(0, 256, (2, 32, 16, 3)).astype(np.uint8)
+    shape = {"patch": 4, "conv_stem": conv_stem, "width": 16, "depth": 0}
+    encoder = ViTImageEncoder(**shape)
+    variables = encoder.init(jax.random.key(0), image)
+    tokens, lengths = encoder.apply(variables, image)
+    pooled, pooled_lengths = ViTImageEncoder(**shape, token_pool=2).apply(variables, image)
+    assert tokens.shape == (2, 8 * 4 + 1, 16) and lengths.tolist() == [33, 33]
+    assert pooled.shape == (2, 4 * 2 + 1, 16) and pooled_lengths.tolist() == [9, 9]
+    np.testing.assert_array_equal(pooled[:, 0], tokens[:, 0])
+    grid = np.asarray(tokens[:, 1:]).reshape(2, 8, 4, 16)
+    for i in range(4):
+        for j in range(2):
+            square = grid[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+            np.testing.assert_allclose(pooled[:, 1 + 2 * i + j], square.mean((1, 2)), atol=1e-6)
 
 
 def test_dropout_masks_belong_to_the_example_whatever_its_batch():
@@ -206,6 +223,8 @@ def test_momentum_subset_is_both_encoders_and_projections(tiny):
         ({"speech": SPEECH | {"dtype": "bfloat16"}}, "has no dtype"),
         ({"multimodal": {"layers": 2}}, r"model\.multimodal .* has no layers"),
         ({"multimodal": {"width": 16, "heads": 3}}, "width 16 is not a multiple of heads 3"),
+        ({"multimodal": {"width": 18}}, "width 18 is not a multiple of heads 4"),
+        ({"speech": {"name": "log_mel", "heads": 3}}, r"model\.speech: width 128 is not a multiple of heads 3"),
         ({"dtype": "float16"}, "model.dtype='float16': choose one of float32, bfloat16"),
         ({"attention": "flash"}, "model.attention='flash': choose one of xla, cudnn"),
     ],
@@ -213,3 +232,7 @@ def test_momentum_subset_is_both_encoders_and_projections(tiny):
 def test_create_model_names_what_is_wrong(change, message):
     with pytest.raises(UserError, match=message):
         create_model(**({"speech": SPEECH, "image": IMAGE, "multimodal": TOWER} | change))
+
+
+def test_create_model_checks_given_heads_against_the_default_width():
+    assert create_model(SPEECH, {"name": "vit", "heads": 2}, TOWER).image_encoder.heads == 2

@@ -43,7 +43,8 @@ def unbroken(flags, tmp_path_factory):
 
 
 def command(flags, workdir):
-    return [sys.executable, "-m", "c2f_jax.main", "train", f"--config={CONFIG}:runlocal", f"--workdir={workdir}", *flags]
+    train = [sys.executable, "-m", "c2f_jax.main", "train", f"--config={CONFIG}:runlocal"]
+    return [*train, f"--workdir={workdir}", *flags]
 
 
 def wait_for_checkpoint(workdir, process):
@@ -108,7 +109,8 @@ def test_restored_parameters_are_those_that_were_saved(unbroken):
 
 def test_checkpoint_of_another_model_is_refused(unbroken):
     workdir, state, *_ = unbroken
-    other = state.replace(params={**state.params, "image_projection": {"kernel": np.zeros((3, 3)), "bias": np.zeros(3)}})
+    projection = {"kernel": np.zeros((3, 3)), "bias": np.zeros(3)}
+    other = state.replace(params={**state.params, "image_projection": projection})
     with pytest.raises(UserError, match="does not fit this configuration"):
         Checkpoints(workdir, read_only=True).restore(6, abstract(other))
 

@@ -44,5 +44,7 @@ def check_plan(count: int, *, batch_size: int, bucket_seconds: Sequence[float], 
         raise UserError(f"batch_size {batch_size} is more than the {count} recordings of the training split")
     increasing = all(a < b for a, b in zip(bucket_seconds, bucket_seconds[1:], strict=False))
     if not len(bucket_seconds) or not increasing or bucket_seconds[0] < 0.025:
-        raise UserError(f"bucket_seconds {tuple(bucket_seconds)} must be increasing lengths in seconds, at least "
-                        "0.025, such as (2.0, 4.0, 8.0); the last one is the crop length")
+        raise UserError(
+            f"bucket_seconds {tuple(bucket_seconds)} must be increasing lengths in seconds, at least "
+            "0.025, such as (2.0, 4.0, 8.0); the last one is the crop length"
+        )

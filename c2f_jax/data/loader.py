@@ -49,8 +49,9 @@ def train_batches(
     """
     import grain
 
-    batch_plan.check_plan(len(source), batch_size=batch_size, bucket_seconds=bucket_seconds,
-                          process_count=process_count)
+    batch_plan.check_plan(
+        len(source), batch_size=batch_size, bucket_seconds=bucket_seconds, process_count=process_count
+    )
     load = _TrainBatch(source, batch_size, image_size, bucket_seconds, seed, process_index, process_count, cache_mib)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, 1) if threads else 0)
     return iter(grain.MapDataset.range(start_step, 2**31 - 1).map(load).to_iter_dataset(options))
@@ -59,16 +60,18 @@ def train_batches(
 class _TrainBatch:
     """step -> (step, batch)."""
 
-    def __init__(self, source, batch_size, image_size, bucket_seconds, seed, process_index, process_count,
-                 cache_mib):
+    def __init__(self, source, batch_size, image_size, bucket_seconds, seed, process_index, process_count, cache_mib):
         self.source, self.batch_size, self.image_size, self.seed = source, batch_size, image_size, seed
         self.steps_per_epoch = steps_per_epoch(source, batch_size)
         rows = batch_size // process_count
         self.rows = range(process_index * rows, (process_index + 1) * rows)
         self.cache = _Cache(cache_mib * 2**20)
         buckets = [round(s * SAMPLE_RATE) for s in bucket_seconds]
-        self.plan = functools.lru_cache(maxsize=2)(lambda epoch: batch_plan.plan_epoch(
-            source.num_samples, batch_size=batch_size, bucket_samples=buckets, seed=seed, epoch=epoch))
+        self.plan = functools.lru_cache(maxsize=2)(
+            lambda epoch: batch_plan.plan_epoch(
+                source.num_samples, batch_size=batch_size, bucket_samples=buckets, seed=seed, epoch=epoch
+            )
+        )
 
     def __call__(self, step: int) -> tuple[int, dict[str, np.ndarray]]:
         step = int(step)
@@ -96,8 +99,11 @@ class _TrainBatch:
             index = int(plan[(position + k) % steps, (row + k // steps) % size])
             picture = int(self.source.image_index[index])
             wave = self.cache.get(("wave", index), functools.partial(load_wave, self.source, index))
-            image = self.cache.get(("image", picture), functools.partial(
-                load_image, self.source, picture, self.image_size)) if wave is not None else None
+            image = (
+                self.cache.get(("image", picture), functools.partial(load_image, self.source, picture, self.image_size))
+                if wave is not None
+                else None
+            )
             if image is not None:
                 return index, wave, image
         raise UserError(f"{self.source.name}, split {self.source.split}: no recording can be read")

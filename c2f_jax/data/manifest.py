@@ -40,8 +40,14 @@ class ManifestSource(PairSource):
                 )
             image_index.append(gallery_row)
         self._rows, self._images = rows, list(gallery)
-        super().__init__(path, split, image_index=image_index, image_ids=image_ids,
-                         num_samples=[row["samples"] for row in rows], bad_items=bad_items)
+        super().__init__(
+            path,
+            split,
+            image_index=image_index,
+            image_ids=image_ids,
+            num_samples=[row["samples"] for row in rows],
+            bad_items=bad_items,
+        )
 
     def recording(self, index: int) -> Recording:
         """Recording `index`: path, caption, speaker."""
@@ -130,8 +136,10 @@ def _parse_csv(path: str, text: str):
             raise UserError(f"{path}:1: no column {', '.join(absent)}; the header has {', '.join(header) or 'nothing'}")
         for row in reader:
             if None in row or None in row.values():
-                raise UserError(f"{path}:{reader.line_num}: {len(header)} columns expected as in the header; a value "
-                                "that holds a comma needs quotes")
+                raise UserError(
+                    f"{path}:{reader.line_num}: {len(header)} columns expected as in the header; a value "
+                    "that holds a comma needs quotes"
+                )
             yield reader.line_num, row
     except csv.Error as e:
         raise UserError(f"{path}:{reader.line_num}: not CSV ({e})") from e
@@ -157,7 +165,12 @@ def _checked(row: dict, where: str) -> dict:
         samples = round(seconds * SAMPLE_RATE)
     identity = row.get("image_id")
     return {
-        "image": row["image"], "audio": row["audio"], "split": row["split"], "where": where, "samples": samples,
+        "image": row["image"],
+        "audio": row["audio"],
+        "split": row["split"],
+        "where": where,
+        "samples": samples,
         "image_id": row["image"] if identity in (None, "") else str(identity),
-        "caption": str(row.get("caption") or ""), "speaker": str(row.get("speaker") or ""),
+        "caption": str(row.get("caption") or ""),
+        "speaker": str(row.get("speaker") or ""),
     }

@@ -45,13 +45,15 @@ class BadItems:
     def _too_many(self) -> str:
         shown = [f"  {name}: {reason}" for name, reason in list(self._reasons.items())[:5]]
         more = len(self._reasons) - len(shown)
-        return "\n".join([
-            f"{self.where}: {len(self._reasons)} of {self.total} items cannot be used, which is more than the "
-            f"{self.allowed} allowed (max_bad_share {self.max_share:g}):",
-            *shown,
-            *([f"  and {more} more"] if more else []),
-            "mend or remove them, or raise max_bad_share",
-        ])
+        return "\n".join(
+            [
+                f"{self.where}: {len(self._reasons)} of {self.total} items cannot be used, which is more than the "
+                f"{self.allowed} allowed (max_bad_share {self.max_share:g}):",
+                *shown,
+                *([f"  and {more} more"] if more else []),
+                "mend or remove them, or raise max_bad_share",
+            ]
+        )
 
     @property
     def reasons(self) -> dict[str, str]:

@@ -59,6 +59,7 @@ def _encoder(where, registry, attributes, shared):
     unknown = sorted(set(attributes) - known)
     if unknown:
         raise UserError(f"{where} ({name}) has no {', '.join(unknown)}: its attributes are {', '.join(sorted(known))}")
-    if attributes.get("width", 1) % attributes.get("heads", 1):
-        raise UserError(f"{where}: width {attributes['width']} is not a multiple of heads {attributes['heads']}")
+    width, heads = (attributes.get(size, getattr(registry[name], size)) for size in ("width", "heads"))
+    if width % heads:
+        raise UserError(f"{where}: width {width} is not a multiple of heads {heads}")
     return registry[name](**attributes, **shared)

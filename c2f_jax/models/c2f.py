@@ -28,7 +28,7 @@ class Encoded(NamedTuple):
 class Temperature(nn.Module):
     """The learnt temperature tau = exp(log_tau) that divides similarities.
 
-    The logarithm is learnt, as in CLIP: a step of Adam at the encoders' learning rate would be a large share of tau itself.
+    The logarithm is learnt, as in CLIP: a step of Adam at the encoders' learning rate would be a large share of tau.
     """
 
     initial: float = 0.07

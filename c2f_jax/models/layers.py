@@ -58,7 +58,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, context, context_lengths):
-        """(n, T, W), (n, S, C), (n,) int32 -> (n, T, W); each query sees the first ``context_lengths`` of the context."""
+        """(n, T, W), (n, S, C), (n,) int32 -> (n, T, W); a query sees the first ``context_lengths`` of the context."""
         width = x.shape[-1]
 
         def heads(name, inputs):

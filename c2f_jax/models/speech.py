@@ -1,4 +1,4 @@
-"""Speech encoders. Interface: waveform (n, S) float32 at 16 kHz, lengths (n,) samples -> [CLS] + tokens, token lengths."""
+"""Speech encoders. Interface: waveform (n, S) float32 at 16 kHz, lengths (n,) samples -> [CLS] + tokens, lengths."""
 
 from functools import cache
 from typing import Any

@@ -37,8 +37,9 @@ def sample_hard_negatives(keys, logits, ids, candidate_ids, candidate_valid):
     Source: ALBEF (Li et al. 2021), section 3.3, with the masking moved before the softmax.
 
     >>> keys = row_keys(jax.random.key(0), jnp.arange(2))
-    >>> sampled = sample_hard_negatives(keys, jnp.zeros((2, 3)), jnp.array([5, 6]), jnp.array([5, 5, 6]), jnp.ones(3, bool))
-    >>> int(sampled[0][0]), sampled[1].tolist()
+    >>> ids, candidate_ids = jnp.array([5, 6]), jnp.array([5, 5, 6])
+    >>> column, valid = sample_hard_negatives(keys, jnp.zeros((2, 3)), ids, candidate_ids, jnp.ones(3, bool))
+    >>> int(column[0]), valid.tolist()
     (2, [True, True])
     """
     legal = (ids[:, None] != candidate_ids[None, :]) & candidate_valid[None, :]

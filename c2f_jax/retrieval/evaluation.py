@@ -28,9 +28,22 @@ class RankedLists:
 
 
 def evaluate_retrieval(
-    speech_embeddings, image_embeddings, speech_ids, image_ids, speech_tokens=None, speech_lengths=None,
-    image_tokens=None, match_fn: Callable | None = None, *, k: int, tau: float, score: str = "joint",
-    pair_chunk: int = search.PAIR_CHUNK, length_buckets: int = 1, resamples: int = recall.RESAMPLES, seed: int = 0,
+    speech_embeddings,
+    image_embeddings,
+    speech_ids,
+    image_ids,
+    speech_tokens=None,
+    speech_lengths=None,
+    image_tokens=None,
+    match_fn: Callable | None = None,
+    *,
+    k: int,
+    tau: float,
+    score: str = "joint",
+    pair_chunk: int = search.PAIR_CHUNK,
+    length_buckets: int = 1,
+    resamples: int = recall.RESAMPLES,
+    seed: int = 0,
 ) -> tuple[dict, dict[str, RankedLists]]:
     """All retrieval numbers of one test set, JSON-ready, and the ranked lists of "s2i" and "i2s".
 
@@ -45,8 +58,10 @@ def evaluate_retrieval(
     "k", "score", "tau", "queries" (counts), "bootstrap", "seconds" (wall time of each stage, compilation included).
     Raises UserError on NaN or infinity (naming where), embeddings not normalised, sizes or options out of range.
     """
-    tables = {"s2i": (np.asarray(speech_embeddings, np.float32), np.asarray(speech_ids)),
-              "i2s": (np.asarray(image_embeddings, np.float32), np.asarray(image_ids))}
+    tables = {
+        "s2i": (np.asarray(speech_embeddings, np.float32), np.asarray(speech_ids)),
+        "i2s": (np.asarray(image_embeddings, np.float32), np.asarray(image_ids)),
+    }
     _check(tables, k, score, match_fn, speech_tokens, speech_lengths, image_tokens)
     tokens = {"s2i": speech_tokens, "i2s": image_tokens}
 
@@ -70,8 +85,15 @@ def evaluate_retrieval(
             start = time.perf_counter()
             lengths = np.asarray(speech_lengths)[rows] if direction == "s2i" else speech_lengths
             match_logits = search.rerank(
-                match_fn, tokens[direction][rows], tokens[other], coarse[:, :k], direction=direction,
-                speech_lengths=lengths, pair_chunk=pair_chunk, length_buckets=length_buckets)
+                match_fn,
+                tokens[direction][rows],
+                tokens[other],
+                coarse[:, :k],
+                direction=direction,
+                speech_lengths=lengths,
+                pair_chunk=pair_chunk,
+                length_buckets=length_buckets,
+            )
             for name, values in search.fine_scores(cosine[:, :k], match_logits, tau).items():
                 ranked[name] = _reordered(coarse, hits, rank, values)
             seconds[f"fine_{direction}"] = time.perf_counter() - start
@@ -91,12 +113,25 @@ def evaluate_retrieval(
     recordings, images = len(tables["s2i"][0]), len(tables["i2s"][0])
     s2i, i2s = len(lists["s2i"].queries), len(lists["i2s"].queries)
     result |= {
-        "k": k, "score": score, "tau": float(tau), "seconds": seconds,
-        "queries": {"speech_to_image": s2i, "image_to_speech": i2s, "gallery_images": images,
-                    "gallery_recordings": recordings, "recordings_without_image": recordings - s2i,
-                    "images_without_recording": images - i2s},
-        "bootstrap": {"resamples": resamples, "seed": seed, "percentiles": list(recall.INTERVAL), "unit": "image id",
-                      "units": len(np.intersect1d(tables["s2i"][1], tables["i2s"][1]))},
+        "k": k,
+        "score": score,
+        "tau": float(tau),
+        "seconds": seconds,
+        "queries": {
+            "speech_to_image": s2i,
+            "image_to_speech": i2s,
+            "gallery_images": images,
+            "gallery_recordings": recordings,
+            "recordings_without_image": recordings - s2i,
+            "images_without_recording": images - i2s,
+        },
+        "bootstrap": {
+            "resamples": resamples,
+            "seed": seed,
+            "percentiles": list(recall.INTERVAL),
+            "unit": "image id",
+            "units": len(np.intersect1d(tables["s2i"][1], tables["i2s"][1])),
+        },
     }
     return result, lists
 
@@ -110,8 +145,10 @@ def format_table(result: dict) -> str:
         lines.append(f"{NAMES[direction]}: {result['queries'][key]} queries, gallery of {gallery}")
         stages = [("coarse (SIC)", result["coarse"][key])]
         if fine:
-            stages += [(f"fine (k={result['k']}, {result['score']})", result["fine"][key]),
-                       ("fine - coarse", result["difference"][key])]
+            stages += [
+                (f"fine (k={result['k']}, {result['score']})", result["fine"][key]),
+                ("fine - coarse", result["difference"][key]),
+            ]
         lines.append(f"  {'':12}" + "".join(f"{name:>27}" for name, _ in stages))
         for name, digits in (("R@1", 1), ("R@5", 1), ("R@10", 1), ("median_rank", 1), ("MRR", 3)):
             cells = (_cell(values, name, digits, signed=number == 2) for number, (_, values) in enumerate(stages))
@@ -127,8 +164,10 @@ def format_table(result: dict) -> str:
             values = (result["fine_scores"][name][key]["R@1"] for name in SCORES)
             lines.append(f"{NAMES[direction]:13}" + "".join(f"{value:8.1f}" for value in values))
     bootstrap = result["bootstrap"]
-    lines.append(f"\nR@K in %. [95 % intervals]: {bootstrap['resamples']} bootstrap resamples of {bootstrap['units']} "
-                 "image ids, all queries of an image together" + (", fine - coarse paired." if fine else "."))
+    lines.append(
+        f"\nR@K in %. [95 % intervals]: {bootstrap['resamples']} bootstrap resamples of {bootstrap['units']} "
+        "image ids, all queries of an image together" + (", fine - coarse paired." if fine else ".")
+    )
     return "\n".join(lines)
 
 
@@ -144,26 +183,36 @@ def _check(tables, k, score, match_fn, speech_tokens, speech_lengths, image_toke
         norms = np.linalg.norm(embeddings, axis=1)
         if np.any(np.abs(norms - 1.0) > 0.02):
             row = int(np.argmax(np.abs(norms - 1.0)))
-            raise UserError(f"{kind}_embeddings must be L2-normalised, their products are cosines; row {row} has norm "
-                            f"{norms[row]:.3g}. Divide each row by its norm.")
+            raise UserError(
+                f"{kind}_embeddings must be L2-normalised, their products are cosines; row {row} has norm "
+                f"{norms[row]:.3g}. Divide each row by its norm."
+            )
     if not np.isin(tables["s2i"][1], tables["i2s"][1]).any():
         raise UserError("no recording shares its id with an image; speech_ids and image_ids must name the same images.")
     if match_fn is not None:
-        expected = {"speech_tokens": len(tables["s2i"][0]), "speech_lengths": len(tables["s2i"][0]),
-                    "image_tokens": len(tables["i2s"][0])}
+        expected = {
+            "speech_tokens": len(tables["s2i"][0]),
+            "speech_lengths": len(tables["s2i"][0]),
+            "image_tokens": len(tables["i2s"][0]),
+        }
         given = {"speech_tokens": speech_tokens, "speech_lengths": speech_lengths, "image_tokens": image_tokens}
         for name, rows in expected.items():
             if given[name] is None or len(given[name]) != rows:
-                raise UserError(f"{name} must have {rows} rows, one for each embedding, for the fine stage; got "
-                                f"{'none' if given[name] is None else len(given[name])}.")
+                raise UserError(
+                    f"{name} must have {rows} rows, one for each embedding, for the fine stage; got "
+                    f"{'none' if given[name] is None else len(given[name])}."
+                )
 
 
 def _reordered(coarse, hits, rank, values):
     """Lists, hits and first ranks after the leading candidates were put in order of their values."""
     order = np.tile(np.arange(coarse.shape[1]), (len(coarse), 1))
     order[:, : values.shape[1]] = search.fine_order(values)
-    return (np.take_along_axis(coarse, order, 1), np.take_along_axis(hits, order, 1),
-            search.fine_ranks(rank, values, hits[:, : values.shape[1]]))
+    return (
+        np.take_along_axis(coarse, order, 1),
+        np.take_along_axis(hits, order, 1),
+        search.fine_ranks(rank, values, hits[:, : values.shape[1]]),
+    )
 
 
 def _both_directions(name, metrics, samples) -> dict:
@@ -172,18 +221,24 @@ def _both_directions(name, metrics, samples) -> dict:
 
 
 def _differences(name, metrics, samples) -> dict:
-    result = {key: recall.difference_with_intervals(metrics[name, way], metrics["coarse", way], samples[name, way],
-                                                    samples["coarse", way]) for way, key in DIRECTIONS.items()}
+    result = {
+        key: recall.difference_with_intervals(
+            metrics[name, way], metrics["coarse", way], samples[name, way], samples["coarse", way]
+        )
+        for way, key in DIRECTIONS.items()
+    }
     means = {stage: recall.mean_recall(metrics[stage, "s2i"], metrics[stage, "i2s"]) for stage in (name, "coarse")}
     drawn = {stage: recall.mean_recall(samples[stage, "s2i"], samples[stage, "i2s"]) for stage in (name, "coarse")}
-    return result | recall.with_intervals({"mean_recall": means[name] - means["coarse"]},
-                                          {"mean_recall": drawn[name] - drawn["coarse"]})
+    return result | recall.with_intervals(
+        {"mean_recall": means[name] - means["coarse"]}, {"mean_recall": drawn[name] - drawn["coarse"]}
+    )
 
 
 def _mean_of_six(s2i, i2s, s2i_samples, i2s_samples) -> dict:
     # The same images are drawn for both directions (same ids, same seed), so the samples may be averaged one by one.
-    return recall.with_intervals({"mean_recall": recall.mean_recall(s2i, i2s)},
-                                 {"mean_recall": recall.mean_recall(s2i_samples, i2s_samples)})
+    return recall.with_intervals(
+        {"mean_recall": recall.mean_recall(s2i, i2s)}, {"mean_recall": recall.mean_recall(s2i_samples, i2s_samples)}
+    )
 
 
 def _cell(values: dict, name: str, digits: int, signed: bool) -> str:

@@ -35,10 +35,16 @@ def learning_curves_png(path, history: Mapping[str, Sequence[tuple[int, float]]]
         for number, name in enumerate(names):
             steps, values = zip(*history[name], strict=True) if len(history[name]) else ((), ())
             direction = next((way for way in COLOURS if way in name), None)
-            axes.plot(steps, values, lw=1.8, color=COLOURS.get(direction, PLAIN[number % len(PLAIN)]),
-                      ls="--" if "coarse" in name else "-",
-                      label=name.removeprefix("train/").removeprefix("eval/").removesuffix("/R@1"),
-                      marker="o" if len(steps) < 12 else None, ms=3.5)
+            axes.plot(
+                steps,
+                values,
+                lw=1.8,
+                color=COLOURS.get(direction, PLAIN[number % len(PLAIN)]),
+                ls="--" if "coarse" in name else "-",
+                label=name.removeprefix("train/").removeprefix("eval/").removesuffix("/R@1"),
+                marker="o" if len(steps) < 12 else None,
+                ms=3.5,
+            )
         if title == "loss" and any("sim" in name for name in names):
             axes.axhline(SIM_COLLAPSE, color="#9aa4b2", lw=1, ls=":", label="SIM collapse")
         axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color="#1b1f27")
@@ -72,8 +78,9 @@ def results_png(path, examples: Sequence[Example], *, title: str = "", top: int 
     first_row = 0.42 + (0.4 if title else 0.1)
     starts = {"coarse": label, "fine": label + top * side + gap}
     for stage, name in (("coarse", "coarse (SIC)"), ("fine", "fine (SIM)"))[: 1 + fine]:
-        canvas.text(starts[stage] + 0.04, first_row - 0.17, name, fontsize=10.5, fontweight="bold", color="#5c6675",
-                    va="center")
+        canvas.text(
+            starts[stage] + 0.04, first_row - 0.17, name, fontsize=10.5, fontweight="bold", color="#5c6675", va="center"
+        )
     for row, example in enumerate(examples):
         y = first_row + 1.12 * row
         caption = textwrap.shorten(example.query.caption or "spoken query", 90, placeholder=" …")
@@ -82,8 +89,10 @@ def results_png(path, examples: Sequence[Example], *, title: str = "", top: int 
         speaker = textwrap.shorten(example.query.speaker, 38, placeholder=" …")
         notes = "\n".join(filter(None, [speaker, "rank " + " → ".join(ranks) if ranks else ""]))
         canvas.text(0.15, y + 0.94, notes, fontsize=8, color="#5c6675", va="bottom", parse_math=False)
-        for stage, items, hits in (("coarse", example.coarse, example.coarse_hits),
-                                   ("fine", example.fine or (), example.fine_hits or ())):
+        for stage, items, hits in (
+            ("coarse", example.coarse, example.coarse_hits),
+            ("fine", example.fine or (), example.fine_hits or ()),
+        ):
             for place, (media, hit) in enumerate(zip(items[:top], hits[:top], strict=True)):
                 x = starts[stage] + place * side + 0.04
                 image = Image.open(io.BytesIO(media.data)).convert("RGB")
@@ -93,8 +102,17 @@ def results_png(path, examples: Sequence[Example], *, title: str = "", top: int 
                 canvas.imshow(image, extent=(left, left + wide, upper + tall, upper), interpolation="lanczos")
                 if hit:
                     canvas.add_patch(Rectangle((left, upper), wide, tall, fill=False, ec=HIT, lw=3))
-                    canvas.text(left + wide - 0.03, upper + 0.03, "✓", fontsize=10, fontweight="bold", color="white",
-                                ha="right", va="top", bbox={"boxstyle": "circle,pad=0.18", "fc": HIT, "ec": "white"})
+                    canvas.text(
+                        left + wide - 0.03,
+                        upper + 0.03,
+                        "✓",
+                        fontsize=10,
+                        fontweight="bold",
+                        color="white",
+                        ha="right",
+                        va="top",
+                        bbox={"boxstyle": "circle,pad=0.18", "fc": HIT, "ec": "white"},
+                    )
     canvas.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
     return _png(figure, path)
 

@@ -76,7 +76,9 @@ class GalleryIndex:
                     stored["lengths"],
                 )
         except (ValueError, KeyError, OSError, EOFError) as error:
-            raise UserError(f"{path} is not an index or is damaged ({error}): make it again with `c2f index`") from error
+            raise UserError(
+                f"{path} is not an index or is damaged ({error}): make it again with `c2f index`"
+            ) from error
 
 
 def list_media(folder, suffixes):

@@ -109,15 +109,19 @@ def difference_with_intervals(fine: Mapping, coarse: Mapping, fine_samples: Mapp
     >>> difference_with_intervals({"R@1": 60.0}, {"R@1": 50.0}, {"R@1": np.full(9, 61.0)}, {"R@1": np.full(9, 52.0)})
     {'R@1': 10.0, 'R@1_interval': [9.0, 9.0]}
     """
-    return with_intervals({name: fine[name] - coarse[name] for name in fine_samples},
-                          {name: fine_samples[name] - coarse_samples[name] for name in fine_samples})
+    return with_intervals(
+        {name: fine[name] - coarse[name] for name in fine_samples},
+        {name: fine_samples[name] - coarse_samples[name] for name in fine_samples},
+    )
 
 
 def _checked(ranks) -> np.ndarray:
     ranks = np.asarray(ranks)
     if ranks.ndim != 1 or not ranks.size or ranks.min() < 1:
-        raise UserError(f"ranks must be a non-empty (Q,) array of integers from 1 on; got shape {ranks.shape}"
-                        + (f" with smallest value {ranks.min()}." if ranks.size else ", no query at all."))
+        raise UserError(
+            f"ranks must be a non-empty (Q,) array of integers from 1 on; got shape {ranks.shape}"
+            + (f" with smallest value {ranks.min()}." if ranks.size else ", no query at all.")
+        )
     return ranks
 
 

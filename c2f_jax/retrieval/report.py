@@ -78,40 +78,75 @@ def worst_queries(ranked: RankedLists, count: int) -> np.ndarray:
     return worst[final[worst] > 1]
 
 
-def make_examples(ranked: RankedLists, places: Iterable[int], query_media: Callable[[int], Media],
-                  gallery_media: Callable[[int], Media], answer: Callable[[int], Media] | None = None,
-                  top: int = 5) -> list[Example]:
+def make_examples(
+    ranked: RankedLists,
+    places: Iterable[int],
+    query_media: Callable[[int], Media],
+    gallery_media: Callable[[int], Media],
+    answer: Callable[[int], Media] | None = None,
+    top: int = 5,
+) -> list[Example]:
     """Examples for the page. query_media and gallery_media turn a row of their table into Media; answer a query row."""
     examples = []
     for place in places:
         query = int(ranked.queries[place])
-        fine = {} if ranked.fine is None else {
-            "fine": [gallery_media(int(row)) for row in ranked.fine[place, :top]],
-            "fine_hits": ranked.fine_hits[place, :top].tolist(), "fine_rank": int(ranked.fine_rank[place])}
-        examples.append(Example(
-            query_media(query), [gallery_media(int(row)) for row in ranked.coarse[place, :top]],
-            ranked.coarse_hits[place, :top].tolist(), int(ranked.coarse_rank[place]), **fine,
-            answer=answer(query) if answer else None))
+        fine = (
+            {}
+            if ranked.fine is None
+            else {
+                "fine": [gallery_media(int(row)) for row in ranked.fine[place, :top]],
+                "fine_hits": ranked.fine_hits[place, :top].tolist(),
+                "fine_rank": int(ranked.fine_rank[place]),
+            }
+        )
+        examples.append(
+            Example(
+                query_media(query),
+                [gallery_media(int(row)) for row in ranked.coarse[place, :top]],
+                ranked.coarse_hits[place, :top].tolist(),
+                int(ranked.coarse_rank[place]),
+                **fine,
+                answer=answer(query) if answer else None,
+            )
+        )
     return examples
 
 
-def write_results_page(path, *, title: str, data_set: str, result: dict, step: int | None = None,
-                       speech_examples: Sequence[Example] = (), failures: Sequence[Example] = (),
-                       image_examples: Sequence[Example] = (), curves_png: bytes | None = None) -> None:
+def write_results_page(
+    path,
+    *,
+    title: str,
+    data_set: str,
+    result: dict,
+    step: int | None = None,
+    speech_examples: Sequence[Example] = (),
+    failures: Sequence[Example] = (),
+    image_examples: Sequence[Example] = (),
+    curves_png: bytes | None = None,
+) -> None:
     """Writes the page of evaluate_retrieval's result to path, local or gs://; the folder is made."""
     sections = [
         _header(title, data_set, step, result),
-        _section("Metrics", "Coarse ranks by cosine (SIC); fine re-ranks the best candidates with the multimodal "
-                 "encoder (SIM). 95 % intervals in small print.", _metrics(result)),
+        _section(
+            "Metrics",
+            "Coarse ranks by cosine (SIC); fine re-ranks the best candidates with the multimodal "
+            "encoder (SIM). 95 % intervals in small print.",
+            _metrics(result),
+        ),
     ]
     if curves_png:
         curves = f'<img class="curves" alt="learning curves" src="{_uri(Media(curves_png, "image/png"))}">'
         sections.append(_section("Learning curves", "", curves))
     for heading, note, examples, way in (
-            ("Speech → image", "Queries drawn at random. Right pictures carry a frame and a check mark.",
-             speech_examples, "s2i"),
-            ("Worst failures", "The spoken queries whose right picture ended furthest down.", failures, "s2i"),
-            ("Image → speech", "The query is a picture, the answers are recordings.", image_examples, "i2s")):
+        (
+            "Speech → image",
+            "Queries drawn at random. Right pictures carry a frame and a check mark.",
+            speech_examples,
+            "s2i",
+        ),
+        ("Worst failures", "The spoken queries whose right picture ended furthest down.", failures, "s2i"),
+        ("Image → speech", "The query is a picture, the answers are recordings.", image_examples, "i2s"),
+    ):
         if examples:
             sections.append(_section(heading, note, "".join(_example(example, way) for example in examples)))
     _write(path, title, "".join(sections) + _footer(result))
@@ -129,9 +164,11 @@ def _write(path, title: str, body: str) -> None:
 
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-                    f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
-                    f"<style>{STYLE}</style></head>\n<body><main>{body}</main></body></html>\n")
+    path.write_text(
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
+        f"<style>{STYLE}</style></head>\n<body><main>{body}</main></body></html>\n"
+    )
 
 
 def _uri(media: Media) -> str:
@@ -145,18 +182,26 @@ def _section(heading: str, note: str, body: str) -> str:
 
 def _header(title: str, data_set: str, step: int | None, result: dict) -> str:
     counts, final = result["queries"], result.get("fine", result["coarse"])
-    facts = [("data set", data_set), ("step", f"{step:,}" if step is not None else None),
-             ("pictures", f"{counts['gallery_images']:,}"), ("recordings", f"{counts['gallery_recordings']:,}"),
-             ("re-ranked", f"top {result['k']} by {result['score']}" if "fine" in result else "no")]
+    facts = [
+        ("data set", data_set),
+        ("step", f"{step:,}" if step is not None else None),
+        ("pictures", f"{counts['gallery_images']:,}"),
+        ("recordings", f"{counts['gallery_recordings']:,}"),
+        ("re-ranked", f"top {result['k']} by {result['score']}" if "fine" in result else "no"),
+    ]
     facts = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts if value is not None)
     tiles = ""
-    for name, pick in ((f"{ARROWS['s2i']} R@1", lambda stage: stage["speech_to_image"]["R@1"]),
-                       (f"{ARROWS['i2s']} R@1", lambda stage: stage["image_to_speech"]["R@1"]),
-                       ("Mean of the six R@K", lambda stage: stage["mean_recall"])):
+    for name, pick in (
+        (f"{ARROWS['s2i']} R@1", lambda stage: stage["speech_to_image"]["R@1"]),
+        (f"{ARROWS['i2s']} R@1", lambda stage: stage["image_to_speech"]["R@1"]),
+        ("Mean of the six R@K", lambda stage: stage["mean_recall"]),
+    ):
         before = f"<small>coarse {pick(result['coarse']):.1f}</small>" if "fine" in result else "<small>coarse</small>"
         tiles += f'<div class="tile"><span>{name}</span><b>{pick(final):.1f}<i>%</i></b>{before}</div>'
-    return (f'<header><p class="brand">{BRAND}</p><h1>{escape(title)}</h1>'
-            f'<dl>{facts}</dl><div class="tiles">{tiles}</div></header>')
+    return (
+        f'<header><p class="brand">{BRAND}</p><h1>{escape(title)}</h1>'
+        f'<dl>{facts}</dl><div class="tiles">{tiles}</div></header>'
+    )
 
 
 def _metrics(result: dict) -> str:
@@ -172,16 +217,20 @@ def _metrics(result: dict) -> str:
             rows += f'<tr><th scope="row">{metric.replace("_", " ")}</th>{cells}</tr>'
         times = "".join(f"<td>{result['seconds'][f'{stage}_{way}']:.1f} s</td>" for stage, _ in stages[:2])
         rows += f'<tr class="time"><th scope="row">time</th>{times}{"<td></td>" * (len(stages) - 2)}</tr>'
-        tables += (f"<table><caption>{ARROWS[way]} · {result['queries'][key]:,} queries</caption>"
-                   f"<thead><tr><td></td>{heads}</tr></thead><tbody>{rows}</tbody></table>")
+        tables += (
+            f"<table><caption>{ARROWS[way]} · {result['queries'][key]:,} queries</caption>"
+            f"<thead><tr><td></td>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+        )
     if "fine_scores" in result:
         heads = "".join(f'<th scope="col">{name}</th>' for name in SCORES)
         rows = ""
         for way, key in DIRECTIONS.items():
             cells = "".join(f"<td>{result['fine_scores'][name][key]['R@1']:.1f}</td>" for name in SCORES)
             rows += f'<tr><th scope="row">{ARROWS[way]}</th>{cells}</tr>'
-        tables += (f'<table class="wide"><caption>R@1 by the score that re-ranks</caption><thead><tr><td></td>{heads}'
-                   f"</tr></thead><tbody>{rows}</tbody></table>")
+        tables += (
+            f'<table class="wide"><caption>R@1 by the score that re-ranks</caption><thead><tr><td></td>{heads}'
+            f"</tr></thead><tbody>{rows}</tbody></table>"
+        )
     return f'<div class="tables">{tables}</div>'
 
 
@@ -196,11 +245,14 @@ def _cell(values: dict, metric: str, digits: int, signed: bool) -> str:
 
 def _example(example: Example, way: str) -> str:
     query = _sound(example.query) if way == "s2i" else f'<img class="asked" alt="query" src="{_uri(example.query)}">'
-    ranks = [f"{stage} rank <b>{rank:,}</b>" for stage, rank in
-             (("coarse", example.coarse_rank), ("fine", example.fine_rank)) if rank is not None]
+    ranks = [
+        f"{stage} rank <b>{rank:,}</b>"
+        for stage, rank in (("coarse", example.coarse_rank), ("fine", example.fine_rank))
+        if rank is not None
+    ]
     query += f'<p class="ranks">{" → ".join(ranks)}</p>' if ranks else ""
     if example.answer is not None:
-        shown = (f'<img alt="right picture" src="{_uri(example.answer)}">' if way == "s2i" else _sound(example.answer))
+        shown = f'<img alt="right picture" src="{_uri(example.answer)}">' if way == "s2i" else _sound(example.answer)
         query += f'<div class="answer"><span>right answer</span>{shown}</div>'
     lists = _list("Coarse (SIC)", example.coarse, example.coarse_hits, way)
     if example.fine is not None:
@@ -228,10 +280,12 @@ def _footer(result: dict) -> str:
     bootstrap, counts = result["bootstrap"], result["queries"]
     left_out = counts["recordings_without_image"] + counts["images_without_recording"]
     dropped = f" {left_out:,} queries without a right answer in the gallery were left out." if left_out else ""
-    return (f"<footer><p>R@K: share of queries with a right item among the first K, in per cent; image → speech counts "
-            f"any of the image's own recordings. Equal scores: the item that stands first in the gallery ranks first, "
-            f"in the fine stage the earlier coarse place. Intervals: {bootstrap['resamples']:,} bootstrap resamples of "
-            f"{bootstrap['units']:,} images, each with all its queries.{dropped}</p></footer>")
+    return (
+        f"<footer><p>R@K: share of queries with a right item among the first K, in per cent; image → speech counts "
+        f"any of the image's own recordings. Equal scores: the item that stands first in the gallery ranks first, "
+        f"in the fine stage the earlier coarse place. Intervals: {bootstrap['resamples']:,} bootstrap resamples of "
+        f"{bootstrap['units']:,} images, each with all its queries.{dropped}</p></footer>"
+    )
 
 
 STYLE = """

@@ -36,13 +36,15 @@ def coarse_top_k(queries, gallery, k: int, *, chunk: int = QUERY_CHUNK, gallery_
         items = jnp.asarray(items)
         for number, (_, block) in enumerate(_blocks(queries, chunk)):
             best[number] = _merge_top_k(block, items, start, size, *best[number])
-    scores, indices = (np.concatenate([np.asarray(part) for part in parts])[: len(queries)]
-                       for parts in zip(*best, strict=True))
+    scores, indices = (
+        np.concatenate([np.asarray(part) for part in parts])[: len(queries)] for parts in zip(*best, strict=True)
+    )
     return scores, indices
 
 
-def first_relevant_rank(queries, gallery, query_ids, gallery_ids, *, chunk: int = QUERY_CHUNK,
-                        gallery_chunk: int = GALLERY_CHUNK) -> np.ndarray:
+def first_relevant_rank(
+    queries, gallery, query_ids, gallery_ids, *, chunk: int = QUERY_CHUNK, gallery_chunk: int = GALLERY_CHUNK
+) -> np.ndarray:
     """The exact 1-based coarse rank of each query's best right item in the whole gallery: (Q,) int64.
 
     rank = 1 + #{wrong j: s_j > s*} + #{wrong j: s_j = s*, j < j*}, (s*, j*) the best right item, the first of equals.
@@ -52,15 +54,19 @@ def first_relevant_rank(queries, gallery, query_ids, gallery_ids, *, chunk: int 
     queries, gallery = _matched(queries, gallery)
     query_ids, gallery_ids = np.asarray(query_ids), np.asarray(gallery_ids)
     if len(query_ids) != len(queries) or len(gallery_ids) != len(gallery):
-        raise UserError(f"{len(query_ids)} query ids for {len(queries)} queries and {len(gallery_ids)} gallery ids for "
-                        f"{len(gallery)} items; give one id each.")
+        raise UserError(
+            f"{len(query_ids)} query ids for {len(queries)} queries and {len(gallery_ids)} gallery ids for "
+            f"{len(gallery)} items; give one id each."
+        )
     orphans = np.flatnonzero(~np.isin(query_ids, gallery_ids))
     if len(orphans):
-        raise UserError(f"{len(orphans)} queries have no right item in the gallery, the first is query {orphans[0]}, "
-                        f"id {query_ids[orphans[0]]}; leave such queries out.")
+        raise UserError(
+            f"{len(orphans)} queries have no right item in the gallery, the first is query {orphans[0]}, "
+            f"id {query_ids[orphans[0]]}; leave such queries out."
+        )
     # Dense ids fit int32 whatever the caller's ids are; -1 and -2 pad queries and gallery and never meet.
     dense = np.unique(np.concatenate([query_ids, gallery_ids]), return_inverse=True)[1].astype(np.int32)
-    query_ids, gallery_ids = dense[: len(queries)], dense[len(queries):]
+    query_ids, gallery_ids = dense[: len(queries)], dense[len(queries) :]
     chunk, gallery_chunk = min(chunk, len(queries)), min(gallery_chunk, len(gallery))
 
     def walk(step, carries):
@@ -78,8 +84,17 @@ def first_relevant_rank(queries, gallery, query_ids, gallery_ids, *, chunk: int 
     return np.concatenate([np.asarray(ranks) for *_, ranks in counted])[: len(queries)].astype(np.int64)
 
 
-def rerank(match_fn: Callable, query_tokens, gallery_tokens, candidates, *, direction: str, speech_lengths,
-           pair_chunk: int = PAIR_CHUNK, length_buckets: int = 1) -> np.ndarray:
+def rerank(
+    match_fn: Callable,
+    query_tokens,
+    gallery_tokens,
+    candidates,
+    *,
+    direction: str,
+    speech_lengths,
+    pair_chunk: int = PAIR_CHUNK,
+    length_buckets: int = 1,
+) -> np.ndarray:
     """The match logit of every (query, candidate) pair: logits[:, 1] - logits[:, 0], (Q, k) float32.
 
     match_fn(speech_tokens (b, T, W), speech_lengths (b,), image_tokens (b, P, W)) -> (b, 2), always called with
@@ -95,8 +110,10 @@ def rerank(match_fn: Callable, query_tokens, gallery_tokens, candidates, *, dire
     candidates = np.asarray(candidates)
     query_rows, gallery_rows = np.repeat(np.arange(len(candidates)), candidates.shape[1]), candidates.ravel()
     speech_tokens, image_tokens, speech_rows, image_rows = (
-        (query_tokens, gallery_tokens, query_rows, gallery_rows) if direction == "s2i"
-        else (gallery_tokens, query_tokens, gallery_rows, query_rows))
+        (query_tokens, gallery_tokens, query_rows, gallery_rows)
+        if direction == "s2i"
+        else (gallery_tokens, query_tokens, gallery_rows, query_rows)
+    )
     speech_lengths = np.asarray(speech_lengths, np.int32)
     if len(speech_lengths) != len(speech_tokens):
         raise UserError(f"{len(speech_lengths)} speech_lengths for {len(speech_tokens)} recordings; give one each.")
@@ -118,8 +135,10 @@ def rerank(match_fn: Callable, query_tokens, gallery_tokens, candidates, *, dire
             bar.update(_store(match_logits, *waiting))
     if not np.isfinite(match_logits).all():
         bad = np.sum(~np.isfinite(match_logits))
-        raise UserError(f"match logits ({direction}): {bad} of {match_logits.size} are NaN or infinite; the multimodal "
-                        "encoder diverged, evaluate an earlier checkpoint.")
+        raise UserError(
+            f"match logits ({direction}): {bad} of {match_logits.size} are NaN or infinite; the multimodal "
+            "encoder diverged, evaluate an earlier checkpoint."
+        )
     return match_logits.reshape(candidates.shape)
 
 
@@ -141,8 +160,13 @@ def fine_scores(cosine, match_logit, tau: float) -> dict[str, np.ndarray]:
     if not tau > 0:
         raise UserError(f"tau must be above 0, the temperature that divides the cosine; got {tau}.")
     cosine, match_logit = np.asarray(cosine, np.float64), np.asarray(match_logit, np.float64)
-    return {"sic": cosine, "sim": match_logit, "sum": cosine + match_logit,
-            "prob": 0.5 * (1.0 + np.tanh(0.5 * match_logit)), "joint": cosine / tau + match_logit}
+    return {
+        "sic": cosine,
+        "sim": match_logit,
+        "sum": cosine + match_logit,
+        "prob": 0.5 * (1.0 + np.tanh(0.5 * match_logit)),
+        "joint": cosine / tau + match_logit,
+    }
 
 
 def fine_order(scores) -> np.ndarray:
@@ -171,8 +195,10 @@ def check_finite(name: str, values) -> None:
     """Raises UserError, naming the array and its first bad row, when a value is NaN or infinite."""
     bad = np.flatnonzero(~np.isfinite(np.asarray(values, np.float32)).reshape(len(values), -1).all(1))
     if len(bad):
-        raise UserError(f"{name}: {len(bad)} of {len(values)} rows hold NaN or infinity, the first is row {bad[0]}; "
-                        "training diverged or an input is broken: evaluate an earlier checkpoint, check the data.")
+        raise UserError(
+            f"{name}: {len(bad)} of {len(values)} rows hold NaN or infinity, the first is row {bad[0]}; "
+            "training diverged or an input is broken: evaluate an earlier checkpoint, check the data."
+        )
 
 
 def _matched(queries, gallery) -> tuple[np.ndarray, np.ndarray]:

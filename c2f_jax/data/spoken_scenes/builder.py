@@ -63,15 +63,19 @@ class SpokenScenes(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(
             builder=self,
             description="Drawn scenes of coloured shapes with spoken captions.",
-            features=tfds.features.FeaturesDict({
-                "image": tfds.features.Text(),
-                "image_id": tfds.features.Text(),
-                "recordings": tfds.features.Sequence({
-                    "audio": tfds.features.Text(),
-                    "caption": tfds.features.Text(),
-                    "speaker": tfds.features.Text(),
-                }),
-            }),
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Text(),
+                    "image_id": tfds.features.Text(),
+                    "recordings": tfds.features.Sequence(
+                        {
+                            "audio": tfds.features.Text(),
+                            "caption": tfds.features.Text(),
+                            "speaker": tfds.features.Text(),
+                        }
+                    ),
+                }
+            ),
             # Order is generation order, so that row numbers mean something.
             disable_shuffling=True,
             # For each split, the samples of each recording: lengths are known without reading any audio.
@@ -83,8 +87,10 @@ class SpokenScenes(tfds.core.GeneratorBasedBuilder):
         config = self.builder_config
         rng = np.random.default_rng([config.seed, 0])
         seen: set[frozenset] = set()
-        return {split: self._generate_examples(split, _distinct_scenes(config.images[split], rng, seen, config.simple))
-                for split in reversed(SPLITS)}  # the small splits first: what fails, fails early
+        return {
+            split: self._generate_examples(split, _distinct_scenes(config.images[split], rng, seen, config.simple))
+            for split in reversed(SPLITS)
+        }  # the small splits first: what fails, fails early
 
     def _generate_examples(self, split: str, described: list[scenes.Scene]):
         config = self.builder_config
@@ -104,9 +110,7 @@ class SpokenScenes(tfds.core.GeneratorBasedBuilder):
         self.info.metadata[split] = {"captions": count, "samples": lengths}
 
 
-def _distinct_scenes(
-    count: int, rng: np.random.Generator, seen: set[frozenset], simple: bool
-) -> list[scenes.Scene]:
+def _distinct_scenes(count: int, rng: np.random.Generator, seen: set[frozenset], simple: bool) -> list[scenes.Scene]:
     """Scenes that differ from each other and from all seen ones, which they join."""
     drawn = []
     while len(drawn) < count:

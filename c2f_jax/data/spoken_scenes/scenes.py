@@ -10,15 +10,25 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 COLOURS = {
-    "red": (215, 38, 38), "green": (40, 160, 60), "blue": (40, 80, 215), "yellow": (240, 215, 45),
-    "white": (250, 250, 250), "black": (12, 12, 12),
+    "red": (215, 38, 38),
+    "green": (40, 160, 60),
+    "blue": (40, 80, 215),
+    "yellow": (240, 215, 45),
+    "white": (250, 250, 250),
+    "black": (12, 12, 12),
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
 RADII = {"small": 7.5, "large": 11.8, "": 10.0}  # pixels of a 64 pixel picture; "" in scenes that tell no sizes
-SIZE_WORDS = {"small": ("small ", "small ", "little ", "tiny "), "large": ("large ", "large ", "big ", "huge "), "": ("",)}
+SIZE_WORDS = {
+    "small": ("small ", "small ", "little ", "tiny "),
+    "large": ("large ", "large ", "big ", "huge "),
+    "": ("",),
+}
 RELATION_WORDS = {
-    "above": ("above",), "below": ("below", "under"),
-    "left": ("to the left of", "left of"), "right": ("to the right of", "right of"),
+    "above": ("above",),
+    "below": ("below", "under"),
+    "left": ("to the left of", "left of"),
+    "right": ("to the right of", "right of"),
 }
 OPPOSITE = {"above": "below", "below": "above", "left": "right", "right": "left"}
 DIRECTION = {"above": (0, -1), "below": (0, 1), "left": (-1, 0), "right": (1, 0)}  # of the subject, x right, y down
@@ -77,7 +87,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     first, *others = (_noun_phrase(o, rng) for o in scene.objects)
     facts = list(zip(scene.relations, others, strict=True))
     if len(facts) == 1:
-        (relation, other), = facts
+        ((relation, other),) = facts
         if rng.random() < 0.5:
             return f"{first} {_words(relation, rng)} {other}"
         return f"{other} {_words(OPPOSITE[relation], rng)} {first}"
@@ -157,8 +167,9 @@ def _outline(shape: str, angle: float) -> np.ndarray:
         points = np.where(np.arange(10) % 2, 0.42, 1.1)[:, None] * np.stack([np.cos(t), np.sin(t)], 1)
     elif shape == "cross":
         a, b = 0.32, 1.0
-        points = np.array([(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a),
-                           (-b, -a), (-a, -a)])
+        points = np.array(
+            [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+        )
     elif shape == "heart":
         t = np.linspace(0, 2 * np.pi, 40, endpoint=False)
         x = 16 * np.sin(t) ** 3

@@ -23,7 +23,8 @@ class SpokenScenesSource(PairSource):
         self._captions = about["captions"]
         count = len(self._scenes)
         super().__init__(
-            f"spoken_scenes/{builder.builder_config.name}", split,
+            f"spoken_scenes/{builder.builder_config.name}",
+            split,
             image_index=np.repeat(np.arange(count), self._captions),
             image_ids=np.arange(count),
             num_samples=about["samples"],
@@ -33,8 +34,11 @@ class SpokenScenesSource(PairSource):
         """Recording `index`: FLAC bytes, caption, speaker."""
         scene, k = divmod(int(index), self._captions)
         recordings = self._scene(scene)["recordings"]
-        return Recording(audio=recordings["audio"][k], caption=recordings["caption"][k].decode(),
-                         speaker=recordings["speaker"][k].decode())
+        return Recording(
+            audio=recordings["audio"][k],
+            caption=recordings["caption"][k].decode(),
+            speaker=recordings["speaker"][k].decode(),
+        )
 
     def image(self, row: int) -> bytes:
         """Picture `row`: PNG bytes."""
@@ -68,6 +72,8 @@ def prepared_builder(config: str = "", data_dir: str | None = None):
         # Another process may have finished the same set in the meantime; then its copy serves.
         builder = open_builder()
         if not builder.info.splits:
-            raise UserError(f"spoken_scenes/{config} could not be made in {builder.data_dir} ({e}); give a data_dir "
-                            "that can be written and has 1 GB of room") from e
+            raise UserError(
+                f"spoken_scenes/{config} could not be made in {builder.data_dir} ({e}); give a data_dir "
+                "that can be written and has 1 GB of room"
+            ) from e
     return builder

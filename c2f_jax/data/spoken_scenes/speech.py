@@ -33,11 +33,64 @@ ACCENTS = ("en", "en-us", "en-gb-scotland", "en-gb-x-rp", "en-us-nyc")
 # depends on uninitialised memory. Variants that share most of their parameters (iven, iven2) are in one split.
 VARIANTS = {
     "train": (
-        "Alex", "Andrea", "Annie", "Denis", "Diogo", "Gene", "Gene2", "Henrique", "Hugo", "Jacky", "Marco", "Mario",
-        "Michael", "Mike", "Nguyen", "adam", "anika", "antonio", "aunty", "benjamin", "ed", "edward", "edward2", "f2",
-        "f4", "grandma", "grandpa", "gustave", "ian", "iven", "iven2", "iven3", "iven4", "john", "klatt4", "klatt5",
-        "linda", "m1", "m3", "m5", "m7", "m8", "marcelo", "max", "michel", "miguel", "mike2", "norbert", "pablo",
-        "paul", "pedro", "rob", "robert", "sandro", "steph", "steph2", "steph3", "victor",
+        "Alex",
+        "Andrea",
+        "Annie",
+        "Denis",
+        "Diogo",
+        "Gene",
+        "Gene2",
+        "Henrique",
+        "Hugo",
+        "Jacky",
+        "Marco",
+        "Mario",
+        "Michael",
+        "Mike",
+        "Nguyen",
+        "adam",
+        "anika",
+        "antonio",
+        "aunty",
+        "benjamin",
+        "ed",
+        "edward",
+        "edward2",
+        "f2",
+        "f4",
+        "grandma",
+        "grandpa",
+        "gustave",
+        "ian",
+        "iven",
+        "iven2",
+        "iven3",
+        "iven4",
+        "john",
+        "klatt4",
+        "klatt5",
+        "linda",
+        "m1",
+        "m3",
+        "m5",
+        "m7",
+        "m8",
+        "marcelo",
+        "max",
+        "michel",
+        "miguel",
+        "mike2",
+        "norbert",
+        "pablo",
+        "paul",
+        "pedro",
+        "rob",
+        "robert",
+        "sandro",
+        "steph",
+        "steph2",
+        "steph3",
+        "victor",
     ),
     "validation": ("Alicia", "boris", "david", "f1", "m2", "quincy"),
     "test": ("Andy", "Lee", "Storm", "belinda", "f3", "f5", "m4", "m6", "shelby", "travis"),
@@ -164,8 +217,10 @@ def check_installed() -> None:
     if importlib.util.find_spec("espeakng_loader") is None:
         from c2f_jax.errors import UserError
 
-        raise UserError("speaking the captions of spoken_scenes needs espeak-ng, which is not installed: "
-                        "pip install 'c2f_jax[speech]' (it brings the package espeakng_loader, GPL-3)")
+        raise UserError(
+            "speaking the captions of spoken_scenes needs espeak-ng, which is not installed: "
+            "pip install 'c2f_jax[speech]' (it brings the package espeakng_loader, GPL-3)"
+        )
 
 
 def speak_all(utterances: Iterable[dict], *, processes: int | None = None) -> Iterator[tuple[bytes, int]]:
@@ -174,8 +229,12 @@ def speak_all(utterances: Iterable[dict], *, processes: int | None = None) -> It
     # Plain child processes rather than multiprocessing: that would import the caller's main module, jax and all,
     # in each worker, and fails in scripts without the __main__ guard.
     environment = {**os.environ, _DATA_VARIABLE: _voice_data(), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    workers = [subprocess.Popen([sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                env=environment) for _ in range(processes)]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        )
+        for _ in range(processes)
+    ]
     free: queue.SimpleQueue = queue.SimpleQueue()
     for worker in workers:
         free.put(worker)
