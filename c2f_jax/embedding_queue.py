@@ -80,6 +80,6 @@ def bank(batch_rows, queue, name):
     return jnp.concatenate([batch_rows, queue.entries[name].astype(batch_rows.dtype)])
 
 
-def bank_valid(batch_size, queue, queue_started=True):
-    """(N + K,) bool: the batch's columns and, once ``queue_started``, the written slots of the queue."""
-    return jnp.concatenate([jnp.ones((batch_size,), bool), queue.valid & queue_started])
+def bank_valid(batch_size, queue):
+    """(N + K,) bool: the batch's columns and the written slots of the queue."""
+    return jnp.concatenate([jnp.ones((batch_size,), bool), queue.valid])

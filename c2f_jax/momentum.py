@@ -1,7 +1,6 @@
 """Momentum parameters: an exponential moving average of the online ones (momentum distillation, MoCo)."""
 
 import jax
-import jax.numpy as jnp
 
 
 def update_momentum(momentum_params, params, momentum):
@@ -23,17 +22,6 @@ def update_momentum(momentum_params, params, momentum):
     0.75
     """
     return jax.tree.map(lambda m, p: (momentum * m + (1.0 - momentum) * p).astype(m.dtype), momentum_params, params)
-
-
-def momentum_at(step, momentum):
-    """m at a step: min(m, (1 + step) / (10 + step)), so that the average forgets the initial parameters quickly.
-
-    Source: TensorFlow's ``ExponentialMovingAverage`` with ``num_updates``.
-
-    >>> [round(float(momentum_at(step, 0.995)), 3) for step in (0, 90, 10_000)]
-    [0.1, 0.91, 0.995]
-    """
-    return jnp.minimum(momentum, (1.0 + step) / (10.0 + step))
 
 
 def momentum_from_half_life(half_life_samples, batch_size):

@@ -105,9 +105,9 @@ def _train(experiment, state, start, optimizer, source, validation, parallel, ch
     """Steps ``start`` + 1 to the last; returns the final state."""
     data = experiment.data
     method = experiment.method
-    sic_step, full_step = (
+    warm_up_step, full_step = (
         parallel.compile_step(functools.partial(train_step, model=experiment.model, optimizer=optimizer, method=m))
-        for m in (method.before_sim(), method)
+        for m in (method.warm_up(), method)
     )
     batches = loader.train_batches(
         source,
@@ -127,7 +127,7 @@ def _train(experiment, state, start, optimizer, source, validation, parallel, ch
             began = time.perf_counter()
             _, batch = next(batches)
             waited = time.perf_counter() - began
-            step_fn = full_step if step > method.sim_start_step else sic_step
+            step_fn = full_step if step > method.warm_up_steps else warm_up_step
             state, metrics = step_fn(state, parallel.place_batch(batch))
             recorder.add(metrics, waited)
 
@@ -189,7 +189,7 @@ def _alarm_from(experiment):
     """Step from which a SIM loss at its collapse value is worth a warning; None without SIM."""
     if not experiment.method.sim_weight:
         return None
-    return max(experiment.method.sim_start_step, experiment.optimizer.warmup_steps) + experiment.steps // 4
+    return max(experiment.method.warm_up_steps, experiment.optimizer.warmup_steps) + experiment.steps // 4
 
 
 def _due(step, every):

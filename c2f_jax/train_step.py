@@ -14,7 +14,7 @@ from c2f_jax.embedding_queue import bank, bank_valid, enqueue
 from c2f_jax.errors import UserError
 from c2f_jax.models.c2f import Encoded, clip_temperature, momentum_subset
 from c2f_jax.models.layers import fold_keys
-from c2f_jax.momentum import momentum_at, update_momentum
+from c2f_jax.momentum import update_momentum
 
 NEGATIVE_POOLS = ("batch", "global", "queue")
 
@@ -24,19 +24,17 @@ class MethodConfig:
     """What the paper's method is made of. Values are inherited from ALBEF and BLIP where the paper's are not known.
 
     Attributes:
-      momentum: m of the momentum model, reached by the ramp min(m, (1 + step) / (10 + step)), so that the average does
-        not lag behind encoders that start from nothing. None trains without a momentum model, with online keys that
-        receive gradient (plain in-batch contrastive learning; needs an empty queue and alpha = 0).
+      momentum: m of the momentum model; None trains without one, with online keys that receive gradient (plain
+        in-batch contrastive learning; needs an empty queue and alpha = 0).
       alpha: weight of momentum distillation.
-      alpha_ramp_steps: steps over which alpha grows from 0; 0 for none, None for the first epoch (set by the trainer).
+      alpha_ramp_steps: steps after the warm-up over which alpha grows from 0; 0 for none, None for one epoch.
       id_policy: "multi_positive", "mask" or "diagonal".
       sic_weight, sim_weight: L = sic_weight L_SIC + sim_weight L_SIM; sim_weight = 0 skips SIM altogether.
       negatives: pool of SIM's hard negatives: "batch" (own device), "global" (all devices) or "queue" (all devices and
         the token queue).
-      queue_start_step: until this step the queue is filled but not scored against. Encoders that start from nothing
-        change so fast that old embeddings are told from fresh ones by their age alone; 0 for pretrained encoders.
-      sim_start_step: until this step the trainer takes SIC-only steps (``before_sim``), which cost half, since hard
-        negatives mean nothing before the similarities do; 0 for pretrained encoders.
+      warm_up_steps: steps of plain in-batch contrastive learning before the whole method (``warm_up``); 0 for
+        pretrained encoders. Encoders that start from nothing change so fast that momentum keys lag behind, queued
+        embeddings are told from fresh ones by their age alone, and hard negatives mean nothing yet.
       min_tau, max_tau: the temperature is clipped to this range after each update.
     """
 
@@ -47,15 +45,13 @@ class MethodConfig:
     sic_weight: float = 1.0
     sim_weight: float = 1.0
     negatives: str = "global"
-    queue_start_step: int = 0
-    sim_start_step: int = 0
+    warm_up_steps: int = 0
     min_tau: float = 0.001
     max_tau: float = 0.5
 
-    def before_sim(self):
-        """The method of the steps before ``sim_start_step``. A static choice: a branch inside the step would have to
-        write zeros for all that SIM's backward pass reads."""
-        return dataclasses.replace(self, sim_weight=0.0)
+    def warm_up(self):
+        """The method of the first ``warm_up_steps`` steps: SIC in the batch, without momentum model, queue or SIM."""
+        return dataclasses.replace(self, momentum=None, alpha=0.0, sim_weight=0.0)
 
     def check(self, queue_size, token_queue_size):
         """Raise UserError for values that contradict each other."""
@@ -71,8 +67,8 @@ class MethodConfig:
             raise UserError("method.sic_weight and method.sim_weight must not be negative")
         if queue_size < 0 or token_queue_size < 0:
             raise UserError(f"queue_size={queue_size}, token_queue_size={token_queue_size}: sizes are 0 or more")
-        if min(self.queue_start_step, self.sim_start_step) < 0:
-            raise UserError("method.queue_start_step and method.sim_start_step must not be negative")
+        if self.warm_up_steps < 0:
+            raise UserError(f"method.warm_up_steps={self.warm_up_steps}: 0 or more is expected")
         if self.momentum is None and (queue_size or token_queue_size or self.alpha):
             raise UserError(
                 "method.momentum=None trains without a momentum model, which the queue and distillation need: "
@@ -110,7 +106,7 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
     ids = batch["image_id"]
     # One key for each global row: dropout, then the image and the speech negative.
     keys = objectives.row_keys(jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step), rows)
-    alpha = objectives.alpha_at(state.step, method.alpha, method.alpha_ramp_steps)
+    alpha = objectives.alpha_at(state.step - method.warm_up_steps, method.alpha, method.alpha_ramp_steps)
 
     # 1. Momentum forward: no gradient, no dropout.
     momentum = None
@@ -130,7 +126,7 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
             axis_name,
         )
         global_ids = bank_ids
-        valid = bank_valid(global_ids.shape[0], state.queue, state.step >= method.queue_start_step)
+        valid = bank_valid(global_ids.shape[0], state.queue)
         bank_speech = bank(key_speech_z, state.queue, "speech")
         bank_image = bank(key_image_z, state.queue, "image")
         bank_ids = bank(bank_ids, state.queue, "id")
@@ -170,12 +166,12 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
     # 9. Momentum update, and the global batch's momentum embeddings enter the queue.
     momentum_params, queue, token_queue = state.momentum_params, state.queue, state.token_queue
     if momentum is not None:
-        momentum_params = update_momentum(
-            momentum_params, momentum_subset(params), momentum_at(state.step, method.momentum)
-        )
+        momentum_params = update_momentum(momentum_params, momentum_subset(params), method.momentum)
         queue = enqueue(queue, all_gather(_queue_rows(momentum, ids), axis_name))
         if token_queue.size:
             token_queue = enqueue(token_queue, all_gather(_token_rows(momentum, ids, token_queue), axis_name))
+    elif momentum_params:
+        momentum_params = momentum_subset(params)  # warm-up: the momentum model will start from the online one
 
     metrics |= {"loss": loss, "gradient_norm": optax.global_norm(grads), "alpha": alpha}
     state = state.replace(

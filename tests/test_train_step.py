@@ -22,7 +22,7 @@ N, STEPS = 8, 3
 BASE = {"queue_size": 0, "token_queue_size": 0, "dropout_rate": 0.0, "alpha_ramp_steps": 0}
 SIC_ONLY = BASE | {"sim_weight": 0.0, "alpha": 0.0}
 # Queue sizes that neither divide the batch nor are reached in the first steps; the queue takes part from step 2 on.
-QUEUES = {"queue_size": 13, "token_queue_size": 19, "queue_start_step": 2, "negatives": "queue"}
+QUEUES = {"queue_size": 13, "token_queue_size": 19, "negatives": "queue"}
 CASES = {
     "queue": BASE | QUEUES | {"alpha_ramp_steps": 4},
     "global": BASE | {"dropout_rate": 0.2},
@@ -417,7 +417,7 @@ def test_metrics_are_sums_and_counts_over_the_global_batch():
         ({"alpha": 1.5}, (0, 0), "method.alpha=1.5: a weight from 0 to 1"),
         ({"momentum": -0.1}, (0, 0), "method.momentum=-0.1: a value from 0 to 1, or None"),
         ({"sim_weight": -1.0}, (0, 0), "sim_weight must not be negative"),
-        ({"queue_start_step": -1}, (0, 0), "queue_start_step .* must not be negative"),
+        ({"warm_up_steps": -1}, (0, 0), "warm_up_steps=-1"),
         ({}, (-1, 0), "queue_size=-1, token_queue_size=0: sizes are 0 or more"),
         ({"momentum": None, "alpha": 0.0}, (8, 0), "set queue_size=0, token_queue_size=0 and method.alpha=0"),
         ({"momentum": None}, (0, 0), "set queue_size=0, token_queue_size=0 and method.alpha=0"),
