@@ -139,9 +139,7 @@ def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
         raise UserError(f"eval.k={experiment.eval.k}: at least 1 candidate is expected")
     if not 0.0 <= experiment.data.shuffled_share <= 1.0:
         raise UserError(f"data.shuffled_share={experiment.data.shuffled_share}: a share from 0 to 1 is expected")
-    patch = model["image"].get("patch")
-    if patch and experiment.data.image_size % patch:
-        raise UserError(f"data.image_size={experiment.data.image_size} is not a multiple of model.image.patch={patch}")
+    _check_image_grid(model["image"], experiment.data.image_size)
     experiment.method.check(experiment.queue_size, experiment.token_queue_size)
     return experiment
 
@@ -206,6 +204,17 @@ def _model(values):
             f"model has no {', '.join(sorted(set(values) - known))}: its values are {', '.join(sorted(known))}"
         )
     return create_model(*parts, **values)
+
+
+def _check_image_grid(image, size):
+    """Sizes that a ViT would otherwise take and silently lose a part of the picture with."""
+    patch, pool = image.get("patch", 1), image.get("token_pool", 1)
+    if size % patch:
+        raise UserError(f"data.image_size={size} is not a multiple of model.image.patch={patch}")
+    if image.get("conv_stem") and patch & (patch - 1):
+        raise UserError(f"model.image.patch={patch} is not a power of two, which conv_stem needs")
+    if (size // patch) % pool:
+        raise UserError(f"{size // patch} patches a side do not divide into model.image.token_pool={pool}")
 
 
 def _build(cls, where, values):

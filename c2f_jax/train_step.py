@@ -27,7 +27,8 @@ class MethodConfig:
       momentum: m of the momentum model; None trains without one, with online keys that receive gradient (plain
         in-batch contrastive learning; needs an empty queue and alpha = 0).
       alpha: weight of momentum distillation.
-      alpha_ramp_steps: steps after the warm-up over which alpha grows from 0; 0 for none, None for one epoch.
+      alpha_ramp_steps: steps after the warm-up over which alpha grows from 0; 0 for none, None for one
+        epoch, which the trainer knows.
       id_policy: "multi_positive", "mask" or "diagonal".
       sic_weight, sim_weight: L = sic_weight L_SIC + sim_weight L_SIM; sim_weight = 0 skips SIM altogether.
       negatives: pool of SIM's hard negatives: "batch" (own device), "global" (all devices) or "queue" (all devices and
@@ -40,7 +41,7 @@ class MethodConfig:
 
     momentum: float | None = 0.995
     alpha: float = 0.4
-    alpha_ramp_steps: int | None = None
+    alpha_ramp_steps: int | None = 0
     id_policy: str = "multi_positive"
     sic_weight: float = 1.0
     sim_weight: float = 1.0

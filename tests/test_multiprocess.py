@@ -26,7 +26,7 @@ from c2f_jax.train_state import create_train_state
 from c2f_jax.train_step import MethodConfig, train_step
 
 N, STEPS, PROCESSES, DEVICES = 8, 3, 2, 2
-TIMEOUT = 600  # about 40 s on two free cores
+TIMEOUT = 600  # seconds; the work is about 70 s of processor time
 POOLS = ("global", "queue")
 
 
