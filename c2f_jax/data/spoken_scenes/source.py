@@ -23,7 +23,7 @@ class SpokenScenesSource(PairSource):
         self._captions = about["captions"]
         count = len(self._scenes)
         super().__init__(
-            f"spoken_scenes/{builder.builder_config.name}",
+            f"spoken_scenes/{config}" if config not in ("", "default") else "spoken_scenes",
             split,
             image_index=np.repeat(np.arange(count), self._captions),
             image_ids=np.arange(count),
