@@ -1,5 +1,7 @@
 """Orbax checkpoints: the latest and the best, with everything that an exact resume needs."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
@@ -21,7 +23,9 @@ class Checkpoints:
     """
 
     def __init__(self, workdir, read_only=False):
-        self.directory = epath.Path(workdir) / "checkpoints"
+        # Orbax takes no relative path; a gs:// one is absolute.
+        root = str(workdir) if "://" in str(workdir) else os.path.abspath(os.path.expanduser(workdir))
+        self.directory = epath.Path(root) / "checkpoints"
         if read_only and not self.directory.exists():
             raise UserError(f"{workdir} holds no checkpoints: give the --workdir of a training run")
         policies = checkpoint_managers

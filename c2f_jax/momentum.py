@@ -18,6 +18,7 @@ def update_momentum(momentum_params, params, momentum):
 
     Source: He et al. 2020 (MoCo), equation 2; Li et al. 2021 (ALBEF), section 3.2.
 
+    >>> import jax.numpy as jnp
     >>> update_momentum({"w": jnp.array(1.0)}, {"w": jnp.array(0.0)}, 0.75)["w"].item()
     0.75
     """

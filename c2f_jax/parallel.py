@@ -90,3 +90,8 @@ class DataParallel:
     def local_copy(self, tree):
         """A replicated tree on this process's first device, for work that the processes do not share."""
         return jax.tree.map(lambda x: jax.device_put(x.addressable_data(0), self.local_devices[0]), tree)
+
+    def wait_for_all(self):
+        """Return when all processes have come here."""
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("c2f_jax")

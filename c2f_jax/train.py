@@ -92,11 +92,16 @@ def train_and_evaluate(config, workdir, *, devices=None, test=True):
         state = _train(experiment, state, start, optimizer, source, validation, parallel, checkpoints, recorder)
 
     result = page = None
-    if test and is_main:
+    if test:
+        # All processes restore, since Orbax waits for all of them; one evaluates and the others wait for it.
         best = checkpoints.best_step
-        params, _ = checkpoints.restore_params(best, abstract(parallel.local_copy(state.params)))
-        result, page = evaluate_source(experiment, params, test_source, workdir, step=best, history=recorder.history)
+        params, _ = checkpoints.restore_params(best, abstract(parallel.global_state(state.params)))
+        if is_main:
+            result, page = evaluate_source(
+                experiment, parallel.local_copy(params), test_source, workdir, step=best, history=recorder.history
+            )
     checkpoints.close()
+    parallel.wait_for_all()
     recorder.close()
     return state, recorder.history, result, page
 

@@ -1,5 +1,6 @@
 """The training step: the same on any number of devices, equal to SIC by hand, compiled once, without host transfers."""
 
+import dataclasses
 import functools
 
 import jax
@@ -21,7 +22,7 @@ from c2f_jax.train_step import MethodConfig, encode, negative_pool, train_step
 N, STEPS = 8, 3
 BASE = {"queue_size": 0, "token_queue_size": 0, "dropout_rate": 0.0, "alpha_ramp_steps": 0}
 SIC_ONLY = BASE | {"sim_weight": 0.0, "alpha": 0.0}
-# Queue sizes that neither divide the batch nor are reached in the first steps; the queue takes part from step 2 on.
+# Queue sizes that neither divide the batch nor are reached in the first steps.
 QUEUES = {"queue_size": 13, "token_queue_size": 19, "negatives": "queue"}
 CASES = {
     "queue": BASE | QUEUES | {"alpha_ramp_steps": 4},
@@ -279,8 +280,7 @@ def test_each_step_equals_the_method_by_hand():
             for params in (before.params, before.momentum_params)
         )
         tau = run.metrics[step]["tau"]
-        taking_part = queued[-13:] if step >= 2 else []
-        expected = sic_oracle(z, momentum_z, taking_part, batch["image_id"], tau, 0.4 * step / 4)
+        expected = sic_oracle(z, momentum_z, queued[-13:], batch["image_id"], tau, 0.4 * step / 4)
         assert run.metrics[step]["sic_loss"] == pytest.approx(expected, rel=1e-4)
         assert run.metrics[step]["alpha"] == pytest.approx(0.4 * step / 4)
 
@@ -293,7 +293,7 @@ def test_each_step_equals_the_method_by_hand():
             np.testing.assert_allclose(queue.entries["speech"][slots], [row[1] for row in kept], atol=1e-5)
             np.testing.assert_allclose(queue.entries["image"][slots], [row[2] for row in kept], atol=1e-5)
 
-        m = min(0.995, (1 + step) / (10 + step))
+        m = 0.995
         trees = after.momentum_params, before.momentum_params, momentum_subset(after.params)
         for found, old, online in zip(*map(jax.tree.leaves, trees), strict=True):
             np.testing.assert_allclose(found, m * old + (1 - m) * online, atol=1e-6)
@@ -442,3 +442,12 @@ def test_devices_and_batch_size_must_fit():
         with pytest.raises(UserError, match=f"batch_size={batch_size} does not divide over 4 devices: .*multiple of 4"):
             DataParallel("pmap", jax.devices()[:4]).check_batch_size(batch_size)
     DataParallel("pmap", jax.devices()[:4]).check_batch_size(8)
+
+
+def test_warm_up_is_plain_contrastive_learning_and_the_momentum_model_follows():
+    method = dataclasses.replace(method_of("queue"), warm_up_steps=1).warm_up()
+    assert method.momentum is None and not method.sim_weight and not method.alpha
+    run = functools.partial(train_step, model=model_of("queue"), optimizer=scalable_sgd(), method=method)
+    after, metrics = jax.jit(run)(start_of("queue"), BATCHES[0])
+    jax.tree.map(np.testing.assert_array_equal, after.momentum_params, momentum_subset(after.params))
+    assert int(after.queue.count) == int(after.token_queue.count) == 0 and "sim_loss" not in metrics

@@ -90,7 +90,16 @@ def list_media(folder, suffixes):
     folder = epath.Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
-    found = sorted(str(p) for p in folder.glob("**/*") if p.suffix.lower() in suffixes)
+    found = sorted(str(p) for p in _files(folder) if p.suffix.lower() in suffixes)
     if not found:
         raise UserError(f"{folder} holds no file that ends in {', '.join(suffixes)}")
     return found
+
+
+def _files(folder):
+    """All files below a folder; epath has no recursive glob."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
