@@ -9,7 +9,7 @@ from etils import epath
 
 from c2f_jax.data.audio import decode_audio
 from c2f_jax.data.images import decode_image
-from c2f_jax.data.pairs import DATA_SETS, MANIFEST_SUFFIXES, SAMPLE_RATE
+from c2f_jax.data.pairs import DATA_SETS, MANIFEST_SUFFIXES, SAMPLE_RATE, load_pairs
 from c2f_jax.errors import UserError
 from c2f_jax.evaluate import encode_image, encode_speech, load_trained, match
 from c2f_jax.models import Encoded
@@ -156,8 +156,6 @@ def _gallery_files(experiment, gallery, kind, split):
         files = list_media(gallery, IMAGE_SUFFIXES if kind == "image" else AUDIO_SUFFIXES)
         return files, files
     data = experiment.data
-    from c2f_jax.data.pairs import load_pairs
-
     source = load_pairs(gallery or data.name, split or data.test_split, data.data_dir, max_bad_share=data.max_bad_share)
     if kind == "image":
         rows = range(source.num_images)
