@@ -1,5 +1,6 @@
 """Recordings paired with pictures: the one view of a data set that training, evaluation and search use."""
 
+import abc
 import threading
 from typing import TypedDict
 
@@ -65,7 +66,7 @@ class BadItems:
         return len(self._reasons)
 
 
-class PairSource:
+class PairSource(abc.ABC):
     """One split of a data set: M recordings, each of one of G pictures.
 
     name, split:   what it is called
@@ -92,17 +93,17 @@ class PairSource:
         """G, the number of distinct pictures."""
         return len(self.image_ids)
 
+    @abc.abstractmethod
     def recording(self, index: int) -> Recording:
         """Recording `index`, its audio still encoded."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def image(self, row: int) -> bytes | str:
         """Picture `row` of the gallery: the encoded bytes or a path."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def image_id(self, row: int) -> str:
         """The identity of picture `row` as the data set writes it."""
-        raise NotImplementedError
 
     def recording_name(self, index: int) -> str:
         """What error messages call recording `index`."""
