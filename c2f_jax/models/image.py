@@ -23,6 +23,7 @@ class ViTImageEncoder(nn.Module):
       patch: side of a patch in pixels; divides the image side.
       conv_stem: 3 x 3 convolutions of stride 2 down to the patch grid instead of one linear map of a patch; small ViTs
         learn much faster with it (Xiao et al. 2021, "Early Convolutions Help Transformers See Better").
+      conv_blocks: residual 3 x 3 convolutions on the patch grid before the transformer.
       token_pool: output tokens are means over token_pool x token_pool patches, which makes matching cheaper.
       width: W of the tokens.
       depth, heads, mlp_ratio, dropout_rate: of the transformer.
@@ -31,6 +32,7 @@ class ViTImageEncoder(nn.Module):
 
     patch: int = 8
     conv_stem: bool = False
+    conv_blocks: int = 0
     token_pool: int = 1
     width: int = 128
     depth: int = 4
@@ -54,6 +56,8 @@ class ViTImageEncoder(nn.Module):
             x = nn.Dense(self.width, dtype=self.dtype, name="patch_embedding")(x)
         else:
             x = nn.Dense(self.width, dtype=self.dtype, name="patch_embedding")(patches(x, self.patch))
+        for block in range(self.conv_blocks):
+            x = x + nn.gelu(nn.Conv(self.width, (3, 3), dtype=self.dtype, name=f"block_{block}")(x))
         x = x.reshape(n, -1, self.width)
         positions = self.param("positions", nn.initializers.normal(0.02), (1, x.shape[1], self.width))
         x = x + positions.astype(self.dtype)
