@@ -39,7 +39,9 @@ def default_config():
     config.model.attention = "xla"
     config.model.remat = False
     config.model.speech = ConfigDict({"name": "log_mel", "mels": 80, "hop": 240, "conv_layers": 3} | encoder)
-    config.model.image = ConfigDict({"name": "vit", "patch": 8, "conv_stem": True, "token_pool": 2} | encoder)
+    config.model.image = ConfigDict(
+        {"name": "vit", "patch": 8, "conv_stem": True, "conv_blocks": 0, "token_pool": 2} | encoder
+    )
     config.model.multimodal = ConfigDict(encoder | {"depth": 2, "mlp_ratio": 2.0})
 
     config.method = ConfigDict()
@@ -56,6 +58,7 @@ def default_config():
     config.method.max_tau = 0.5
 
     config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.final_fraction = 0.02
