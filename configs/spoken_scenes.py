@@ -2,8 +2,8 @@
 
     c2f train --config=configs/spoken_scenes.py --workdir=runs/spoken_scenes
 
-``--config=configs/spoken_scenes.py:simple`` is a minute's run on scenes of two objects, which ``c2f ablate`` repeats for
-each row and seed. ``--config=configs/spoken_scenes.py:runlocal`` shrinks everything to a run of seconds, for tests.
+``--config=configs/spoken_scenes.py:simple`` is a minute's run on scenes of two objects, small enough for
+``c2f ablate``. ``--config=configs/spoken_scenes.py:runlocal`` shrinks everything to a run of seconds, for tests.
 """
 
 from c2f_jax.config import default_config
