@@ -13,10 +13,8 @@ import numpy as np
 from c2f_jax.data import batch_plan
 from c2f_jax.data.audio import decode_audio
 from c2f_jax.data.images import decode_image
-from c2f_jax.data.pairs import SAMPLE_RATE, PairSource
+from c2f_jax.data.pairs import MIN_SAMPLES, SAMPLE_RATE, PairSource
 from c2f_jax.errors import UserError
-
-MIN_SAMPLES = 400  # HuBERT's first frame needs as many
 
 
 def steps_per_epoch(source: PairSource, batch_size: int) -> int:
