@@ -64,8 +64,12 @@ def flickr8k_audio(folder, pictures="Flicker8k_Dataset", captions="token", odd=T
     put(folder / "flickr_audio" / "wav2spk.txt", "\n".join(speakers) + "\n")
     if captions == "karpathy":
         entries = [
-            {"filename": image, "split": split_of[image].replace("dev", "val"), "imgid": n,
-             "sentences": [{"raw": caption(image, k)} for k in range(5)]}
+            {
+                "filename": image,
+                "split": split_of[image].replace("dev", "val"),
+                "imgid": n,
+                "sentences": [{"raw": caption(image, k)} for k in range(5)],
+            }
             for n, image in enumerate(images)
         ]
         put(folder / "dataset.json", json.dumps({"images": entries, "dataset": "flickr8k"}))
@@ -84,7 +88,10 @@ def flickr8k_audio(folder, pictures="Flicker8k_Dataset", captions="token", odd=T
         table.writerow(["image", "caption"])
         table.writerows([i, f"{caption(i, k)} ."] for i, k in named if i != ORPHAN)
         # Some rows are quoted by the writer, and one is not although it holds a comma.
-        put(folder / "captions.txt", text.getvalue().replace(f'"{caption(images[0], 0)} ."', f"{caption(images[0], 0)} ."))
+        put(
+            folder / "captions.txt",
+            text.getvalue().replace(f'"{caption(images[0], 0)} ."', f"{caption(images[0], 0)} ."),
+        )
     return folder
 
 
@@ -105,7 +112,9 @@ def spoken_coco(folder, ksplit=False, images="", missing=True):
             uttid = f"m{number}spk{k}-3ABC_{number}_{k}"
             path = f"wavs/{'train' if year == 'train2014' else 'val'}/{k}/{uttid}.wav"
             put(folder / "SpokenCOCO" / path, wav(0.6, 100 + 10 * number + k))
-            captions.append({"text": f"CAPTION {k} OF {number}", "speaker": f"m{number}spk{k}", "uttid": uttid, "wav": path})
+            captions.append(
+                {"text": f"CAPTION {k} OF {number}", "speaker": f"m{number}spk{k}", "uttid": uttid, "wav": path}
+            )
         name = {"restval": "train"}.get(split, split) if ksplit else year.removesuffix("2014")
         listing[name].append({"image": image, "captions": captions})
         karpathy.append({"filename": image.split("/")[1], "filepath": year, "split": split, "cocoid": number})
@@ -120,7 +129,11 @@ def spoken_coco(folder, ksplit=False, images="", missing=True):
 
 def places_audio(folder, older=False):
     """Places Audio with one recording a picture; one recording of the training split is empty."""
-    files = ["train", "val"] if older else ["train_2020", *(f"{p}_{s}_2020" for p in ("dev", "test") for s in ("seen", "unseen"))]
+    files = (
+        ["train", "val"]
+        if older
+        else ["train_2020", *(f"{p}_{s}_2020" for p in ("dev", "test") for s in ("seen", "unseen"))]
+    )
     for place, name in enumerate(files):
         entries = []
         for k in range(8 if name.startswith("train") else 2):
@@ -128,7 +141,14 @@ def places_audio(folder, older=False):
             image, path = f"a/abbey/gsun_{number:04d}.jpg", f"wavs/{place}/utterance_{number}.wav"
             put(folder / "images" / image, jpeg(200 + number))
             put(folder / path, b"" if name.startswith("train") and k == 1 else wav(0.7, 300 + number))
-            entries.append({"uttid": f"A{k}-utt_{number}", "speaker": f"A{k}", "asr_text": f"an abbey {number}",
-                            "wav": path, "image": image})
+            entries.append(
+                {
+                    "uttid": f"A{k}-utt_{number}",
+                    "speaker": f"A{k}",
+                    "asr_text": f"an abbey {number}",
+                    "wav": path,
+                    "image": image,
+                }
+            )
         put(folder / "metadata" / f"{name}.json", json.dumps({"data": entries}))
     return folder

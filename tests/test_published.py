@@ -31,9 +31,15 @@ def named(listing, kind):
     return {Path(name).name for k, name, _ in listing.notes if k == kind}
 
 
-@pytest.mark.parametrize("pictures, captions", [
-    ("Flicker8k_Dataset", "token"), ("Images", "kaggle"), ("Images", "karpathy"), ("Flickr8k_Dataset", "none"),
-])
+@pytest.mark.parametrize(
+    "pictures, captions",
+    [
+        ("Flicker8k_Dataset", "token"),
+        ("Images", "kaggle"),
+        ("Images", "karpathy"),
+        ("Flickr8k_Dataset", "none"),
+    ],
+)
 def test_flickr8k_audio_in_every_layout(tmp_path, pictures, captions):
     listing = layouts.FLICKR8K_AUDIO.listing([flickr8k_audio(tmp_path, pictures, captions)])
     assert builders.count_splits(listing) == {"train": (8, 40), "validation": (2, 10), "test": (3, 15)}
@@ -59,7 +65,9 @@ def test_parts_are_found_one_folder_down_and_in_several_folders(tmp_path):
 def test_a_missing_part_is_told_with_its_source_and_size(tmp_path):
     flickr8k_audio(tmp_path, odd=False)
     (tmp_path / "Flickr_8k.trainImages.txt").unlink()
-    with pytest.raises(UserError, match="(?s)lacks.*splits: Flickr_8k.trainImages.txt.*Flickr8k_text.zip.*GB") as caught:
+    with pytest.raises(
+        UserError, match="(?s)lacks.*splits: Flickr_8k.trainImages.txt.*Flickr8k_text.zip.*GB"
+    ) as caught:
         layouts.FLICKR8K_AUDIO.listing([tmp_path])
     assert "flickr_audio.tar.gz" not in str(caught.value)
 
@@ -72,7 +80,10 @@ def test_lines_that_make_no_sense_are_noted(tmp_path):
         file.write("pic00.jpg\n")
     listing = layouts.FLICKR8K_AUDIO.listing([tmp_path])
     assert {kind: len(named(listing, kind)) for kind in ("unreadable line", "in no split", "split leak")} == {
-        "unreadable line": 1, "in no split": 1, "split leak": 1}
+        "unreadable line": 1,
+        "in no split": 1,
+        "split leak": 1,
+    }
     assert len(listing.rows) == 65
 
 
@@ -102,7 +113,9 @@ def test_places_audio_2020_and_older(tmp_path, older):
     assert listing.rows[0]["caption"] == "an abbey 0" and Path(listing.rows[0]["image"]).exists()
 
 
-@pytest.mark.parametrize("content", ["{", '{"data": 3}', '{"data": [3]}', '{"data": [{"image": 3}]}', '[]', "[" * 99999])
+@pytest.mark.parametrize(
+    "content", ["{", '{"data": 3}', '{"data": [3]}', '{"data": [{"image": 3}]}', "[]", "[" * 99999]
+)
 def test_damaged_listings_are_user_errors(tmp_path, content):
     spoken_coco(tmp_path, ksplit=True)
     (tmp_path / "SpokenCOCO" / "SpokenCOCO_ksplit_val.json").write_text(content)
@@ -224,8 +237,9 @@ def test_tfds_knows_the_builders(flickr):
     import tensorflow_datasets as tfds
 
     _, data_dir = flickr
-    source = tfds.data_source("flickr8k_audio", split="validation", data_dir=str(data_dir),
-                              builder_kwargs={"file_format": "array_record"})
+    source = tfds.data_source(
+        "flickr8k_audio", split="validation", data_dir=str(data_dir), builder_kwargs={"file_format": "array_record"}
+    )
     assert len(source) == 2 and len(source[0]["recordings"]["audio"]) == 5
 
 
@@ -248,8 +262,14 @@ def test_parts_with_a_direct_link_are_fetched(tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         parts = tuple(
-            layouts.Part(p.what, p.names, f"http://127.0.0.1:{server.server_port}/{p.source.rsplit('/', 1)[1]}",
-                         p.gigabytes, p.direct, p.optional)
+            layouts.Part(
+                p.what,
+                p.names,
+                f"http://127.0.0.1:{server.server_port}/{p.source.rsplit('/', 1)[1]}",
+                p.gigabytes,
+                p.direct,
+                p.optional,
+            )
             for p in layouts.FLICKR8K_AUDIO.parts
         )
         layout = layouts.Layout(**{**vars(layouts.FLICKR8K_AUDIO), "parts": parts})
@@ -265,4 +285,3 @@ def test_parts_with_a_direct_link_are_fetched(tmp_path, monkeypatch):
 def test_nothing_is_fetched_unless_asked(tmp_path):
     with pytest.raises(UserError, match="(?s)recordings: .*flickr_audio.tar.gz.*4.2 GB.*pictures: "):
         prepare(builders.Flickr8kAudio, tmp_path / "empty", tmp_path / "tfds")
-

@@ -203,7 +203,7 @@ def _read_picture(rows: list[dict], bad: dict[str, str]) -> tuple[dict, list[int
 
 
 class Flickr8kAudio(FilePairs):
-    """Flickr8k Audio: 8,000 photographs with five spoken captions each, the official split (Harwath and Glass, 2015)."""
+    """Flickr8k Audio: 8,000 photographs with five spoken captions each, official split (Harwath and Glass, 2015)."""
 
     LAYOUT = layouts.FLICKR8K_AUDIO
     MANUAL_DOWNLOAD_INSTRUCTIONS = "See `c2f data prepare flickr8k_audio --dry-run`."

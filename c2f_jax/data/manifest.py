@@ -22,7 +22,7 @@ REQUIRED = ("image", "audio", "split")
 
 
 class ManifestSource(PairSource):
-    """One split of a manifest; `rows` are checked dicts with absolute paths (see `load_manifest`)."""
+    """One split of a manifest or a published layout; `rows` are checked dicts with whole paths (see `read_listing`)."""
 
     def __init__(self, path: str, split: str, rows: list[dict], bad_items: BadItems):
         gallery: dict[str, int] = {}
@@ -40,7 +40,7 @@ class ManifestSource(PairSource):
                     f"{self._image_names[gallery_row]!r} before; a picture has one image_id"
                 )
             image_index.append(gallery_row)
-        self._rows, self._images = rows, list(gallery)
+        self.rows, self._images = rows, list(gallery)
         super().__init__(
             path,
             split,
@@ -52,7 +52,7 @@ class ManifestSource(PairSource):
 
     def recording(self, index: int) -> Recording:
         """Recording `index`: path, caption, speaker."""
-        row = self._rows[index]
+        row = self.rows[index]
         return Recording(audio=row["audio"], caption=row["caption"], speaker=row["speaker"])
 
     def image(self, row: int) -> str:

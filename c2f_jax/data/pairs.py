@@ -106,6 +106,11 @@ class PairSource(abc.ABC):
     def image_id(self, row: int) -> str:
         """The identity of picture `row` as the data set writes it."""
 
+    def captions(self, identity: int) -> list[str]:
+        """The captions of all recordings of one identity of `image_ids`."""
+        rows = np.flatnonzero(self.image_ids[self.image_index] == identity)
+        return [self.recording(int(index))["caption"] for index in rows]
+
     def recording_name(self, index: int) -> str:
         """What error messages call recording `index`."""
         audio = self.recording(index)["audio"]
@@ -172,6 +177,6 @@ def load_pairs(spec: str, split: str, data_dir: str | None = None, *, max_bad_sh
     if is_prepared(spec):
         return PreparedSource(open_prepared(spec), split, name=spec, max_bad_share=max_bad_share)
     raise UserError(
-        f"no data set {spec!r}: give one of {', '.join(sorted(DATA_SETS))}, the path of a manifest, a file that ends in "
-        f"{' or '.join(MANIFEST_SUFFIXES)}, or the directory that `c2f data prepare` has made"
+        f"no data set {spec!r}: give one of {', '.join(sorted(DATA_SETS))}, the path of a manifest, a file that ends "
+        f"in {' or '.join(MANIFEST_SUFFIXES)}, or the directory that `c2f data prepare` has made"
     )
