@@ -182,12 +182,8 @@ def _parser():
         sub.add_argument("--manual-dir", help="folder of the downloaded parts of a published data set")
         sub.add_argument("--data-dir", help="directory of prepared sets, local or gs://; TFDS's default unless given")
         sub.add_argument("--threads", type=int, help="threads that decode; one a core unless given")
-    check.add_argument(
-        "--output", metavar="DIR", help="write check.json and check.html, with players, here"
-    )
-    check.add_argument(
-        "--fix", metavar="FILE", help="write a manifest (.jsonl) of what can be used"
-    )
+    check.add_argument("--output", metavar="DIR", help="write check.json and check.html, with players, here")
+    check.add_argument("--fix", metavar="FILE", help="write a manifest (.jsonl) of what can be used")
     check.add_argument("--max-seconds", type=float, default=30.0, help="longer recordings are reported (%(default)s)")
     prepare.add_argument("--dry-run", action="store_true", help="say what is missing, where to get it, how large it is")
     prepare.add_argument("--download", action="store_true", help="fetch missing parts that have a direct link")

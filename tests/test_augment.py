@@ -171,8 +171,8 @@ def test_pictures_whose_captions_speak_of_sides_are_not_mirrored():
             captions = ["a dog on the left", "a dog", "a cat", "a cat sleeps", "a bird", ""]
             return {**super().recording(index), "caption": captions[index]}
 
-    straight = {int(i): picture for _, batch in take(Sided([800] * 6), 1, batch_size=6, augment=AugmentConfig(flip=1e-9))
-                for i, picture in zip(batch["image_id"], batch["image"], strict=True)}  # fmt: skip
+    ((_, batch),) = take(Sided([800] * 6), 1, batch_size=6, augment=AugmentConfig(flip=1e-9))
+    straight = dict(zip(batch["image_id"].tolist(), batch["image"], strict=True))
     ((_, batch),) = take(Sided([800] * 6), 1, batch_size=6, augment=AugmentConfig(flip=1.0))
     for identity, shown in zip(batch["image_id"], batch["image"], strict=True):
         mirrored = int(identity) == 101  # "a cat": no side is spoken of; the others name one, or do not tell

@@ -28,7 +28,7 @@ def decode_audio(data: bytes | str, *, sample_rate: int = 16_000, name: str | No
     name = name or (data if isinstance(data, str) else "audio")
     encoded = data if isinstance(data, bytes) else read_bytes(data)
     try:
-        with soundfile.SoundFile(io.BytesIO(encoded)) as file:
+        with soundfile.SoundFile(_Bytes(encoded)) as file:
             rate, promised = file.samplerate, file.frames
             if not RATES[0] <= rate <= RATES[1]:
                 raise BadFileError(
@@ -53,6 +53,16 @@ def decode_audio(data: bytes | str, *, sample_rate: int = 16_000, name: str | No
 
         wave = soxr.resample(wave, rate, sample_rate)
     return np.ascontiguousarray(wave, np.float32)
+
+
+class _Bytes(io.BytesIO):
+    """Stays where it is when a damaged header sends it before its beginning; soundfile would print a traceback."""
+
+    def seek(self, offset, whence=io.SEEK_SET):
+        try:
+            return super().seek(offset, whence)
+        except ValueError:
+            return self.tell()
 
 
 def _read(file, most: int, name: str) -> np.ndarray:

@@ -327,19 +327,22 @@ def _summary(source: PairSource, seconds: np.ndarray, usable: list) -> dict:
 
 def _duplicates(sources, facts, what: str) -> list[Finding]:
     """Items of equal content or look; in two splits they are a leak. Pictures of one image_id are no duplicates."""
-    findings, seen, name_of = [], {}, _NAME_OF[what]
+    findings, name_of = [], _NAME_OF[what]
+    seen: dict[bytes, list] = collections.defaultdict(list)
     for split, source in sources.items():
         for index, fact in enumerate(facts[split]):
             if not fact.usable:
                 continue
-            first = next((key for key in _keys(fact) if key in seen), None)
-            if first is None:
-                seen.update(dict.fromkeys(_keys(fact), (split, index, fact)))
+            keys = _keys(fact)
+            like = next((item for key in keys for item in seen[key] if _alike(fact, item[2])), None)
+            if like is None:
+                for key in keys:
+                    # Pictures without any pattern share a key; comparing each with all of them would take for ever.
+                    if len(seen[key]) < 100:
+                        seen[key].append((split, index, fact))
                 continue
-            other_split, other, other_fact = seen[first]
+            other_split, other, other_fact = like
             same = fact.content == other_fact.content
-            if not same and not _alike(fact.look, other_fact.look):
-                continue
             kind, detail = f"duplicate {what}", f"{'the same file' if same else 'looks the same'} as "
             if split != other_split:
                 kind, detail = "split leak", f"also in {other_split}: "
@@ -361,9 +364,11 @@ def _keys(fact: _Facts) -> list[bytes]:
     return [fact.content, np.packbits(grey[:, 1:] > grey[:, :-1] + 4).tobytes()]
 
 
-def _alike(one: bytes, other: bytes) -> bool:
-    difference = np.abs(np.frombuffer(one, np.uint8).astype(int) - np.frombuffer(other, np.uint8))
-    return bool(difference.max(initial=255) <= 12)
+def _alike(one: _Facts, other: _Facts) -> bool:
+    if one.content == other.content:
+        return True
+    looks = [np.frombuffer(facts.look, np.uint8).astype(int) for facts in (one, other)]
+    return bool(len(looks[0]) and np.abs(looks[0] - looks[1]).max() <= 12)
 
 
 def _shared_ids(sources) -> list[Finding]:
