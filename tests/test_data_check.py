@@ -158,7 +158,6 @@ def test_fix_writes_a_manifest_that_passes_and_trains(oddities, capsys):
     report = check_data(clean, progress=False)
     assert report.severity == "warning" and set(report.counts()) == {
         "silence",
-        "over-long",
         "duplicate recording",
         "other sample rate",
         "stereo",

@@ -44,16 +44,17 @@ def padding_share(num_samples: np.ndarray, *, batch_size: int, bucket_samples: S
 
 
 def fit_buckets(
-    num_samples: np.ndarray, longest: int, *, batch_size: int, max_padding: float, step: int = 1600
+    num_samples: np.ndarray, longest: int, *, batch_size: int, max_padding: float, step: int | None = None
 ) -> tuple[int, ...]:
     """The fewest bucket lengths, the last one `longest`, with at most max_padding of padding in an epoch's batches.
 
-    For each number of buckets those lengths (multiples of step but for the last) that waste least are found by dynamic
-    programming, then the batches of an epoch are planned and counted, leftovers included. A compiled step a length is
-    the price, so at most 16 are tried; `UserError` when these do not suffice.
+    For each number of buckets those lengths (multiples of step, a 64th of the longest unless given) that waste least
+    are found by dynamic programming, then the batches of an epoch are planned and counted, leftovers included. A
+    compiled step a length is the price, so at most 16 are tried; `UserError` when these do not suffice.
     """
+    step = step or max(longest // 64, 1)
     lengths = np.sort(np.where(num_samples < 0, longest, np.minimum(num_samples, longest)))
-    ends = np.unique([*(-(-lengths // step) * step).clip(max=longest), longest])
+    ends = np.unique([*(-(-lengths // step) * step).clip(min(400, longest), longest), longest])
     below = np.searchsorted(lengths, ends, side="right")  # recordings that fit into each end
     cost = ends * below.astype(float)  # samples used when one bucket holds all up to this end
     best, back = [cost], []
