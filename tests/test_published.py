@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import json
 import tarfile
 import threading
 import zipfile
@@ -285,3 +286,55 @@ def test_parts_with_a_direct_link_are_fetched(tmp_path, monkeypatch):
 def test_nothing_is_fetched_unless_asked(tmp_path):
     with pytest.raises(UserError, match="(?s)recordings: .*flickr_audio.tar.gz.*4.2 GB.*pictures: "):
         prepare(builders.Flickr8kAudio, tmp_path / "empty", tmp_path / "tfds")
+
+
+@pytest.mark.parametrize("name", ["flickr8k_audio", "spoken_coco", "places_audio"])
+def test_the_shipped_configuration_opens(name):
+    from c2f_jax.experiment import create_experiment
+    from c2f_jax.main import load_config
+
+    path = Path(__file__).parent.parent / "configs" / "published.py"
+    experiment = create_experiment(load_config(f"{path}:{name}"))
+    assert experiment.data.name == name and experiment.data.max_padding == 0.1
+    with pytest.raises(UserError, match="one of flickr8k_audio, spoken_coco, places_audio is expected"):
+        load_config(f"{path}:flickr")
+
+
+def test_one_command_trains_and_evaluates_zero_shot(tmp_path, flickr, capsys):
+    """Trained on SpokenCOCO, evaluated on Flickr8k Audio by protocol and on a manifest, then again by `evaluate`."""
+    import shutil
+
+    from c2f_jax.main import main
+
+    data_dir = tmp_path / "tfds"
+    shutil.copytree(flickr[1], data_dir)
+    prepare(builders.SpokenCoco, spoken_coco(tmp_path / "coco"), data_dir, max_bad_share=0.1)
+    runlocal = Path(__file__).parent.parent / "configs" / "spoken_scenes.py"
+    command = [
+        "train",
+        f"--config={runlocal}:runlocal",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.data.name=spoken_coco",
+        f"--config.data.data_dir={data_dir}",
+        "--config.data.max_bad_share=0.1",
+        "--config.batch_size=8",
+        "--config.data.max_padding=0.3",
+        "--config.data.augment.time_masks=1",
+        "--config.data.augment.flip=0.5",
+        "--config.steps=2",
+        "--config.method.warm_up_steps=0",
+        "--zero-shot",
+    ]
+    assert main([*command, "nonsense"]) == 2 and not (tmp_path / "run").exists()
+    assert main([*command, "flickr8k_1k"]) == 0
+    told = capsys.readouterr().out
+    assert "zero-shot: flickr8k_1k" in told and "NOT the published number" in told and "trained on spoken_coco" in told
+    result = json.loads((tmp_path / "run" / "eval" / "flickr8k_audio-test-flickr8k_1k.json").read_text())
+    assert result["protocol"]["pictures"] == 3 and result["protocol"]["recordings"] == 15
+    evaluate = ["evaluate", f"--workdir={tmp_path / 'run'}"]
+    assert main([*evaluate, "--protocol=mteb"]) == 0
+    assert "nDCG@10" in capsys.readouterr().out
+    result = json.loads((tmp_path / "run" / "eval" / "flickr8k_audio-test-mteb.json").read_text())
+    assert result["queries"]["gallery_images"] == 3 + 7 + 2
+    assert main([*evaluate, "--protocol=flickr8k"]) == 2
+    assert "no protocol 'flickr8k'" in capsys.readouterr().err
