@@ -296,7 +296,7 @@ def _search(args, _):
 
 
 def _data_check(args, _):
-    from c2f_jax.data.check import EXIT_CODES, check_data, write_clean_manifest
+    from c2f_jax.data.check import EXIT_CODES, check_data
 
     report = check_data(
         args.data,
@@ -317,6 +317,8 @@ def _data_check(args, _):
         write_check_page(folder / "check.html", report)
         print(f"report: {folder / 'check.html'}, {folder / 'check.json'}")
     if args.fix:
+        from c2f_jax.data.clean_manifest import write_clean_manifest
+
         print(f"{write_clean_manifest(report, args.fix):,} pairs written: {args.fix}")
     return EXIT_CODES[report.severity]
 

@@ -21,7 +21,8 @@ from published_sets import (
     wav,
 )
 
-from c2f_jax.data.check import KINDS, check_data, write_clean_manifest
+from c2f_jax.data.check import KINDS, check_data
+from c2f_jax.data.clean_manifest import write_clean_manifest
 from c2f_jax.data.pairs import load_pairs
 from c2f_jax.data.prepare import dry_run, prepare
 from c2f_jax.errors import UserError
