@@ -120,7 +120,10 @@ def oddities(tmp_path):
     odd("again.png", "good6.wav")
     odd("tiny.png", "good7.wav")
     odd("good8.jpg", "good8.wav", image_id="another")
-    odd("leak.jpg", "leak.wav", split="test")
+    odd("leak.jpg", "leak.wav", split="validation")
+    put(tmp_path / "leak2.jpg", jpeg(1004))
+    put(tmp_path / "leak2.wav", wav(0.3, 78))
+    odd("leak2.jpg", "leak2.wav", split="test")
     return manifest(tmp_path, [*rows, "{not json"])
 
 
@@ -133,9 +136,9 @@ def test_each_oddity_of_a_manifest_is_named(oddities):
         "zero length": {"zero.wav"},
         "too short": {"short.wav"},
         "not numbers": {"nan.wav"},
-        "unreadable line": {"manifest.jsonl:59"},
+        "unreadable line": {"manifest.jsonl:60"},
         "two image ids": {"good8.jpg"},
-        "split leak": {"leak.jpg"},
+        "split leak": {"leak.jpg", "leak2.jpg"},
         "silence": {"silence.wav"},
         "over-long": {"long.wav"},
         "duplicate picture": {"dup.jpg", "again.png"},
@@ -166,8 +169,8 @@ def test_fix_writes_a_manifest_that_passes_and_trains(oddities, capsys):
     }
     ids = {row["image"]: row["image_id"] for row in rows}
     assert ids["dup.jpg"] == "g3" and ids["again.png"] == "g5"
-    assert [row["image"] for row in rows if row["split"] == "test"] == ["leak.jpg"]
-    assert "good4.jpg" not in {row["image"] for row in rows}  # the same picture as leak.jpg, in train
+    assert [row["image"] for row in rows if row["split"] != "train"] == ["leak2.jpg"]
+    assert "good4.jpg" not in {row["image"] for row in rows}  # the same picture, in train
     assert len(load_pairs(clean, "train")) == len(rows) - 1
 
     page = (folder / "out" / "check.html").read_text()

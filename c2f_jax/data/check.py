@@ -69,6 +69,7 @@ class Finding:
       detail: in what way.
       split: "" where it belongs to none.
       item: "picture" or "recording", and its number in the split; None for what is neither.
+      like: split and name of the first item that it is like, for duplicates and leaks.
     """
 
     kind: str
@@ -76,6 +77,7 @@ class Finding:
     detail: str
     split: str = ""
     item: tuple[str, int] | None = None
+    like: tuple[str, str] | None = None
 
     @property
     def severity(self) -> str:
@@ -346,8 +348,10 @@ def _duplicates(sources, facts, what: str) -> list[Finding]:
                 kind, detail = "split leak", f"also in {other_split}: "
             elif what == "picture" and source.image_ids[index] == source.image_ids[other]:
                 continue
-            detail += name_of(sources[other_split], other)
-            findings.append(Finding(kind, name_of(source, index), detail, split, (what, index)))
+            first = name_of(sources[other_split], other)
+            findings.append(
+                Finding(kind, name_of(source, index), detail + first, split, (what, index), (other_split, first))
+            )
     return findings
 
 

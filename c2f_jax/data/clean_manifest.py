@@ -1,5 +1,6 @@
 """A manifest of what a data check found usable."""
 
+import collections
 import json
 import os
 
@@ -25,14 +26,15 @@ def write_clean_manifest(report: Report, path: str) -> int:
     if not all(isinstance(source, ManifestSource) for source in report.sources.values()):
         raise UserError(f"{report.name} is prepared: mend the folder or manifest that it was made from (--manual-dir)")
     folder = os.path.abspath(path.parent) if "://" not in str(path) else str(path.parent)
-    leaks = [f for f in report.findings if f.kind == "split leak"]
-    first_of = {f.name: f.detail.partition(" as ")[2] for f in report.findings if f.kind == "duplicate picture"}
-    # A leak is told of the later split; the pair that goes is that of the split that matters less.
+    first_of = {f.name: f.like[1] for f in report.findings if f.kind == "duplicate picture"}
+    leaking = collections.defaultdict(set)  # the first of its kind -> all that are like it
+    for finding in report.findings:
+        if finding.kind == "split leak":
+            leaking[finding.like] |= {finding.like, (finding.split, finding.name)}
     dropped = set()
-    for finding in leaks:
-        other_split, _, other = finding.detail.removeprefix("also in ").partition(": ")
-        worse = min((finding.split, finding.name), (other_split, other), key=lambda item: _importance(item[0]))
-        dropped.add(worse)
+    for items in leaking.values():
+        kept = max((split for split, _ in items), key=_importance)
+        dropped |= {item for item in items if item[0] != kept}
     rows = []
     for split, source in report.sources.items():
         usable = [row for k, row in enumerate(source.rows) if k not in report.left_out[split]]
