@@ -8,6 +8,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
+from c2f_jax.config import default_config
 from c2f_jax.data.augment import AugmentConfig
 from c2f_jax.data.pairs import SAMPLE_RATE, load_pairs
 from c2f_jax.errors import UserError
@@ -178,8 +179,10 @@ def save_config(config, workdir):
     wanted = json.loads(config.to_json())
     if path.exists():
         found = _flat(load_saved_config(workdir).to_dict())
-        asked = _flat(wanted)
-        differing = [k for k in sorted(found.keys() | asked.keys()) if found.get(k) != asked.get(k) and k not in free]
+        asked, default = _flat(wanted), _flat(default_config().to_dict())
+        # A value that the saved file does not know had its default.
+        differing = [k for k in sorted(found.keys() | asked.keys()) if found.get(k, default.get(k)) != asked.get(k)]
+        differing = [k for k in differing if k not in free]
         differing = [k for k in differing if not k.startswith("eval.")]
         if differing:
             rows = "\n".join(f"  {k}: {found.get(k)!r} there, {asked.get(k)!r} asked" for k in differing)

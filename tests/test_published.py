@@ -202,7 +202,7 @@ def test_an_interrupted_preparation_goes_on(tmp_path, flickr, monkeypatch):
     monkeypatch.setattr(builders, "_read_picture", lambda rows, bad: read.append(rows[0]["image"]) or real(rows, bad))
     builder = prepare(builders.Flickr8kAudio, folder, tmp_path, threads=3, max_bad_share=0.1)
     assert len(read) - len(before) == 13 - 6  # two shards of three were whole
-    assert builder.info.splits["train"].num_shards == 3 and not list((tmp_path / ".parts").rglob("*-0000*"))
+    assert builder.info.splits["train"].num_shards == 3 and not (tmp_path / ".parts").exists()
     whole = load_pairs("flickr8k_audio", "train", str(data_dir), max_bad_share=0.1)
     resumed = load_pairs("flickr8k_audio", "train", str(tmp_path), max_bad_share=0.1)
     np.testing.assert_array_equal(whole.num_samples, resumed.num_samples)

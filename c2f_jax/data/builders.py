@@ -107,6 +107,8 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
                 raise
         self._finish([(job[0], *result) for job, result in zip(jobs, done, strict=True)])
         version.rmtree()
+        if not any(version.parent.iterdir()):
+            version.parent.rmdir()
 
     def _shard(self, folder, split, number, pictures, bar, stop):
         """Writes one shard unless it is there: (its path, what is known of it)."""
