@@ -3,7 +3,7 @@
     pip install torch soundfile pillow  # torch for this comparison alone, its CPU build will do
     python benchmarks/data.py [--manifest=manifest.jsonl] [--image-size=224] [--batch-size=64]
 
-Without a manifest it makes 600 photographs of 500 x 375 with five FLAC recordings each, of lengths as in Flickr8k
+Without a manifest it makes photographs of 500 x 375 with five FLAC recordings each, lengths as in Flickr8k
 Audio, in a temporary folder. Every loader makes the same batches: 16 kHz float32 waveforms padded or cropped to one
 length, uint8 centre squares. They take turns in one process; the median of the rounds is told.
 
@@ -35,8 +35,8 @@ from c2f_jax.data.pairs import load_pairs
 RATE = 16_000
 
 
-def make_files(folder, pictures=600, captions=5):
-    """A manifest of photograph-like JPEGs and speech-like FLAC files; lengths are gamma distributed, mean 4.1 s."""
+def make_files(folder, pictures, captions=5):
+    """A manifest of photograph-like JPEGs and speech-like FLAC files; lengths gamma distributed, mean 4.1 s."""
     rng = np.random.default_rng(0)
     rows = []
     for number in range(pictures):
@@ -163,6 +163,7 @@ def main():
     """Prints one line a loader and the padding."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--manifest")
+    parser.add_argument("--pictures", type=int, default=600, help="made, without a manifest")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=8.0, help="length of the waveforms")
@@ -171,7 +172,7 @@ def main():
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        manifest = options.manifest or make_files(Path(folder))
+        manifest = options.manifest or make_files(Path(folder), options.pictures)
         pairs = load_pairs(str(manifest), "train")
         batches = min(options.batches, len(pairs) // options.batch_size)
         loaders = {
