@@ -40,7 +40,7 @@ class ManifestSource(PairSource):
                     f"{self._image_names[gallery_row]!r} before; a picture has one image_id"
                 )
             image_index.append(gallery_row)
-        self.rows, self._images = rows, list(gallery)
+        self._rows, self._images = rows, list(gallery)
         super().__init__(
             path,
             split,
@@ -50,9 +50,14 @@ class ManifestSource(PairSource):
             bad_items=bad_items,
         )
 
+    @property
+    def rows(self) -> list[dict]:
+        """The checked rows, one a recording."""
+        return self._rows
+
     def recording(self, index: int) -> Recording:
         """Recording `index`: path, caption, speaker."""
-        row = self.rows[index]
+        row = self._rows[index]
         return Recording(audio=row["audio"], caption=row["caption"], speaker=row["speaker"])
 
     def image(self, row: int) -> str:
