@@ -1,7 +1,11 @@
 """Default configuration: light encoders that fit small machines. Files in ``configs/`` change what differs."""
 
+import dataclasses
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
+
+from c2f_jax.data.augment import AugmentConfig
 
 
 def default_config():
@@ -30,6 +34,8 @@ def default_config():
     config.data.shuffled_share = 0.0
     config.data.threads = 2
     config.data.prefetch = 4
+    config.data.max_padding = placeholder(float)
+    config.data.augment = ConfigDict(dataclasses.asdict(AugmentConfig()))
 
     encoder = {"width": 96, "depth": 4, "heads": 4, "mlp_ratio": 4.0, "dropout_rate": 0.0}
     config.model = ConfigDict()

@@ -20,6 +20,7 @@ from c2f_jax.experiment import create_experiment, example_batch, load_saved_conf
 from c2f_jax.models import Encoded
 from c2f_jax.retrieval.evaluation import evaluate_retrieval
 from c2f_jax.retrieval.figures import learning_curves_png, results_png
+from c2f_jax.retrieval.protocols import rank
 from c2f_jax.retrieval.report import (
     make_examples,
     picture,
@@ -116,21 +117,35 @@ def retrieve(experiment, params, encoded, *, fine=True, resamples=None):
     )
 
 
-def evaluate_source(experiment, params, source, workdir, *, step, history=None, progress=True):
-    """Evaluate a split and write ``eval/<data set>-<split>.{json,html,png}`` below the workdir.
+def evaluate_source(experiment, params, source, workdir, *, step, history=None, progress=True, protocol=None):
+    """Evaluate a split and write ``eval/<data set>-<split>[-<protocol>].{json,html,png}`` below the workdir.
+
+    Args:
+      experiment, params, source: what is evaluated on what.
+      workdir: directory of the run.
+      step: of the parameters.
+      history: learning curves to show.
+      progress: show progress bars.
+      protocol: a `c2f_jax.retrieval.protocols.Protocol` to follow.
 
     Returns:
       The result, as it stands in the JSON file, and the path of the page.
     """
     encoded = encode_split(experiment, params, source, progress)
-    result, lists = retrieve(experiment, params, encoded)
+    if protocol is None:
+        result, lists = retrieve(experiment, params, encoded)
+    else:
+        result, lists, encoded = rank(protocol, encoded, functools.partial(retrieve, experiment, params))
     result |= {
         "data_set": source.name,
         "split": source.split,
+        "trained_on": experiment.data.name,
         "step": int(step),
         "bad_items": source.bad_items.reasons,
     }
     folder, stem = epath.Path(workdir) / "eval", f"{data_set_label(source)}-{source.split}"
+    if protocol is not None:
+        stem += f"-{protocol.name}"
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / f"{stem}.html"
     (folder / f"{stem}.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -140,7 +155,7 @@ def evaluate_source(experiment, params, source, workdir, *, step, history=None, 
         page,
         title="Speech-image retrieval, coarse to fine",
         result=result,
-        data_set=f"{source.name}, {source.split} split",
+        data_set=f"{source.name}, {source.split} split" + (f", protocol {protocol.name}" if protocol else ""),
         step=int(step),
         speech_examples=speech_examples,
         failures=failures,
@@ -156,9 +171,14 @@ def evaluate_source(experiment, params, source, workdir, *, step, history=None, 
 
 
 def data_set_label(source):
-    """A data set's name as it stands in file and metric names: "spoken_scenes-tiny", or a manifest's folder."""
-    name = source.name
-    return epath.Path(name).parent.name if epath.Path(name).suffix in MANIFEST_SUFFIXES else name.replace("/", "-")
+    """A data set's name as it stands in file and metric names: "spoken_scenes-tiny", or a manifest's folder.
+
+    For the directory of a prepared manifest, manifest_pairs/<name>/<version>, it is that name.
+    """
+    path = epath.Path(source.name)
+    if path.suffix in MANIFEST_SUFFIXES or path.parent.parent.name == "manifest_pairs":
+        return path.parent.name
+    return source.name.replace("/", "-")
 
 
 def choose_examples(source, encoded, lists, count=8):

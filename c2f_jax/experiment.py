@@ -8,6 +8,8 @@ import ml_collections
 import numpy as np
 from etils import epath
 
+from c2f_jax.config import default_config
+from c2f_jax.data.augment import AugmentConfig
 from c2f_jax.data.pairs import SAMPLE_RATE, load_pairs
 from c2f_jax.errors import UserError
 from c2f_jax.models import C2FModel, create_model
@@ -33,6 +35,9 @@ class DataConfig:
       shuffled_share: share of training recordings whose image is swapped with another's (noisy supervision).
       threads: decoding threads.
       prefetch: batches held ready.
+      max_padding: share of padding that training batches may have; lengths are then chosen for it, up to the last of
+        bucket_seconds (a compiled step a length); None to take bucket_seconds as they are.
+      augment: how training examples are varied.
     """
 
     name: str
@@ -47,6 +52,8 @@ class DataConfig:
     shuffled_share: float = 0.0
     threads: int = 4
     prefetch: int = 4
+    max_padding: float | None = None
+    augment: AugmentConfig = AugmentConfig()
 
     def load(self, split):
         """The PairSource of a split."""
@@ -120,8 +127,11 @@ def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
     half_life = method.pop("momentum_half_life", None)
     if half_life is not None:
         method["momentum"] = momentum_from_half_life(half_life, plain.get("batch_size", 1))
+    data = plain.pop("data", {})
+    data["augment"] = _build(AugmentConfig, "data.augment", data.pop("augment", {}))
+    data["augment"].check()
     parts = {
-        "data": _build(DataConfig, "data", plain.pop("data", {})),
+        "data": _build(DataConfig, "data", data),
         "eval": _build(EvalConfig, "eval", plain.pop("eval", {})),
         "method": _build(MethodConfig, "method", method),
         "optimizer": _build(OptimizerConfig, "optimizer", plain.pop("optimizer", {}) | {"steps": plain.get("steps")}),
@@ -139,6 +149,8 @@ def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
         raise UserError(f"eval.k={experiment.eval.k}: at least 1 candidate is expected")
     if not 0.0 <= experiment.data.shuffled_share <= 1.0:
         raise UserError(f"data.shuffled_share={experiment.data.shuffled_share}: a share from 0 to 1 is expected")
+    if experiment.data.max_padding is not None and not 0.0 < experiment.data.max_padding < 1.0:
+        raise UserError(f"data.max_padding={experiment.data.max_padding}: a share between 0 and 1 is expected")
     _check_image_grid(model["image"], experiment.data.image_size)
     experiment.method.check(experiment.queue_size, experiment.token_queue_size)
     return experiment
@@ -167,8 +179,10 @@ def save_config(config, workdir):
     wanted = json.loads(config.to_json())
     if path.exists():
         found = _flat(load_saved_config(workdir).to_dict())
-        asked = _flat(wanted)
-        differing = [k for k in sorted(found.keys() | asked.keys()) if found.get(k) != asked.get(k) and k not in free]
+        asked, default = _flat(wanted), _flat(default_config().to_dict())
+        # A value that the saved file does not know had its default.
+        differing = [k for k in sorted(found.keys() | asked.keys()) if found.get(k, default.get(k)) != asked.get(k)]
+        differing = [k for k in differing if k not in free]
         differing = [k for k in differing if not k.startswith("eval.")]
         if differing:
             rows = "\n".join(f"  {k}: {found.get(k)!r} there, {asked.get(k)!r} asked" for k in differing)

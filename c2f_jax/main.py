@@ -1,7 +1,8 @@
-"""The ``c2f`` command: train, evaluate, index, search, ablate."""
+"""The ``c2f`` command: train, evaluate, index, search, ablate, data check, data prepare."""
 
 import argparse
 import difflib
+import json
 import logging
 import os
 import sys
@@ -23,7 +24,7 @@ def main(argv=None):
     overrides = [word for word in rest if word.startswith("--config.")]
     unknown = [word for word in rest if word not in overrides]
     if unknown or (overrides and not args.takes_config):
-        args.parser.error(f"unknown argument {(unknown or overrides)[0]}; see c2f {args.command} --help")
+        args.parser.error(f"unknown argument {(unknown or overrides)[0]}; see {args.parser.prog} --help")
     # jax and TensorFlow announce on import what hardware they did not find; errors still show.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else TensorFlow greets with a notice about it
@@ -32,10 +33,10 @@ def main(argv=None):
     try:
         return args.run(args, overrides) or 0
     except UserError as error:
-        print(f"c2f {args.command}: {error}", file=sys.stderr)
+        print(f"{args.parser.prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"c2f {args.command}: interrupted", file=sys.stderr)
+        print(f"{args.parser.prog}: interrupted", file=sys.stderr)
         return 130
 
 
@@ -87,8 +88,8 @@ def _parser():
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name, run, summary, takes_config=False):
-        sub = commands.add_parser(name, help=summary, description=summary)
+    def add(name, run, summary, takes_config=False, to=commands):
+        sub = to.add_parser(name, help=summary, description=summary)
         sub.set_defaults(run=run, parser=sub, takes_config=takes_config)
         return sub
 
@@ -101,6 +102,13 @@ def _parser():
         "for example --config.optimizer.learning_rate=3e-4",
     )
     train.add_argument("--workdir", required=True, help="directory of the run, local or gs://; an existing run goes on")
+    train.add_argument(
+        "--zero-shot",
+        nargs="+",
+        default=[],
+        metavar="DATA",
+        help="evaluate afterwards on these too: protocols, or other data sets and manifests (their test split)",
+    )
     _distributed_arguments(train)
 
     evaluate = add(
@@ -108,7 +116,10 @@ def _parser():
     )
     evaluate.add_argument("--workdir", required=True, help="directory of a training run")
     evaluate.add_argument("--data", help="another data set or manifest (zero-shot); the run's own by default")
-    evaluate.add_argument("--split", help="split; the run's test split by default")
+    evaluate.add_argument("--split", help="split; the protocol's, else the run's test split, by default")
+    evaluate.add_argument(
+        "--protocol", help="flickr8k_1k, spoken_coco_5k, spoken_coco_1k_5fold, places_1k or mteb, with its own data set"
+    )
     evaluate.add_argument(
         "--step", default="best", help="best, latest or the number of a checkpoint (default: %(default)s)"
     )
@@ -151,6 +162,35 @@ def _parser():
         "--noise", type=float, default=0.3, help="share of shuffled captions in the noisy rows (default: %(default)s)"
     )
     ablate.add_argument("--rows", help="comma-separated names, to run some of the rows only")
+
+    data = commands.add_parser("data", help="Check a data set, or prepare one.")
+    data_commands = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+    check = add(
+        "check",
+        _data_check,
+        "Decode every item of a data set and say what is wrong: exit status 0 passed, 1 warnings, 3 errors.",
+        to=data_commands,
+    )
+    prepare = add(
+        "prepare",
+        _data_prepare,
+        "From downloaded folders or a manifest to a prepared set; an interrupted run goes on.",
+        to=data_commands,
+    )
+    for sub in (check, prepare):
+        sub.add_argument("data", help="flickr8k_audio, spoken_coco, places_audio, spoken_scenes or a manifest")
+        sub.add_argument("--manual-dir", help="folder of the downloaded parts of a published data set")
+        sub.add_argument("--data-dir", help="directory of prepared sets, local or gs://; TFDS's default unless given")
+        sub.add_argument("--threads", type=int, help="threads that decode; one a core unless given")
+    check.add_argument("--output", metavar="DIR", help="write check.json and check.html, with players, here")
+    check.add_argument("--fix", metavar="FILE", help="write a manifest (.jsonl) of what can be used")
+    check.add_argument("--max-seconds", type=float, default=30.0, help="longer recordings are reported (%(default)s)")
+    prepare.add_argument("--dry-run", action="store_true", help="say what is missing, where to get it, how large it is")
+    prepare.add_argument("--download", action="store_true", help="fetch missing parts that have a direct link")
+    prepare.add_argument("--name", help="name of the prepared set of a manifest; its folder's unless given")
+    prepare.add_argument(
+        "--max-bad-share", type=float, default=0.01, help="share of bad items that are left out (default: %(default)s)"
+    )
     return parser
 
 
@@ -173,6 +213,8 @@ def _train(args, overrides):
     from c2f_jax.retrieval.evaluation import format_table
     from c2f_jax.train import PREEMPTED_EXIT_CODE, Preempted, train_and_evaluate
 
+    for target in args.zero_shot:
+        _open_target(config, target)  # before the training: a misspelt one is not found hours later
     try:
         _, _, result, page = train_and_evaluate(config, args.workdir)
     except Preempted as event:
@@ -181,26 +223,49 @@ def _train(args, overrides):
     if result is not None:
         print(format_table(result))
         print(f"\nresults page: {page}")
+        for target in args.zero_shot:
+            print(f"\nzero-shot: {target}")
+            _evaluate_on(config, args.workdir, *_open_target(config, target))
     return 0
 
 
-def _evaluate(args, _):
+def _open_target(config, target, split=None, protocol=None):
+    """(source, protocol or None) of a protocol's name, a data set or a manifest."""
+    from c2f_jax.data.pairs import load_pairs
+    from c2f_jax.retrieval.protocols import PROTOCOLS, find_protocol, open_protocol
+
+    def load(name, split):
+        return load_pairs(name, split, config.data.data_dir, max_bad_share=config.data.max_bad_share)
+
+    if protocol is not None:
+        protocol = find_protocol(protocol)
+        return open_protocol(protocol, load, target, split), protocol
+    if target in PROTOCOLS:
+        return open_protocol(PROTOCOLS[target], load, None, split), PROTOCOLS[target]
+    return load(target or config.data.name, split or config.data.test_split), None
+
+
+def _evaluate_on(config, workdir, source, protocol, step="best"):
     from c2f_jax.evaluate import evaluate_source, load_trained
-    from c2f_jax.experiment import load_saved_config
     from c2f_jax.retrieval.evaluation import format_table
+    from c2f_jax.retrieval.protocols import format_protocol
+
+    experiment, params, step, history = load_trained(workdir, step=step, config=config)
+    result, page = evaluate_source(experiment, params, source, workdir, step=step, history=history, protocol=protocol)
+    print(format_protocol(result) + format_table(result))
+    print(f"\nresults page: {page}")
+
+
+def _evaluate(args, _):
+    from c2f_jax.experiment import load_saved_config
 
     config = load_saved_config(args.workdir)
-    if args.data:
-        config.data.name = args.data
     if args.k:
         config.eval.k = args.k
     if args.score:
         config.eval.score = args.score
-    experiment, params, step, history = load_trained(args.workdir, step=args.step, config=config)
-    source = experiment.data.load(args.split or experiment.data.test_split)
-    result, page = evaluate_source(experiment, params, source, args.workdir, step=step, history=history)
-    print(format_table(result))
-    print(f"\nresults page: {page}")
+    source, protocol = _open_target(config, args.data, args.split, args.protocol)
+    _evaluate_on(config, args.workdir, source, protocol, args.step)
 
 
 def _index(args, _):
@@ -228,6 +293,52 @@ def _search(args, _):
         output=args.output,
     )
     print(f"\nanswers: {page}")
+
+
+def _data_check(args, _):
+    from c2f_jax.data.check import EXIT_CODES, check_data
+
+    report = check_data(
+        args.data,
+        manual_dir=args.manual_dir,
+        data_dir=args.data_dir,
+        max_seconds=args.max_seconds,
+        threads=args.threads,
+    )
+    print(report.text())
+    if args.output:
+        from etils import epath
+
+        from c2f_jax.data.check_page import write_check_page
+
+        folder = epath.Path(args.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "check.json").write_text(json.dumps(report.json(), indent=2) + "\n")
+        write_check_page(folder / "check.html", report)
+        print(f"report: {folder / 'check.html'}, {folder / 'check.json'}")
+    if args.fix:
+        from c2f_jax.data.clean_manifest import write_clean_manifest
+
+        print(f"{write_clean_manifest(report, args.fix):,} pairs written: {args.fix}")
+    return EXIT_CODES[report.severity]
+
+
+def _data_prepare(args, _):
+    from c2f_jax.data.prepare import dry_run, prepare
+
+    if args.dry_run:
+        print(dry_run(args.data, manual_dir=args.manual_dir, data_dir=args.data_dir, name=args.name))
+        return
+    ready = prepare(
+        args.data,
+        manual_dir=args.manual_dir,
+        data_dir=args.data_dir,
+        name=args.name,
+        download=args.download,
+        threads=args.threads,
+        max_bad_share=args.max_bad_share,
+    )
+    print(f"prepared; use it with --config.data.name={ready}")
 
 
 def _ablate(args, overrides):

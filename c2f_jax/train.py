@@ -118,13 +118,14 @@ def _train(experiment, state, start, optimizer, source, validation, parallel, ch
         source,
         batch_size=experiment.batch_size,
         image_size=data.image_size,
-        bucket_seconds=data.bucket_seconds,
+        bucket_seconds=loader.bucket_seconds(source, data, experiment.batch_size),
         seed=experiment.seed,
         start_step=start,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         threads=data.threads,
         prefetch=data.prefetch,
+        augment=data.augment,
     )
     recorder.start(start)
     with _stop_request() as stop_requested:

@@ -25,10 +25,10 @@ def test_links_and_pictures_exist():
     assert links and [link for link in links if not (ROOT / link).exists()] == []
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "index", "search", "ablate"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "index", "search", "ablate", "data check", "data prepare"])
 def test_help_and_documented_flags(command, capsys):
     with pytest.raises(SystemExit) as exit_info:
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     assert exit_info.value.code == 0
     shown = capsys.readouterr().out
     for line in re.findall(rf"c2f {command} (.*)", README):

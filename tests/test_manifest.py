@@ -169,6 +169,12 @@ def test_a_few_missing_files_of_a_large_set_are_left_out_and_named(files):
     assert len(load_pairs(write(files, rows), "train", max_bad_share=0.02)) == 295
 
 
+def test_the_allowed_share_holds_while_training_too(files):
+    """A source without missing files keeps the share that was asked for."""
+    pairs = load_pairs(write(files, [ROWS[k % 3] for k in range(300)]), "train", max_bad_share=0.1)
+    assert pairs.bad_items.allowed == 30 and pairs.bad_items.total == 300
+
+
 def test_bad_items_of_another_split_do_not_matter(files):
     rows = [*ROWS, {**ROWS[0], "audio": "gone.wav", "split": "other"}]
     assert len(load_pairs(write(files, rows), "train")) == 3

@@ -1,35 +1,53 @@
 """Encoded audio to 16 kHz mono samples."""
 
 import io
+import os
+import stat
+import struct
 
 import numpy as np
 
-from c2f_jax.errors import UserError
+from c2f_jax.errors import BadFileError
+
+MOST_SAMPLES = 100_000_000  # before and after conversion: 400 MB, 100 minutes at 16 kHz; more is taken for a bomb
+MOST_BYTES = 2**30
+RATES = (4_000, 768_000)  # Hz; below there is no speech, above no recorder
+_BLOCK = 2**20  # samples read at a time
 
 
 def decode_audio(data: bytes | str, *, sample_rate: int = 16_000, name: str | None = None) -> np.ndarray:
     """The samples, float32 (samples,) about -1 to 1, of bytes or of a file; channels averaged, rate converted.
 
-    Reads what libsndfile reads: WAV, FLAC, Ogg Opus and Vorbis, MP3, AIFF and more. Raises `UserError` naming the item
-    when it is missing, unreadable, cut off, empty or not finite.
+    Reads what libsndfile reads: WAV, FLAC, Ogg Opus and Vorbis, MP3, AIFF and more; the content decides, not the name.
+    Memory is bounded whatever a header promises. Raises `BadFileError` naming the item when it is missing, unreadable,
+    cut off, empty, not finite, of a rate outside 4 to 768 kHz, or longer than 100 million samples. (Damage inside
+    samples without checksums, as in WAV, cannot be seen; nor a cut of Ogg exactly between two pages.)
     """
     import soundfile
 
     name = name or (data if isinstance(data, str) else "audio")
     encoded = data if isinstance(data, bytes) else read_bytes(data)
     try:
-        with soundfile.SoundFile(io.BytesIO(encoded)) as file:
-            wave = file.read(dtype="float32", always_2d=True)
+        with soundfile.SoundFile(_Bytes(encoded)) as file:
             rate, promised = file.samplerate, file.frames
-    except (soundfile.LibsndfileError, RuntimeError, TypeError, ValueError) as e:
-        raise UserError(f"{name}: not audio that can be read ({_reason(e)}); WAV, FLAC, Ogg and MP3 can") from e
-    if len(wave) == 0:
-        raise UserError(f"{name}: the recording is empty")
+            if not RATES[0] <= rate <= RATES[1]:
+                raise BadFileError(
+                    f"{name}: a rate of {rate:,} Hz; recordings have {RATES[0]:,} to {RATES[1]:,} Hz", "wrong rate"
+                )
+            wave = _read(file, min(MOST_SAMPLES, MOST_SAMPLES * rate // sample_rate), name)
+    except (soundfile.LibsndfileError, RuntimeError, TypeError, OverflowError, MemoryError) as e:
+        raise _unreadable(name, e) from e
+    except ValueError as e:
+        raise e if isinstance(e, BadFileError) else _unreadable(name, e) from e
+    gone = _bytes_gone(encoded)
+    if gone:
+        raise BadFileError(f"{name}: cut off, {gone:,} bytes that its header promises are not there", "truncated")
     if len(wave) < promised:
-        raise UserError(f"{name}: cut off, {len(wave)} of {promised} samples are there")
-    wave = wave[:, 0] if wave.shape[1] == 1 else wave.mean(axis=1)
+        raise BadFileError(f"{name}: cut off, {len(wave)} of {promised} samples are there", "truncated")
+    if len(wave) == 0:
+        raise BadFileError(f"{name}: the recording is empty", "zero length")
     if not np.isfinite(wave).all():
-        raise UserError(f"{name}: the recording holds samples that are not numbers")
+        raise BadFileError(f"{name}: the recording holds samples that are not numbers", "not numbers")
     if rate != sample_rate:
         import soxr
 
@@ -37,20 +55,71 @@ def decode_audio(data: bytes | str, *, sample_rate: int = 16_000, name: str | No
     return np.ascontiguousarray(wave, np.float32)
 
 
+class _Bytes(io.BytesIO):
+    """Stays where it is when a damaged header sends it before its beginning; soundfile would print a traceback."""
+
+    def seek(self, offset, whence=io.SEEK_SET):
+        try:
+            return super().seek(offset, whence)
+        except ValueError:
+            return self.tell()
+
+
+def _read(file, most: int, name: str) -> np.ndarray:
+    """All samples, averaged over channels; read in blocks, since the number in the header may be anything."""
+    blocks, total = [], 0
+    size = max(_BLOCK // file.channels, 1)
+    while len(block := file.read(size, dtype="float32", always_2d=True)):
+        blocks.append(block[:, 0] if block.shape[1] == 1 else block.mean(axis=1))
+        total += len(block)
+        if total > most:
+            raise BadFileError(f"{name}: longer than {most:,} samples, {most / file.samplerate:,.0f} s", "too long")
+    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+
+
+def _bytes_gone(encoded: bytes) -> int:
+    """How many bytes a file lacks at its end, where libsndfile reads on without a word: WAV, AIFF and Ogg."""
+    if encoded[:4] in (b"RIFF", b"FORM"):
+        order, place = ("<I" if encoded[:4] == b"RIFF" else ">I"), 12
+        while place + 8 <= len(encoded):
+            size = struct.unpack_from(order, encoded, place + 4)[0]
+            if encoded[place : place + 4] in (b"data", b"SSND"):
+                streamed = size >= 2**31 - 2**16  # a recorder that could not go back to write the length
+                return 0 if streamed else max(place + 8 + size - len(encoded), 0)
+            place += 8 + size + size % 2
+        return 0
+    if encoded[:4] == b"OggS":
+        page = encoded.rfind(b"OggS")
+        segments = encoded[page + 26] if page + 26 < len(encoded) else 0
+        table = encoded[page + 27 : page + 27 + segments]
+        return max(page + 27 + segments + sum(table) - len(encoded), 0)
+    return 0
+
+
 def read_bytes(path: str) -> bytes:
-    """The content of a file, local or in a bucket; `UserError` naming it when it cannot be read."""
+    """The content of a file, local or in a bucket; `BadFileError` naming it when it cannot be read or is over 1 GiB."""
     try:
         if "://" not in path:
+            about = os.stat(path)  # first: opening a pipe would wait for a writer
+            if not stat.S_ISREG(about.st_mode):
+                raise BadFileError(f"{path}: cannot be read (not a file)", "unreadable")
+            if about.st_size > MOST_BYTES:
+                raise BadFileError(f"{path}: {about.st_size:,} bytes are more than {MOST_BYTES:,}", "too large")
             with open(path, "rb") as file:
                 return file.read()
         from etils import epath
 
         return epath.Path(path).read_bytes()
+    except FileNotFoundError as e:
+        raise BadFileError(f"{path}: cannot be read (No such file or directory)", "missing file") from e
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror or e})") from e
+        raise BadFileError(f"{path}: cannot be read ({e.strerror or e})", "unreadable") from e
+    except BadFileError:
+        raise
     except Exception as e:  # each kind of bucket has its own errors
-        raise UserError(f"{path}: cannot be read ({type(e).__name__}: {e})") from e
+        raise BadFileError(f"{path}: cannot be read ({type(e).__name__}: {e})", "unreadable") from e
 
 
-def _reason(error: Exception) -> str:
-    return getattr(error, "error_string", None) or str(error)
+def _unreadable(name: str, error: Exception) -> BadFileError:
+    reason = getattr(error, "error_string", None) or str(error)
+    return BadFileError(f"{name}: not audio that can be read ({reason}); WAV, FLAC, Ogg and MP3 can", "unreadable")

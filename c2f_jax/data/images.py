@@ -6,43 +6,61 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from c2f_jax.data.audio import read_bytes
-from c2f_jax.errors import UserError
+from c2f_jax.errors import BadFileError
 
 MOST_PIXELS = 100_000_000  # larger files are taken for decompression bombs
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no others: one of them starts a program
 
 
 def decode_image(data: bytes | str, size: int, *, name: str | None = None) -> np.ndarray:
     """The centre square of a picture, uint8 (size, size, 3) RGB, from bytes or a file.
 
     Turned as its EXIF tag says, transparency laid on white, 16 bit reduced to 8, resized with antialiased bicubic.
-    Raises `UserError` naming the item when it is missing, unreadable, cut off or larger than 100 million pixels.
+    Raises `BadFileError` naming the item when it is missing, unreadable, cut off or larger than 100 million pixels.
     """
+    rgb = open_rgb(data, size, name=name)
+    side = min(rgb.size)
+    return resize_box(rgb, ((rgb.width - side) / 2, (rgb.height - side) / 2, side, side), size)
+
+
+def open_rgb(data: bytes | str, size: int, *, name: str | None = None) -> Image.Image:
+    """The whole picture, RGB, as `decode_image` reads it; large JPEGs are reduced, to 2 * size or more."""
     name = name or (data if isinstance(data, str) else "image")
     encoded = data if isinstance(data, bytes) else read_bytes(data)
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
-                raise UserError(f"{name}: {image.width} x {image.height} pixels are more than {MOST_PIXELS:,}")
-            image.draft(image.mode, (2 * size, 2 * size))  # large JPEGs decode at a fraction of their size
-            rgb = _to_rgb(ImageOps.exif_transpose(image))
-    except UserError:
+                raise BadFileError(
+                    f"{name}: {image.width} x {image.height} pixels are more than {MOST_PIXELS:,}", "too large"
+                )
+            image.draft(image.mode, (2 * size, 2 * size))
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except BadFileError:
         raise
     except Exception as e:  # Pillow's plugins raise nearly anything on damaged files
-        raise UserError(f"{name}: not a picture that can be read ({e})") from e
-    side = min(rgb.size)
-    left, top = (rgb.width - side) / 2, (rgb.height - side) / 2
+        kind = "truncated" if "truncated" in str(e) else "unreadable"
+        raise BadFileError(f"{name}: not a picture that can be read ({e})", kind) from e
+
+
+def resize_box(rgb: Image.Image, box: tuple[float, float, float, float], size: int) -> np.ndarray:
+    """The box (left, top, width, height) of a picture as uint8 (size, size, 3), antialiased bicubic."""
+    left, top, width, height = box
     # Cutting before resizing gives the same picture, and a strip of 1 x 10,000 does not grow to gigabytes.
-    square = rgb.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-    return np.asarray(square, np.uint8)
+    resized = rgb.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+    return np.asarray(resized, np.uint8)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode.startswith(("I", "F")):  # 16 or 32 bit grey: Pillow's own conversion would clip it to white
-        grey = np.asarray(image, np.float64)
+        grey = np.array(image, np.float32)
+        if not np.isfinite(grey).all():
+            raise ValueError("it holds values that are not numbers")
         top = 65535 if image.mode != "F" else max(1.0, float(grey.max()))
-        return Image.fromarray(np.clip(np.round(grey * 255 / top), 0, 255).astype(np.uint8)).convert("RGB")
+        np.multiply(grey, 255 / top, out=grey)
+        np.round(grey, out=grey)
+        return Image.fromarray(np.clip(grey, 0, 255, out=grey).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, "white")

@@ -9,19 +9,28 @@ import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from PIL import Image
 
 from c2f_jax.data import batch_plan
 from c2f_jax.data.audio import decode_audio
-from c2f_jax.data.images import decode_image
-from c2f_jax.data.pairs import SAMPLE_RATE, PairSource
+from c2f_jax.data.augment import AugmentConfig, augment_picture, augment_wave, speaks_of_sides
+from c2f_jax.data.images import decode_image, open_rgb
+from c2f_jax.data.pairs import MIN_SAMPLES, SAMPLE_RATE, PairSource
 from c2f_jax.errors import UserError
-
-MIN_SAMPLES = 400  # HuBERT's first frame needs as many
 
 
 def steps_per_epoch(source: PairSource, batch_size: int) -> int:
     """Batches in one epoch; the remainder is dropped (other recordings in each epoch)."""
     return len(source) // batch_size
+
+
+def bucket_seconds(source: PairSource, data, batch_size: int) -> tuple[float, ...]:
+    """The training lengths of a `DataConfig`: its bucket_seconds, or as many as its max_padding asks for."""
+    if data.max_padding is None:
+        return data.bucket_seconds
+    longest = round(data.bucket_seconds[-1] * SAMPLE_RATE)
+    samples = batch_plan.fit_buckets(source.num_samples, longest, batch_size=batch_size, max_padding=data.max_padding)
+    return tuple(count / SAMPLE_RATE for count in samples)
 
 
 def train_batches(
@@ -37,6 +46,7 @@ def train_batches(
     threads: int = 4,
     prefetch: int = 4,
     cache_mib: int = 2048,
+    augment: AugmentConfig | None = None,
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """An endless iterator of (step, batch) from start_step on; batch_size counts the rows of all processes.
 
@@ -44,15 +54,18 @@ def train_batches(
         waveform float32 (n, S), speech_lengths int32 (n,), image uint8 (n, H, W, 3), image_id int32 (n,)
     S is one of bucket_seconds; recordings over the longest bucket are cropped at a place that is a function of
     (seed, epoch, recording). Damaged items are replaced by other recordings and named in `source.bad_items`.
-    Decoded items are kept in memory up to cache_mib. threads = 0 loads in the caller's thread. Raises `UserError` for
-    sizes that do not fit together and, while iterating, when too many items are bad.
+    Decoded items are kept in memory up to cache_mib. threads = 0 loads in the caller's thread; their number changes no
+    batch. augment varies pictures and recordings, each by a draw of its own from (seed, epoch, recording). Raises
+    `UserError` for sizes that do not fit together and, while iterating, when too many items are bad.
     """
     import grain
 
     batch_plan.check_plan(
         len(source), batch_size=batch_size, bucket_seconds=bucket_seconds, process_count=process_count
     )
-    load = _TrainBatch(source, batch_size, image_size, bucket_seconds, seed, process_index, process_count, cache_mib)
+    load = _TrainBatch(
+        source, batch_size, image_size, bucket_seconds, seed, process_index, process_count, cache_mib, augment
+    )
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, 1) if threads else 0)
     return iter(grain.MapDataset.range(start_step, 2**31 - 1).map(load).to_iter_dataset(options))
 
@@ -60,8 +73,12 @@ def train_batches(
 class _TrainBatch:
     """step -> (step, batch)."""
 
-    def __init__(self, source, batch_size, image_size, bucket_seconds, seed, process_index, process_count, cache_mib):
+    def __init__(
+        self, source, batch_size, image_size, bucket_seconds, seed, process_index, process_count, cache_mib, augment
+    ):
         self.source, self.batch_size, self.image_size, self.seed = source, batch_size, image_size, seed
+        self.augment = augment or AugmentConfig()
+        self.may_flip = functools.cache(lambda identity: not speaks_of_sides(source.captions(identity)))
         self.steps_per_epoch = steps_per_epoch(source, batch_size)
         rows = batch_size // process_count
         self.rows = range(process_index * rows, (process_index + 1) * rows)
@@ -81,12 +98,19 @@ class _TrainBatch:
         batch = _empty_batch(len(self.rows), samples, self.image_size)
         for out, row in enumerate(self.rows):
             index, wave, image = self._load_row(plan, position, row)
+            identity = int(self.source.image_ids[self.source.image_index[index]])
+            if self.augment.recordings:
+                wave = augment_wave(wave, self.augment, np.random.default_rng((self.seed, epoch, index, 1)))
+            if self.augment.pictures:
+                rng = np.random.default_rng((self.seed, epoch, index, 2))
+                may_flip = self.augment.flip > 0 and self.may_flip(identity)
+                image = augment_picture(image, self.image_size, self.augment, rng, may_flip=may_flip)
             if len(wave) > samples:
                 start = np.random.default_rng((self.seed, epoch, index)).integers(len(wave) - samples + 1)
                 wave = wave[start : start + samples]
             _put_wave(batch, out, wave)
             batch["image"][out] = image
-            batch["image_id"][out] = self.source.image_ids[self.source.image_index[index]]
+            batch["image_id"][out] = identity
         return step, batch
 
     def _load_row(self, plan: np.ndarray, position: int, row: int) -> tuple[int, np.ndarray, np.ndarray]:
@@ -99,8 +123,9 @@ class _TrainBatch:
             index = int(plan[(position + k) % steps, (row + k // steps) % size])
             picture = int(self.source.image_index[index])
             wave = self.cache.get(("wave", index), functools.partial(load_wave, self.source, index))
+            load = load_whole_image if self.augment.pictures else load_image
             image = (
-                self.cache.get(("image", picture), functools.partial(load_image, self.source, picture, self.image_size))
+                self.cache.get(("image", picture), functools.partial(load, self.source, picture, self.image_size))
                 if wave is not None
                 else None
             )
@@ -146,8 +171,23 @@ def load_wave(source: PairSource, index: int) -> np.ndarray | None:
 
 def load_image(source: PairSource, row: int, size: int) -> np.ndarray | None:
     """Picture `row` as uint8 (size, size, 3); None, and an entry in `source.bad_items`, when it cannot be used."""
+    return _read_image(source, row, lambda data: decode_image(data, size))
+
+
+def load_whole_image(source: PairSource, row: int, size: int) -> np.ndarray | None:
+    """Picture `row` uncut, uint8 (H, W, 3), its shorter side at most 2 * size pixels; None as by `load_image`."""
+
+    def decode(data):
+        rgb = open_rgb(data, size)
+        scale = min(1.0, 2 * size / min(rgb.size))
+        return np.asarray(rgb.resize([max(round(scale * side), 1) for side in rgb.size], Image.Resampling.BICUBIC))
+
+    return _read_image(source, row, decode)
+
+
+def _read_image(source: PairSource, row: int, decode) -> np.ndarray | None:
     try:
-        return decode_image(source.image(row), size)
+        return decode(source.image(row))
     except UserError as e:
         name = source.image_name(row)
         source.bad_items.add(name, str(e).removeprefix(f"{name}: "))

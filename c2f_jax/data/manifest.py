@@ -11,9 +11,10 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from c2f_jax.data.audio import read_bytes
+from c2f_jax.data.layouts import Listing
 from c2f_jax.data.pairs import SAMPLE_RATE, BadItems, PairSource, Recording
 from c2f_jax.errors import UserError
 
@@ -21,7 +22,7 @@ REQUIRED = ("image", "audio", "split")
 
 
 class ManifestSource(PairSource):
-    """One split of a manifest; `rows` are checked dicts with absolute paths (see `load_manifest`)."""
+    """One split of a manifest or a published layout; `rows` are checked dicts with whole paths (see `read_listing`)."""
 
     def __init__(self, path: str, split: str, rows: list[dict], bad_items: BadItems):
         gallery: dict[str, int] = {}
@@ -49,6 +50,11 @@ class ManifestSource(PairSource):
             bad_items=bad_items,
         )
 
+    @property
+    def rows(self) -> list[dict]:
+        """The checked rows, one a recording."""
+        return self._rows
+
     def recording(self, index: int) -> Recording:
         """Recording `index`: path, caption, speaker."""
         row = self._rows[index]
@@ -71,24 +77,38 @@ def load_manifest(path: str, split: str, *, max_bad_share: float = 0.01) -> Mani
     empty split; and when more than max_bad_share of the split's rows lack a file.
     """
     path = str(path)
-    present: Counter = Counter()
-    rows = []
-    for row in _read_rows(path):
-        present[row["split"]] += 1
-        if row["split"] == split:
-            rows.append(row)
+    listing = read_listing(path)
+    rows = [row for row in listing.rows if row["split"] == split]
     if not rows:
+        present = Counter(row["split"] for row in listing.rows)
         listed = ", ".join(f"{name} ({count})" for name, count in present.items()) or "none: it has no rows"
         raise UserError(f"{path}: no rows of the split {split!r}; splits in the file: {listed}")
-    folder = path.rpartition("/")[0]
-    for row in rows:
-        for column in ("image", "audio"):
-            row[column] = _join(folder, row[column])
     bad_items = BadItems(f"{path}, split {split}", len(rows), max_bad_share)
     missing = {row["where"]: gap for row in rows if (gap := _missing_file(row))}
     bad_items.add_all({name: f"no such file ({where})" for where, name in missing.items()})
     rows = [row for row in rows if row["where"] not in missing]
     return ManifestSource(path, split, rows, bad_items)
+
+
+def read_listing(path: str, *, strict: bool = True) -> Listing:
+    """All rows of a manifest, with absolute paths (or relative to the working directory, as the manifest's is).
+
+    A line that cannot be read raises `UserError` or, unless strict, is noted and left out.
+    """
+    path = str(path)
+    listing = Listing(path)
+
+    def report(where: str, reason: str) -> None:
+        if strict:
+            raise UserError(f"{where}: {reason}")
+        listing.notes.append(("unreadable line", where, reason))
+
+    folder = path.rpartition("/")[0]
+    for row in _read_rows(path, report):
+        for column in ("image", "audio"):
+            row[column] = _join(folder, row[column])
+        listing.rows.append(row)
+    return listing
 
 
 def _join(folder: str, name: str) -> str:
@@ -104,30 +124,38 @@ def _missing_file(row: dict) -> str | None:
     return None
 
 
-def _read_rows(path: str) -> Iterator[dict]:
+def _read_rows(path: str, report: Callable[[str, str], None]) -> Iterator[dict]:
     try:
         text = read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not UTF-8 text ({e})") from e
     parse = _parse_csv if path.lower().endswith(".csv") else _parse_jsonl
-    for line, row in parse(path, text):
-        yield _checked(row, f"{path}:{line}")
+    for line, row in parse(path, text, report):
+        where = f"{path}:{line}"
+        try:
+            yield _checked(row, where)
+        except ValueError as e:
+            report(where, str(e))
 
 
-def _parse_jsonl(path: str, text: str):
+def _parse_jsonl(path: str, text: str, report):
     for line, content in enumerate(text.split("\n"), 1):
         if not content.strip():
             continue
         try:
             row = json.loads(content)
         except json.JSONDecodeError as e:
-            raise UserError(f"{path}:{line}: not JSON ({e.msg}, column {e.colno}); expected one object a line") from e
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{line}: expected a JSON object with the keys {', '.join(REQUIRED)}")
-        yield line, row
+            report(f"{path}:{line}", f"not JSON ({e.msg}, column {e.colno}); expected one object a line")
+        except (ValueError, RecursionError) as e:  # numbers of thousands of digits, thousands of brackets
+            report(f"{path}:{line}", f"not JSON of a row ({e}); expected one object a line")
+        else:
+            if isinstance(row, dict):
+                yield line, row
+            else:
+                report(f"{path}:{line}", f"expected a JSON object with the keys {', '.join(REQUIRED)}")
 
 
-def _parse_csv(path: str, text: str):
+def _parse_csv(path: str, text: str, report):
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         header = reader.fieldnames or []
@@ -136,35 +164,36 @@ def _parse_csv(path: str, text: str):
             raise UserError(f"{path}:1: no column {', '.join(absent)}; the header has {', '.join(header) or 'nothing'}")
         for row in reader:
             if None in row or None in row.values():
-                raise UserError(
-                    f"{path}:{reader.line_num}: {len(header)} columns expected as in the header; a value "
-                    "that holds a comma needs quotes"
+                report(
+                    f"{path}:{reader.line_num}",
+                    f"{len(header)} columns expected as in the header; a value that holds a comma needs quotes",
                 )
-            yield reader.line_num, row
+            else:
+                yield reader.line_num, row
     except csv.Error as e:
-        raise UserError(f"{path}:{reader.line_num}: not CSV ({e})") from e
+        report(f"{path}:{reader.line_num}", f"not CSV ({e})")
 
 
 def _checked(row: dict, where: str) -> dict:
-    """The known columns of a row with defaults filled in; `UserError` with file and line when one is wrong."""
+    """The known columns of a row with defaults filled in; `ValueError` saying what is wrong with one."""
     for column in REQUIRED:
         value = row.get(column)
         if not isinstance(value, str) or not value:
             has = f"it is {value!r}" if column in row else f"the row has {', '.join(map(str, row)) or 'nothing'}"
-            raise UserError(f"{where}: needs a text under {column!r}; {has}")
+            raise ValueError(f"needs a text under {column!r}; {has}")
     seconds = row.get("seconds")
     if seconds in (None, ""):
         samples = -1
     else:
         try:
             seconds = float(seconds)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             seconds = math.nan
         if not 0 < seconds < 1e5:
-            raise UserError(f"{where}: seconds is {row['seconds']!r}, expected the length of the recording, above 0")
+            raise ValueError(f"seconds is {row['seconds']!r}, expected the length of the recording, above 0")
         samples = round(seconds * SAMPLE_RATE)
     identity = row.get("image_id")
-    return {
+    checked = {
         "image": row["image"],
         "audio": row["audio"],
         "split": row["split"],
@@ -174,3 +203,10 @@ def _checked(row: dict, where: str) -> dict:
         "caption": str(row.get("caption") or ""),
         "speaker": str(row.get("speaker") or ""),
     }
+    for column, value in checked.items():
+        if isinstance(value, str) and not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+                raise ValueError(f"the text under {column!r} is not Unicode: {value!a}") from None
+    return checked

@@ -9,6 +9,7 @@ import numpy as np
 from c2f_jax.errors import UserError
 
 SAMPLE_RATE = 16_000
+MIN_SAMPLES = 400  # HuBERT's first frame needs as many
 
 
 class Recording(TypedDict):
@@ -83,7 +84,9 @@ class PairSource(abc.ABC):
         self.image_index = np.asarray(image_index, np.int32)
         self.image_ids = np.asarray(image_ids, np.int32)
         self.num_samples = np.asarray(num_samples, np.int32)
-        self.bad_items = bad_items or BadItems(f"{name}, split {split}", len(self.image_index))
+        if bad_items is None:  # an empty one is false
+            bad_items = BadItems(f"{name}, split {split}", len(self.image_index))
+        self.bad_items = bad_items
 
     def __len__(self) -> int:
         return len(self.image_index)
@@ -105,6 +108,11 @@ class PairSource(abc.ABC):
     def image_id(self, row: int) -> str:
         """The identity of picture `row` as the data set writes it."""
 
+    def captions(self, identity: int) -> list[str]:
+        """The captions of all recordings of one identity of `image_ids`."""
+        rows = np.flatnonzero(self.image_ids[self.image_index] == identity)
+        return [self.recording(int(index))["caption"] for index in rows]
+
     def recording_name(self, index: int) -> str:
         """What error messages call recording `index`."""
         audio = self.recording(index)["audio"]
@@ -117,23 +125,46 @@ class PairSource(abc.ABC):
 
 
 def _spoken_scenes(config: str, split: str, data_dir: str | None, max_bad_share: float) -> PairSource:
-    from c2f_jax.data.spoken_scenes.source import SpokenScenesSource
+    from c2f_jax.data.prepared import PreparedSource
+    from c2f_jax.data.spoken_scenes.source import prepared_builder
 
-    del max_bad_share  # made here, so none is bad
-    return SpokenScenesSource(config, split, data_dir)
+    name = f"spoken_scenes/{config}" if config not in ("", "default") else "spoken_scenes"
+    builder = prepared_builder(config, data_dir)
+    return PreparedSource(builder, split, name=name, max_bad_share=max_bad_share)
+
+
+def _published(name: str):
+    def load(config: str, split: str, data_dir: str | None, max_bad_share: float) -> PairSource:
+        from c2f_jax.data.builders import BUILDERS
+        from c2f_jax.data.prepared import PreparedSource
+
+        if config:
+            raise UserError(f"{name} has no configuration {config!r}; give {name} alone")
+        builder = BUILDERS[name](data_dir=data_dir)
+        if not builder.info.splits:
+            raise UserError(
+                f"{name} is not prepared in {builder.data_dir}; `c2f data prepare {name} --dry-run` says what it needs"
+            )
+        return PreparedSource(builder, split, name=name, max_bad_share=max_bad_share)
+
+    return load
 
 
 # Name -> loader(config, split, data_dir, max_bad_share); the config is what follows the slash in "name/config".
-DATA_SETS = {"spoken_scenes": _spoken_scenes}
+DATA_SETS = {
+    "spoken_scenes": _spoken_scenes,
+    **{name: _published(name) for name in ("flickr8k_audio", "spoken_coco", "places_audio")},
+}
 MANIFEST_SUFFIXES = (".jsonl", ".csv")
 
 
 def load_pairs(spec: str, split: str, data_dir: str | None = None, *, max_bad_share: float = 0.01) -> PairSource:
-    """One split of a data set, by name (`spoken_scenes`, `spoken_scenes/tiny`) or by the path of a manifest.
+    """One split of a data set: by name, by the path of a manifest, or by the directory of a prepared set.
 
-    A manifest is a .jsonl or .csv file, on this machine or in a bucket (see `c2f_jax.data.manifest`). A registered
-    data set that does not exist yet is made in data_dir (TFDS's default directory unless given). Raises `UserError`
-    for an unknown name or split and for a manifest that cannot be used.
+    Names are `spoken_scenes`, which is made in data_dir (TFDS's default directory unless given) when it is not there,
+    and the published sets, which `c2f data prepare` makes. A manifest is a .jsonl or .csv file, on this machine or in
+    a bucket (see `c2f_jax.data.manifest`). Raises `UserError` for an unknown name or split and for data that cannot be
+    used.
     """
     spec = str(spec)
     if spec.lower().endswith(MANIFEST_SUFFIXES):
@@ -141,9 +172,13 @@ def load_pairs(spec: str, split: str, data_dir: str | None = None, *, max_bad_sh
 
         return load_manifest(spec, split, max_bad_share=max_bad_share)
     name, _, config = spec.partition("/")
-    if name not in DATA_SETS:
-        raise UserError(
-            f"no data set {spec!r}: give one of {', '.join(sorted(DATA_SETS))}, or the path of a manifest, a file that "
-            f"ends in {' or '.join(MANIFEST_SUFFIXES)}"
-        )
-    return DATA_SETS[name](config, split, data_dir, max_bad_share)
+    if name in DATA_SETS:
+        return DATA_SETS[name](config, split, data_dir, max_bad_share)
+    from c2f_jax.data.prepared import PreparedSource, is_prepared, open_prepared
+
+    if is_prepared(spec):
+        return PreparedSource(open_prepared(spec), split, name=spec, max_bad_share=max_bad_share)
+    raise UserError(
+        f"no data set {spec!r}: give one of {', '.join(sorted(DATA_SETS))}, the path of a manifest, a file that ends "
+        f"in {' or '.join(MANIFEST_SUFFIXES)}, or the directory that `c2f data prepare` has made"
+    )

@@ -1,4 +1,4 @@
-"""Two pictures: the learning curves of a run, and a contact sheet of spoken queries with what they found."""
+"""Pictures: learning curves of a run, a contact sheet of spoken queries with what they found, histograms."""
 
 import io
 import textwrap
@@ -55,6 +55,30 @@ def learning_curves_png(path, history: Mapping[str, Sequence[tuple[int, float]]]
         axes.grid(axis="y", color="#edf0f4", lw=0.8)
         if len(axes.lines) > 1:
             axes.legend(frameon=False, fontsize=8, handlelength=3.4)
+    return _png(figure, path)
+
+
+def histogram_png(path, values: Mapping[str, Sequence[float]], *, label: str, bins: int = 40) -> bytes:
+    """One histogram a name, one below the other on a shared axis: PNG bytes, also written to path unless it is None.
+
+    The axis ends at the 99.5th percentile of all values; what lies beyond is counted in the last bar.
+    """
+    import numpy as np
+
+    drawn = {name: np.asarray(numbers, float) for name, numbers in values.items() if len(numbers)}
+    figure = _figure(6.4, 1.0 + 1.35 * max(len(drawn), 1))
+    figure.set_layout_engine("constrained")
+    end = float(np.percentile(np.concatenate(list(drawn.values())), 99.5)) if drawn else 1.0
+    edges = np.linspace(0, max(end, 1e-6), bins + 1)
+    for place, (name, numbers) in enumerate(drawn.items(), 1):
+        axes = figure.add_subplot(len(drawn), 1, place)
+        axes.hist(np.minimum(numbers, edges[-1]), edges, color=PLAIN[0])
+        axes.set_title(f"{name}: {len(numbers):,}", loc="left", fontsize=10, fontweight="bold", color="#1b1f27")
+        axes.tick_params(colors="#5c6675", labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlim(0, edges[-1])
+    if drawn:
+        axes.set_xlabel(label, color="#5c6675", fontsize=9)
     return _png(figure, path)
 
 

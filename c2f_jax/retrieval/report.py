@@ -127,7 +127,7 @@ def write_results_page(
     """Writes the page of evaluate_retrieval's result to path, local or gs://; the folder is made."""
     sections = [
         _header(title, data_set, step, result),
-        _section(
+        section(
             "Metrics",
             "Coarse ranks by cosine (SIC); fine re-ranks the best candidates with the multimodal "
             "encoder (SIM). 95 % intervals in small print.",
@@ -135,8 +135,8 @@ def write_results_page(
         ),
     ]
     if curves_png:
-        curves = f'<img class="curves" alt="learning curves" src="{_uri(Media(curves_png, "image/png"))}">'
-        sections.append(_section("Learning curves", "", curves))
+        curves = f'<img class="curves" alt="learning curves" src="{data_uri(Media(curves_png, "image/png"))}">'
+        sections.append(section("Learning curves", "", curves))
     for heading, note, examples, way in (
         (
             "Speech → image",
@@ -148,18 +148,19 @@ def write_results_page(
         ("Image → speech", "The query is a picture, the answers are recordings.", image_examples, "i2s"),
     ):
         if examples:
-            sections.append(_section(heading, note, "".join(_example(example, way) for example in examples)))
-    _write(path, title, "".join(sections) + _footer(result))
+            sections.append(section(heading, note, "".join(_example(example, way) for example in examples)))
+    write_page(path, title, "".join(sections) + _footer(result))
 
 
 def write_search_page(path, examples: Sequence[Example], *, way: str, gallery: str) -> None:
     """Writes the answers of a search to path, local or gs://; way is "s2i" or "i2s", gallery says what was searched."""
     title = "Search pictures by voice" if way == "s2i" else "Search recordings by a picture"
     header = f'<header><p class="brand">{BRAND}</p><h1>{title}</h1><p class="note">{escape(gallery)}</p></header>'
-    _write(path, title, header + "".join(_example(example, way) for example in examples))
+    write_page(path, title, header + "".join(_example(example, way) for example in examples))
 
 
-def _write(path, title: str, body: str) -> None:
+def write_page(path, title: str, body: str) -> None:
+    """Writes a self-contained page in the style of the results page to path, local or gs://; the folder is made."""
     from etils import epath
 
     path = epath.Path(path)
@@ -171,11 +172,13 @@ def _write(path, title: str, body: str) -> None:
     )
 
 
-def _uri(media: Media) -> str:
+def data_uri(media: Media) -> str:
+    """The address under which a page finds what it carries itself."""
     return f"data:{escape(media.mime)};base64,{base64.b64encode(media.data).decode()}"
 
 
-def _section(heading: str, note: str, body: str) -> str:
+def section(heading: str, note: str, body: str) -> str:
+    """A section of a page; heading and note are text, body is HTML."""
     note = f'<p class="note">{escape(note)}</p>' if note else ""
     return f"\n<section><h2>{escape(heading)}</h2>{note}{body}</section>"
 
@@ -189,15 +192,24 @@ def _header(title: str, data_set: str, step: int | None, result: dict) -> str:
         ("recordings", f"{counts['gallery_recordings']:,}"),
         ("re-ranked", f"top {result['k']} by {result['score']}" if "fine" in result else "no"),
     ]
-    facts = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts if value is not None)
-    tiles = ""
+    tiles = []
     for name, pick in (
         (f"{ARROWS['s2i']} R@1", lambda stage: stage["speech_to_image"]["R@1"]),
         (f"{ARROWS['i2s']} R@1", lambda stage: stage["image_to_speech"]["R@1"]),
         ("Mean of the six R@K", lambda stage: stage["mean_recall"]),
     ):
-        before = f"<small>coarse {pick(result['coarse']):.1f}</small>" if "fine" in result else "<small>coarse</small>"
-        tiles += f'<div class="tile"><span>{name}</span><b>{pick(final):.1f}<i>%</i></b>{before}</div>'
+        before = f"coarse {pick(result['coarse']):.1f}" if "fine" in result else "coarse"
+        tiles.append((name, f"{pick(final):.1f}", "%", before))
+    return page_header(title, facts, tiles)
+
+
+def page_header(title: str, facts: Iterable[tuple], tiles: Iterable[tuple[str, str, str, str]]) -> str:
+    """The head of a page: facts are (name, value), left out where that is None; tiles (name, number, unit, note)."""
+    facts = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts if value is not None)
+    tiles = "".join(
+        f'<div class="tile"><span>{name}</span><b>{number}<i>{unit}</i></b><small>{note}</small></div>'
+        for name, number, unit, note in tiles
+    )
     return (
         f'<header><p class="brand">{BRAND}</p><h1>{escape(title)}</h1>'
         f'<dl>{facts}</dl><div class="tiles">{tiles}</div></header>'
@@ -244,7 +256,7 @@ def _cell(values: dict, metric: str, digits: int, signed: bool) -> str:
 
 
 def _example(example: Example, way: str) -> str:
-    query = _sound(example.query) if way == "s2i" else f'<img class="asked" alt="query" src="{_uri(example.query)}">'
+    query = sound(example.query) if way == "s2i" else f'<img class="asked" alt="query" src="{data_uri(example.query)}">'
     ranks = [
         f"{stage} rank <b>{rank:,}</b>"
         for stage, rank in (("coarse", example.coarse_rank), ("fine", example.fine_rank))
@@ -252,7 +264,7 @@ def _example(example: Example, way: str) -> str:
     ]
     query += f'<p class="ranks">{" → ".join(ranks)}</p>' if ranks else ""
     if example.answer is not None:
-        shown = f'<img alt="right picture" src="{_uri(example.answer)}">' if way == "s2i" else _sound(example.answer)
+        shown = f'<img alt="right picture" src="{data_uri(example.answer)}">' if way == "s2i" else sound(example.answer)
         query += f'<div class="answer"><span>right answer</span>{shown}</div>'
     lists = _list("Coarse (SIC)", example.coarse, example.coarse_hits, way)
     if example.fine is not None:
@@ -265,15 +277,16 @@ def _list(name: str, items: Sequence[Media], hits: Sequence[bool], way: str) -> 
     for place, (media, hit) in enumerate(zip(items, hits, strict=True), 1):
         mark = '<span class="mark" title="right">✓</span>' if hit else f'<span class="mark">{place}</span>'
         alt = escape(f"place {place}{', right' if hit else ''} {media.caption}".strip())
-        body = f'<img alt="{alt}" title="{alt}" src="{_uri(media)}">' if way == "s2i" else _sound(media)
+        body = f'<img alt="{alt}" title="{alt}" src="{data_uri(media)}">' if way == "s2i" else sound(media)
         entries += f"<li{' class=hit' if hit else ''}>{mark}{body}</li>"
     return f"<div><h3>{name}</h3><ol>{entries}</ol></div>"
 
 
-def _sound(media: Media) -> str:
+def sound(media: Media) -> str:
+    """A player with caption and speaker."""
     caption = f'<p class="caption">{escape(media.caption)}</p>' if media.caption else ""
     speaker = f'<p class="speaker">{escape(media.speaker)}</p>' if media.speaker else ""
-    return f'<div class="sound">{caption}{speaker}<audio controls preload="none" src="{_uri(media)}"></audio></div>'
+    return f'<div class="sound">{caption}{speaker}<audio controls preload="none" src="{data_uri(media)}"></audio></div>'
 
 
 def _footer(result: dict) -> str:

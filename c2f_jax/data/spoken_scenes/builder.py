@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from c2f_jax.data.prepared import pair_features
 from c2f_jax.data.spoken_scenes import scenes, speech
 
 SPLITS = ("train", "validation", "test")
@@ -63,19 +64,7 @@ class SpokenScenes(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(
             builder=self,
             description="Drawn scenes of coloured shapes with spoken captions.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Text(),
-                    "image_id": tfds.features.Text(),
-                    "recordings": tfds.features.Sequence(
-                        {
-                            "audio": tfds.features.Text(),
-                            "caption": tfds.features.Text(),
-                            "speaker": tfds.features.Text(),
-                        }
-                    ),
-                }
-            ),
+            features=pair_features(),
             # Order is generation order, so that row numbers mean something.
             disable_shuffling=True,
             # For each split, the samples of each recording: lengths are known without reading any audio.

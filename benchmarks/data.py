@@ -1,0 +1,199 @@
+"""From files on disk to ready batches: examples per second against a torch DataLoader, and the padding of batches.
+
+    pip install torch soundfile pillow  # torch for this comparison alone, its CPU build will do
+    python benchmarks/data.py [--manifest=manifest.jsonl] [--image-size=224] [--batch-size=64]
+
+Without a manifest it makes photographs of 500 x 375 with five FLAC recordings each, lengths as in Flickr8k
+Audio, in a temporary folder. Every loader makes the same batches: 16 kHz float32 waveforms padded or cropped to one
+length, uint8 centre squares. They take turns in one process; the median of the rounds is told.
+
+    DataLoader          soundfile.read, Image.open, resize, centre crop, as such data sets are usually written
+    DataLoader, c2f     the same loader with the decoding functions of this package
+    c2f, no cache       every picture and recording is read and decoded whenever it comes up
+    c2f                 decoded items are kept within a limit, so a picture with five recordings is decoded once
+
+All start with empty caches and run through less than one epoch.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from PIL import Image
+
+from c2f_jax.data import batch_plan, loader
+from c2f_jax.data.audio import decode_audio
+from c2f_jax.data.images import decode_image
+from c2f_jax.data.pairs import load_pairs
+
+RATE = 16_000
+
+
+def make_files(folder, pictures, captions=5):
+    """A manifest of photograph-like JPEGs and speech-like FLAC files; lengths gamma distributed, mean 4.1 s."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(pictures):
+        coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize((500, 375))
+        grain = np.asarray(coarse, np.int16) + rng.integers(-12, 13, (375, 500, 1))
+        Image.fromarray(np.clip(grain, 0, 255).astype(np.uint8)).save(folder / f"{number}.jpg", quality=90)
+        for k in range(captions):
+            seconds = float(np.clip(rng.gamma(9.0, 0.46), 0.5, 20))
+            count = int(seconds * RATE)
+            envelope = np.interp(np.arange(count), np.linspace(0, count, 60), rng.uniform(0, 0.2, 60))
+            name = f"{number}_{k}.flac"
+            soundfile.write(folder / name, envelope * rng.standard_normal(count), RATE)
+            rows.append({"image": f"{number}.jpg", "audio": name, "split": "train", "seconds": seconds})
+    manifest = folder / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return manifest
+
+
+def plain_wave(path):
+    """A recording as data sets of this kind usually read it."""
+    wave, rate = soundfile.read(path, dtype="float32")
+    wave = wave if wave.ndim == 1 else wave.mean(1)
+    if rate != RATE:
+        import soxr
+
+        wave = soxr.resample(wave, rate, RATE)
+    return wave
+
+
+def plain_image(path, size):
+    """A picture as data sets of this kind usually read it: shorter side to size, centre crop."""
+    with Image.open(path) as image:
+        image = image.convert("RGB")
+    scale = size / min(image.size)
+    image = image.resize([max(round(scale * side), size) for side in image.size], Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+class Files:
+    """A map-style data set for torch."""
+
+    def __init__(self, pairs, size, samples, ours):
+        self.pairs, self.size, self.samples, self.ours = pairs, size, samples, ours
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        audio, image = self.pairs.recording(index)["audio"], self.pairs.image(int(self.pairs.image_index[index]))
+        wave = decode_audio(audio) if self.ours else plain_wave(audio)
+        picture = decode_image(image, self.size) if self.ours else plain_image(image, self.size)
+        return wave[: self.samples], picture
+
+    def collate(self, items):
+        """The batch of the package's loader."""
+        import torch
+
+        waves = np.zeros((len(items), self.samples), np.float32)
+        for row, (wave, _) in enumerate(items):
+            waves[row, : len(wave)] = wave
+        return {
+            "waveform": torch.from_numpy(waves),
+            "speech_lengths": torch.tensor([len(wave) for wave, _ in items], dtype=torch.int32),
+            "image": torch.from_numpy(np.stack([picture for _, picture in items])),
+        }
+
+
+def torch_batches(pairs, options, workers, ours):
+    """An iterator of a shuffling torch DataLoader."""
+    import torch
+
+    files = Files(pairs, options.image_size, round(options.seconds * RATE), ours)
+    return iter(
+        torch.utils.data.DataLoader(
+            files,
+            batch_size=options.batch_size,
+            shuffle=True,
+            drop_last=True,
+            num_workers=workers,
+            collate_fn=files.collate,
+        )
+    )
+
+
+def our_batches(pairs, options, workers, cache_mib):
+    """An iterator of the package's loader."""
+    batches = loader.train_batches(
+        pairs,
+        batch_size=options.batch_size,
+        image_size=options.image_size,
+        bucket_seconds=(options.seconds,),
+        seed=int(time.time_ns() % 2**31),
+        threads=workers,
+        cache_mib=cache_mib,
+    )
+    return (batch for _, batch in batches)
+
+
+def rate_of(batches, count, batch_size):
+    """Examples per second of wall time, and per second of processor time of this process and its children."""
+    wall, used = time.perf_counter(), sum(os.times()[:4])
+    for _ in range(count):
+        batch = next(batches)
+        assert batch["image"].shape[0] == batch_size
+    wall = time.perf_counter() - wall
+    del batches, batch  # workers of torch are counted once they have ended
+    return count * batch_size / wall, count * batch_size / max(sum(os.times()[:4]) - used, 1e-9)
+
+
+def padding(pairs, options):
+    """Share of padding with one length, and with those chosen for a bound of 10 %."""
+    lengths = np.asarray(pairs.num_samples)
+    longest = round(options.seconds * RATE)
+    chosen = batch_plan.fit_buckets(lengths, longest, batch_size=options.batch_size, max_padding=0.1)
+    shares = [
+        batch_plan.padding_share(lengths, batch_size=options.batch_size, bucket_samples=buckets)
+        for buckets in ((longest,), chosen)
+    ]
+    return *shares, [count / RATE for count in chosen]
+
+
+def main():
+    """Prints one line a loader and the padding."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--manifest")
+    parser.add_argument("--pictures", type=int, default=600, help="made, without a manifest")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=8.0, help="length of the waveforms")
+    parser.add_argument("--batches", type=int, default=30, help="of each loader in each round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = options.manifest or make_files(Path(folder), options.pictures)
+        pairs = load_pairs(str(manifest), "train")
+        batches = min(options.batches, len(pairs) // options.batch_size)
+        loaders = {
+            "DataLoader": lambda: torch_batches(pairs, options, options.workers, False),
+            "DataLoader, c2f": lambda: torch_batches(pairs, options, options.workers, True),
+            "c2f, no cache": lambda: our_batches(pairs, options, options.workers, 0),
+            "c2f": lambda: our_batches(pairs, options, options.workers, 2048),
+        }
+        rates = {name: [] for name in loaders}
+        for _ in range(options.rounds):
+            for name, start in loaders.items():
+                rates[name].append(rate_of(start(), batches, options.batch_size))
+        print(f"{len(pairs):,} pairs, {batches} batches of {options.batch_size}, {options.workers} workers,"
+              f" images {options.image_size} px, {options.rounds} rounds, {os.cpu_count()} cores")  # fmt: skip
+        base = statistics.median(wall for wall, _ in rates["DataLoader"])
+        for name, values in rates.items():
+            wall, core = (statistics.median(column) for column in zip(*values, strict=True))
+            print(f"{name:16} {wall:8.1f} examples/s  {core:8.1f} a core second  {wall / base:5.2f} x")
+        one, several, chosen = padding(pairs, options)
+        print(f"padding: {one:.1%} with one length, {several:.1%} with {', '.join(f'{s:g}' for s in chosen)} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,397 @@
+"""The data check: what is wrong or odd in a data set, item by item, as text, JSON, a page, and a mended manifest."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import io
+import os
+
+import numpy as np
+from tqdm import tqdm
+
+from c2f_jax.data.audio import decode_audio, read_bytes
+from c2f_jax.data.images import open_rgb, resize_box
+from c2f_jax.data.layouts import LAYOUTS, Listing
+from c2f_jax.data.manifest import ManifestSource, read_listing
+from c2f_jax.data.pairs import (
+    DATA_SETS,
+    MANIFEST_SUFFIXES,
+    MIN_SAMPLES,
+    SAMPLE_RATE,
+    BadItems,
+    PairSource,
+    load_pairs,
+)
+from c2f_jax.errors import BadFileError, UserError
+
+ERROR, WARNING, NOTE = "error", "warning", "note"
+EXIT_CODES = {ERROR: 3, WARNING: 1, NOTE: 0}  # 2 is left to a command line that cannot be understood
+# Kind of finding -> (severity, what it means for training and evaluation).
+KINDS = {
+    "missing file": (ERROR, "the pair is left out"),
+    "unreadable": (ERROR, "the pair is left out"),
+    "truncated": (ERROR, "the pair is left out"),
+    "zero length": (ERROR, "the pair is left out"),
+    "too short": (ERROR, f"under {MIN_SAMPLES} samples, one frame: the pair is left out"),
+    "not numbers": (ERROR, "the pair is left out"),
+    "wrong rate": (ERROR, "not a rate of recordings: the pair is left out"),
+    "too long": (ERROR, "taken for a decompression bomb: the pair is left out"),
+    "too large": (ERROR, "taken for a decompression bomb: the pair is left out"),
+    "unreadable line": (ERROR, "the line is left out"),
+    "two image ids": (ERROR, "one picture has one image_id: the pair is left out"),
+    "split leak": (ERROR, "the same picture or recording in two splits: scores come out too high"),
+    "silence": (WARNING, "nothing louder than -60 dB: there is no speech to learn from"),
+    "over-long": (WARNING, "cropped in training, cut in evaluation"),
+    "duplicate picture": (WARNING, "each counts as wrong for the other: ties and false negatives"),
+    "count differs": (WARNING, "scores cannot be compared with published ones"),
+    "caption without picture": (WARNING, "nothing to pair it with"),
+    "missing split": (WARNING, "this split cannot be loaded"),
+    "duplicate recording": (NOTE, "the same sound twice in a split"),
+    "other sample rate": (NOTE, "converted to 16 kHz while loading"),
+    "stereo": (NOTE, "channels are averaged while loading"),
+    "tiny picture": (NOTE, "under 16 pixels a side"),
+    "picture without caption": (NOTE, "not used"),
+    "in no split": (NOTE, "not used"),
+    "stray file": (NOTE, "not used"),
+    "left out": (NOTE, "cannot be read; it was left out when the set was prepared"),
+    "image_id in two splits": (NOTE, "fine where ids name classes of things rather than pictures"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong or odd.
+
+    Attributes:
+      kind: see KINDS.
+      name: the item, a path where it is a file.
+      detail: in what way.
+      split: "" where it belongs to none.
+      item: "picture" or "recording", and its number in the split; None for what is neither.
+      like: split and name of the first item that it is like, for duplicates and leaks.
+    """
+
+    kind: str
+    name: str
+    detail: str
+    split: str = ""
+    item: tuple[str, int] | None = None
+    like: tuple[str, str] | None = None
+
+    @property
+    def severity(self) -> str:
+        """error, warning or note."""
+        return KINDS[self.kind][0]
+
+
+@dataclasses.dataclass
+class Report:
+    """What the check found.
+
+    Attributes:
+      name: of the data set.
+      splits: split -> pictures, recordings, usable, hours, seconds, captions_per_picture.
+      seconds: split -> (usable,) lengths, for the histogram.
+      findings: all of them, errors first.
+      sources: split -> PairSource, to show examples from.
+      left_out: split -> the recordings that cannot be used.
+    """
+
+    name: str
+    splits: dict[str, dict]
+    seconds: dict[str, np.ndarray]
+    findings: list[Finding]
+    sources: dict[str, PairSource]
+    left_out: dict[str, set[int]]
+
+    @property
+    def severity(self) -> str:
+        """The worst severity found; "note" also where nothing was found."""
+        return min((f.severity for f in self.findings), key=list(EXIT_CODES).index, default=NOTE)
+
+    def counts(self) -> dict[str, int]:
+        """Kind -> number of findings, in the order of KINDS."""
+        found = collections.Counter(finding.kind for finding in self.findings)
+        return {kind: found[kind] for kind in KINDS if found[kind]}
+
+    def json(self) -> dict:
+        """All of it as plain values."""
+        return {
+            "data_set": self.name,
+            "severity": self.severity,
+            "counts": self.counts(),
+            "splits": self.splits,
+            "findings": [dataclasses.asdict(f) | {"severity": f.severity} for f in self.findings],
+        }
+
+    def text(self, most: int = 5) -> str:
+        """A table of the splits, then each kind of finding with its first items."""
+        lines = [self.name, f"  {'split':14}{'pictures':>10}{'recordings':>12}{'usable':>9}{'hours':>8}  seconds"]
+        for split, about in self.splits.items():
+            low, middle, high = (about["seconds"][key] for key in ("min", "median", "max"))
+            lines.append(
+                f"  {split:14}{about['pictures']:>10,}{about['recordings']:>12,}{about['usable']:>9,}"
+                f"{about['hours']:>8.1f}  {low:.2f} to {high:.2f}, median {middle:.2f}"
+            )
+        for kind, count in self.counts().items():
+            severity, meaning = KINDS[kind]
+            lines.append(f"{severity}: {kind}, {count:,} ({meaning})")
+            shown = [finding for finding in self.findings if finding.kind == kind][:most]
+            lines += [f"  {finding.name}: {finding.detail}" for finding in shown]
+            lines += [f"  and {count - most:,} more"] if count > most else []
+        lines.append({ERROR: "errors found", WARNING: "usable, with warnings", NOTE: "passed"}[self.severity])
+        return "\n".join(lines)
+
+
+def check_data(
+    spec: str,
+    *,
+    manual_dir: str | None = None,
+    data_dir: str | None = None,
+    max_seconds: float = 30.0,
+    threads: int | None = None,
+    progress: bool = True,
+) -> Report:
+    """Reads and decodes every item of a data set and says what is wrong or odd.
+
+    Args:
+      spec: a published data set (as downloaded when manual_dir is given, else as prepared), `spoken_scenes`, a
+        manifest, or the directory of a prepared set.
+      manual_dir: folder of the downloaded parts of a published set.
+      data_dir: where TFDS keeps prepared sets.
+      max_seconds: longer recordings are reported.
+      threads: that decode; None for one a core.
+      progress: show a bar.
+
+    Raises:
+      UserError: nothing there that can be checked.
+    """
+    name, sources, notes = _open(spec, manual_dir, data_dir)
+    findings = [Finding(kind, item, detail) for kind, item, detail in notes]
+    pictures, recordings = {}, {}
+    total = sum(len(source) + source.num_images for source in sources.values())
+    with (
+        tqdm(total=total, desc="checking", unit=" items", disable=not progress) as bar,
+        concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool,
+    ):
+
+        def facts_of(function, count):
+            facts = []
+            for start in range(0, count, 4096):  # in slices: half a million waiting futures would be a gigabyte
+                for fact in pool.map(function, range(start, min(start + 4096, count))):
+                    facts.append(fact)
+                    bar.update()
+            return facts
+
+        for split, source in sources.items():
+            pictures[split] = facts_of(lambda row, s=source: _picture_facts(s, row), source.num_images)
+            recordings[split] = facts_of(lambda k, s=source: _recording_facts(s, k, max_seconds), len(source))
+    splits, seconds, left_out = {}, {}, {}
+    for split, source in sources.items():
+        for what, facts in (("picture", pictures[split]), ("recording", recordings[split])):
+            for index, fact in enumerate(facts):
+                for kind, detail in fact.problems:
+                    findings.append(Finding(kind, _NAME_OF[what](source, index), detail, split, (what, index)))
+        unusable = [not fact.usable for fact in pictures[split]]
+        left_out[split] = {
+            k for k, fact in enumerate(recordings[split]) if not fact.usable or unusable[source.image_index[k]]
+        }
+        usable = [fact for k, fact in enumerate(recordings[split]) if k not in left_out[split]]
+        seconds[split] = np.array([fact.seconds for fact in usable])
+        splits[split] = _summary(source, seconds[split], usable)
+    findings += _duplicates(sources, pictures, "picture")
+    findings += _duplicates(sources, recordings, "recording")
+    findings += _shared_ids(sources)
+    findings += _differing_counts(name, splits)
+    order = list(EXIT_CODES)
+    findings.sort(key=lambda f: (order.index(f.severity), list(KINDS).index(f.kind)))
+    return Report(name, splits, seconds, findings, sources, left_out)
+
+
+def _open(spec: str, manual_dir, data_dir):
+    """Name, split -> PairSource with nothing left out, and what the listing itself has to say."""
+    spec, name = str(spec), str(spec).partition("/")[0]
+    if spec.lower().endswith(MANIFEST_SUFFIXES):
+        return spec, *_listed(read_listing(spec, strict=False))
+    if manual_dir is not None:
+        if name not in LAYOUTS:
+            raise UserError(f"{spec} is no published data set: --manual-dir goes with one of {', '.join(LAYOUTS)}")
+        return name, *_listed(LAYOUTS[name].listing([manual_dir]))
+    from c2f_jax.data.prepared import is_prepared, open_prepared
+
+    if is_prepared(spec):
+        splits = list(open_prepared(spec).info.splits)
+    elif name == "spoken_scenes":
+        from c2f_jax.data.spoken_scenes.source import prepared_builder
+
+        splits = list(prepared_builder(spec.partition("/")[2], data_dir).info.splits)
+    elif name in DATA_SETS:
+        from c2f_jax.data.builders import BUILDERS
+
+        splits = list(BUILDERS[name](data_dir=data_dir).info.splits) or ["train"]  # loading says what is missing
+    else:
+        splits = ["train"]
+    sources = {split: load_pairs(spec, split, data_dir, max_bad_share=1.0) for split in splits}
+    notes = [
+        ("left out", item, reason) for source in sources.values() for item, reason in source.bad_items.reasons.items()
+    ]
+    return spec, sources, notes
+
+
+def _listed(listing: Listing):
+    rows: dict[str, list[dict]] = {}
+    identity: dict[tuple[str, str], str] = {}
+    for row in listing.rows:
+        known = identity.setdefault((row["split"], row["image"]), row["image_id"])
+        if known != row["image_id"]:
+            detail = f"image_id {row['image_id']!r} at {row['where']}, {known!r} before"
+            listing.notes.append(("two image ids", row["image"], detail))
+            continue
+        rows.setdefault(row["split"], []).append(row)
+    if not rows:
+        raise UserError(f"{listing.name}: no rows that can be checked" + "".join(f"\n  {n}" for n in listing.notes[:3]))
+    return {
+        split: ManifestSource(listing.name, split, part, BadItems(listing.name, len(part), 1.0))
+        for split, part in rows.items()
+    }, listing.notes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Facts:
+    problems: tuple[tuple[str, str], ...] = ()
+    usable: bool = True
+    seconds: float = 0.0
+    content: bytes = b""  # equal for equal files
+    look: bytes = b""  # of a picture: 16 x 16 RGB
+
+
+def _recording_facts(source: PairSource, index: int, max_seconds: float) -> _Facts:
+    import soundfile
+
+    try:
+        audio = source.recording(index)["audio"]
+        encoded = audio if isinstance(audio, bytes) else read_bytes(audio)
+        wave = decode_audio(encoded, name=source.recording_name(index))
+        if len(wave) < MIN_SAMPLES:
+            raise BadFileError(f"{len(wave)} samples at 16 kHz; {MIN_SAMPLES} are needed", "too short")
+    except BadFileError as e:
+        return _Facts((_problem(e, source.recording_name(index)),), usable=False)
+    about, problems = soundfile.info(io.BytesIO(encoded)), []
+    if about.samplerate != SAMPLE_RATE:
+        problems.append(("other sample rate", f"{about.samplerate:,} Hz"))
+    if about.channels != 1:
+        problems.append(("stereo", f"{about.channels} channels"))
+    if np.abs(wave).max() < 1e-3:
+        problems.append(("silence", f"peak {np.abs(wave).max():.1e} of full scale"))
+    seconds = len(wave) / SAMPLE_RATE
+    if seconds > max_seconds:
+        problems.append(("over-long", f"{seconds:.1f} s"))
+    return _Facts(tuple(problems), seconds=seconds, content=hashlib.sha1(encoded).digest())
+
+
+def _picture_facts(source: PairSource, row: int) -> _Facts:
+    try:
+        image = source.image(row)
+        encoded = image if isinstance(image, bytes) else read_bytes(image)
+        rgb = open_rgb(encoded, 32, name=source.image_name(row))
+    except BadFileError as e:
+        return _Facts((_problem(e, source.image_name(row)),), usable=False)
+    look = resize_box(rgb, (0, 0, *rgb.size), 16).tobytes()
+    problems = (("tiny picture", f"{rgb.width} x {rgb.height}"),) if min(rgb.size) < 16 else ()
+    return _Facts(problems, content=hashlib.sha1(encoded).digest(), look=look)
+
+
+def _problem(error: BadFileError, name: str) -> tuple[str, str]:
+    return error.kind, str(error).removeprefix(f"{name}: ")
+
+
+def _summary(source: PairSource, seconds: np.ndarray, usable: list) -> dict:
+    captions = collections.Counter(np.bincount(source.image_index, minlength=source.num_images).tolist())
+    lengths = seconds if len(seconds) else np.zeros(1)
+    return {
+        "pictures": source.num_images,
+        "recordings": len(source),
+        "usable": len(usable),
+        "hours": float(seconds.sum() / 3600),
+        "seconds": {
+            "min": float(lengths.min()),
+            "median": float(np.median(lengths)),
+            "mean": float(lengths.mean()),
+            "p95": float(np.percentile(lengths, 95)),
+            "max": float(lengths.max()),
+        },
+        "captions_per_picture": {str(number): count for number, count in sorted(captions.items())},
+    }
+
+
+def _duplicates(sources, facts, what: str) -> list[Finding]:
+    """Items of equal content or look; in two splits they are a leak. Pictures of one image_id are no duplicates."""
+    findings, name_of = [], _NAME_OF[what]
+    seen: dict[bytes, list] = collections.defaultdict(list)
+    for split, source in sources.items():
+        for index, fact in enumerate(facts[split]):
+            if not fact.usable:
+                continue
+            keys = _keys(fact)
+            like = next((item for key in keys for item in seen[key] if _alike(fact, item[2])), None)
+            if like is None:
+                for key in keys:
+                    # Pictures without any pattern share a key; comparing each with all of them would take for ever.
+                    if len(seen[key]) < 100:
+                        seen[key].append((split, index, fact))
+                continue
+            other_split, other, other_fact = like
+            same = fact.content == other_fact.content
+            kind, detail = f"duplicate {what}", f"{'the same file' if same else 'looks the same'} as "
+            if split != other_split:
+                kind, detail = "split leak", f"also in {other_split}: "
+            elif what == "picture" and source.image_ids[index] == source.image_ids[other]:
+                continue
+            first = name_of(sources[other_split], other)
+            findings.append(
+                Finding(kind, name_of(source, index), detail + first, split, (what, index), (other_split, first))
+            )
+    return findings
+
+
+_NAME_OF = {"picture": PairSource.image_name, "recording": PairSource.recording_name}
+
+
+def _keys(fact: _Facts) -> list[bytes]:
+    """Of the content and, for a picture, of its coarse brightness pattern, which re-encoding does not change."""
+    if not fact.look:
+        return [fact.content]
+    grey = np.frombuffer(fact.look, np.uint8).reshape(8, 2, 8, 2, 3).mean(axis=(1, 3, 4))
+    return [fact.content, np.packbits(grey[:, 1:] > grey[:, :-1] + 4).tobytes()]
+
+
+def _alike(one: _Facts, other: _Facts) -> bool:
+    if one.content == other.content:
+        return True
+    looks = [np.frombuffer(facts.look, np.uint8).astype(int) for facts in (one, other)]
+    return bool(len(looks[0]) and np.abs(looks[0] - looks[1]).max() <= 12)
+
+
+def _shared_ids(sources) -> list[Finding]:
+    findings, seen = [], {}
+    for split, source in sources.items():
+        names = {source.image_id(row) for row in np.unique(source.image_ids, return_index=True)[1]}
+        for name in sorted(names):
+            other = seen.setdefault(name, split)
+            if other != split:
+                findings.append(Finding("image_id in two splits", name, f"also in {other}", split))
+    return findings
+
+
+def _differing_counts(name: str, splits) -> list[Finding]:
+    published = LAYOUTS[name].published if name in LAYOUTS else {}
+    findings = []
+    for split, (pictures, recordings) in published.items():
+        for what, expected in (("pictures", pictures), ("recordings", recordings)):
+            found = splits.get(split, {what: 0})[what]
+            if expected is not None and split in splits and found != expected:
+                findings.append(
+                    Finding("count differs", f"{split}, {what}", f"{found:,}, published {expected:,}", split)
+                )
+    return findings

@@ -1,0 +1,247 @@
+"""`c2f data check` names each planted oddity, writes its reports, mends manifests; `c2f data prepare` and dry run."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+from published_sets import (
+    BROKEN,
+    DUPLICATE,
+    GONE,
+    LONG,
+    ORPHAN,
+    flickr8k_audio,
+    jpeg,
+    places_audio,
+    put,
+    spoken_coco,
+    wav,
+)
+
+from c2f_jax.data.check import KINDS, check_data
+from c2f_jax.data.clean_manifest import write_clean_manifest
+from c2f_jax.data.pairs import load_pairs
+from c2f_jax.data.prepare import dry_run, prepare
+from c2f_jax.errors import UserError
+from c2f_jax.main import main
+
+
+def found(report):
+    """Kind -> the names of the files found."""
+    names = {}
+    for finding in report.findings:
+        names.setdefault(finding.kind, set()).add(Path(finding.name).name)
+    return names
+
+
+@pytest.fixture(scope="module")
+def flickr_report(tmp_path_factory):
+    folder = flickr8k_audio(tmp_path_factory.mktemp("flickr"))
+    return check_data("flickr8k_audio", manual_dir=str(folder), progress=False)
+
+
+def test_each_oddity_of_flickr8k_audio_is_named(flickr_report):
+    names = found(flickr_report)
+    assert names.pop("missing file") == {GONE}
+    assert names.pop("unreadable") | names.pop("truncated", set()) == {BROKEN}
+    assert names.pop("over-long") == {LONG}
+    assert names.pop("duplicate picture") == {DUPLICATE[1]}
+    assert names.pop("caption without picture") == {ORPHAN, GONE}
+    assert names.pop("stray file") == {"readme.txt"}
+    assert "train, pictures" in names.pop("count differs")
+    assert not names
+    assert flickr_report.severity == "error"
+    train = flickr_report.splits["train"]
+    assert (train["pictures"], train["recordings"], train["usable"]) == (8, 40, 34)
+    assert train["seconds"]["min"] == pytest.approx(0.23) and train["seconds"]["max"] == pytest.approx(323.5)
+    assert train["captions_per_picture"] == {"5": 8}
+
+
+def test_spoken_coco_and_places(tmp_path):
+    report = check_data("spoken_coco", manual_dir=str(spoken_coco(tmp_path / "coco")), progress=False)
+    assert found(report)["missing file"] == {"COCO_train2014_000000000007.jpg"}
+    assert report.splits["test"]["captions_per_picture"] == {"5": 1, "6": 1}
+    assert "test, recordings" in found(report)["count differs"]
+    report = check_data("places_audio", manual_dir=str(places_audio(tmp_path / "places")), progress=False)
+    assert found(report) == {"unreadable": {"utterance_1.wav"}}
+
+
+def manifest(folder, rows):
+    path = folder / "manifest.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" if isinstance(row, dict) else row + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def oddities(tmp_path):
+    """A manifest with one of everything that can be wrong with files; 40 good pairs beside."""
+    rows = [
+        {"image": f"good{k}.jpg", "audio": f"good{k}.wav", "split": "train", "image_id": f"g{k}"} for k in range(40)
+    ]
+    for k in range(40):
+        put(tmp_path / f"good{k}.jpg", jpeg(1000 + k))
+        put(tmp_path / f"good{k}.wav", wav(0.3, 1000 + k))
+
+    def odd(image, audio, split="train", **more):
+        rows.append({"image": image, "audio": audio, "split": split, **more})
+
+    nan = np.full(8000, 0.1)
+    nan[5] = np.nan
+    for name, content in {
+        "cut.wav": wav(1.0)[:9000],
+        "text.wav": b"hello",
+        "none.wav": b"",
+        "short.wav": wav(0.02),
+        "long.wav": wav(31),
+        "dup.wav": wav(0.3, 1000),
+        "cut.jpg": jpeg(1)[:700],
+        "dup.jpg": jpeg(1003),
+        "rate.wav": wav(0.5, 5, 8000),
+        "leak.wav": wav(0.3, 77),
+        "leak.jpg": jpeg(1004),
+    }.items():
+        put(tmp_path / name, content)
+    soundfile.write(tmp_path / "nan.wav", nan, 16_000, subtype="FLOAT")
+    soundfile.write(tmp_path / "zero.wav", np.zeros(0), 16_000)
+    soundfile.write(tmp_path / "silence.wav", np.zeros(8000), 16_000)
+    soundfile.write(tmp_path / "stereo.wav", np.stack([0.1 * np.sin(np.arange(8000))] * 2, 1), 16_000)
+    Image.new("RGB", (8, 9)).save(tmp_path / "tiny.png")
+    Image.open(tmp_path / "good5.jpg").save(tmp_path / "again.png")
+    for k, audio in enumerate(
+        ("cut", "text", "none", "short", "long", "dup", "rate", "nan", "zero", "silence", "stereo")
+    ):
+        odd(f"good{k}.jpg", f"{audio}.wav", image_id=f"g{k}")
+    odd("gone.jpg", "good1.wav")
+    odd("cut.jpg", "good2.wav")
+    odd("dup.jpg", "good4.wav")
+    odd("again.png", "good6.wav")
+    odd("tiny.png", "good7.wav")
+    odd("good8.jpg", "good8.wav", image_id="another")
+    odd("leak.jpg", "leak.wav", split="validation")
+    put(tmp_path / "leak2.jpg", jpeg(1004))
+    put(tmp_path / "leak2.wav", wav(0.3, 78))
+    odd("leak2.jpg", "leak2.wav", split="test")
+    return manifest(tmp_path, [*rows, "{not json"])
+
+
+def test_each_oddity_of_a_manifest_is_named(oddities):
+    names = found(check_data(oddities, progress=False))
+    expected = {
+        "missing file": {"gone.jpg"},
+        "unreadable": {"text.wav", "none.wav"},
+        "truncated": {"cut.wav", "cut.jpg"},
+        "zero length": {"zero.wav"},
+        "too short": {"short.wav"},
+        "not numbers": {"nan.wav"},
+        "unreadable line": {"manifest.jsonl:60"},
+        "two image ids": {"good8.jpg"},
+        "split leak": {"leak.jpg", "leak2.jpg"},
+        "silence": {"silence.wav"},
+        "over-long": {"long.wav"},
+        "duplicate picture": {"dup.jpg", "again.png"},
+        "other sample rate": {"rate.wav"},
+        "stereo": {"stereo.wav"},
+        "tiny picture": {"tiny.png"},
+    }
+    again = names.pop("duplicate recording")
+    assert "dup.wav" in again and names == expected
+    assert set(names) <= set(KINDS)
+
+
+def test_fix_writes_a_manifest_that_passes_and_trains(oddities, capsys):
+    folder = Path(oddities).parent
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert main(["data", "check", oddities, "--fix", str(folder / "clean.jsonl"), "--output", str(folder / "out")]) == 3
+    clean = str(folder / "clean.jsonl")
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    rows = [json.loads(line) for line in open(clean)]
+    assert all(not Path(row["image"]).is_absolute() and row["seconds"] > 0 for row in rows)
+    report = check_data(clean, progress=False)
+    assert report.severity == "warning" and set(report.counts()) == {
+        "silence",
+        "duplicate recording",
+        "other sample rate",
+        "stereo",
+        "tiny picture",
+    }
+    ids = {row["image"]: row["image_id"] for row in rows}
+    assert ids["dup.jpg"] == "g3" and ids["again.png"] == "g5"
+    assert [row["image"] for row in rows if row["split"] != "train"] == ["leak2.jpg"]
+    assert "good4.jpg" not in {row["image"] for row in rows}  # the same picture, in train
+    assert len(load_pairs(clean, "train")) == len(rows) - 1
+
+    page = (folder / "out" / "check.html").read_text()
+    for part in (
+        "Data check",
+        "silence.wav",
+        "<audio controls",
+        "data:image/png;base64",
+        "histogram",
+        "unreadable line",
+    ):
+        assert part in page
+    told = json.loads((folder / "out" / "check.json").read_text())
+    assert told["severity"] == "error" and len(told["findings"]) == sum(told["counts"].values())
+    assert "errors found" in capsys.readouterr().out
+
+    assert main(["data", "check", oddities, "--fix", clean]) == 2  # nothing is overwritten
+    assert "exists" in capsys.readouterr().err
+
+
+def test_exit_codes_follow_the_severity(tmp_path):
+    for k in range(3):
+        put(tmp_path / f"{k}.jpg", jpeg(50 + k))
+        put(tmp_path / f"{k}.wav", wav(0.5, 50 + k))
+    rows = [{"image": f"{k}.jpg", "audio": f"{k}.wav", "split": "train"} for k in range(3)]
+    assert main(["data", "check", manifest(tmp_path, rows)]) == 0
+    assert main(["data", "check", manifest(tmp_path, rows), "--max-seconds=0.4"]) == 1
+    assert main(["data", "check", manifest(tmp_path, [*rows, {**rows[0], "audio": "gone.wav"}])]) == 3
+    assert main(["data", "check", str(tmp_path / "nothing.jsonl")]) == 2
+
+
+def test_a_prepared_manifest_loads_by_its_directory_and_is_checked(oddities, tmp_path):
+    data_dir = str(tmp_path / "tfds")
+    with pytest.raises(UserError, match="not JSON"):
+        prepare(oddities, data_dir=data_dir, progress=False)
+    write_clean_manifest(check_data(oddities, progress=False), tmp_path / "set" / "manifest.jsonl")
+    ready = prepare(str(tmp_path / "set"), data_dir=data_dir, progress=False)
+    assert "/set/" in ready and prepare(str(tmp_path / "set"), data_dir=data_dir, progress=False) == ready
+    prepared, listed = load_pairs(ready, "train"), load_pairs(str(tmp_path / "set" / "manifest.jsonl"), "train")
+    assert len(prepared) == len(listed) and prepared.num_images == listed.num_images
+    assert len(set(prepared.image_ids)) == len(set(listed.image_ids)) < prepared.num_images
+    report = check_data(ready, progress=False)
+    assert report.severity == "warning" and report.splits["train"]["usable"] == len(prepared)
+    with pytest.raises(UserError, match="is prepared: mend the folder or manifest"):
+        write_clean_manifest(report, tmp_path / "no.jsonl")
+
+
+def test_the_dry_run_tells_what_is_missing_and_writes_nothing(tmp_path, capsys):
+    told = dry_run("spoken_coco")
+    for part in ("missing  listing", "SpokenCOCO.tar.gz (64 GB)", "train2014.zip (13.5 GB)", "84.1 GB", "--download"):
+        assert part in told
+    told = dry_run("places_audio")
+    assert "size not stated" in told and "--download" not in told and "85 GB to fetch" in told
+    flickr8k_audio(tmp_path / "flickr")
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["data", "prepare", "flickr8k_audio", "--dry-run", "--manual-dir", str(tmp_path / "flickr"),
+                 "--data-dir", str(tmp_path / "tfds")]) == 0  # fmt: skip
+    told = capsys.readouterr().out
+    assert "train: 8 pictures, 40 recordings" in told and "1 listed files are missing" in told
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(UserError, match="give one of flickr8k_audio"):
+        dry_run("nonsense")
+
+
+def test_the_command_prepares(tmp_path, capsys):
+    folder, data_dir = flickr8k_audio(tmp_path / "flickr"), str(tmp_path / "tfds")
+    command = ["data", "prepare", "flickr8k_audio", "--manual-dir", str(folder), "--data-dir", data_dir]
+    assert main(command) == 2
+    assert "2 of 48 items cannot be used" in capsys.readouterr().err
+    assert main([*command, "--max-bad-share=0.1"]) == 0
+    assert "use it with --config.data.name=flickr8k_audio" in capsys.readouterr().out
+    assert len(load_pairs("flickr8k_audio", "test", data_dir)) == 15
+    assert main(["data", "check", "flickr8k_audio", "--data-dir", data_dir]) == 1  # warnings: duplicate, long, counts
+    assert "left out" in capsys.readouterr().out
