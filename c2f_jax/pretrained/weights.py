@@ -1,0 +1,104 @@
+"""Converted weights: an Orbax checkpoint and a card that says what they are; training and `c2f features` read them."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from c2f_jax.errors import UserError
+from c2f_jax.models import IMAGE_TOWERS, create_tower
+from c2f_jax.models.vision import resize_positions
+
+FORMAT = 1
+
+
+def tower_inputs(name, side=224, samples=16_000):
+    """Inputs of the shapes that a network of this name takes, to initialise it with."""
+    if name in IMAGE_TOWERS:
+        return (np.zeros((1, side, side, 3), np.uint8),)
+    return np.zeros((1, samples), np.float32), np.full((1,), samples, np.int32)
+
+
+def tower_shapes(tower, preprocessing):
+    """Nested dict of the shapes of a network's parameters (``tower`` as in ``create_tower``)."""
+    inputs = tower_inputs(tower["name"], preprocessing.get("position_side", 224))
+    return jax.eval_shape(create_tower(tower).init, jax.random.key(0), *inputs)["params"]
+
+
+def save_weights(folder, card, params):
+    """Write ``<folder>/params`` (Orbax) and then ``<folder>/card.json``.
+
+    Raises:
+      UserError: the folder holds converted weights already.
+    """
+    folder = Path(folder).absolute()
+    if (folder / "params").exists():
+        raise UserError(f"{folder} holds converted weights already: remove it or give another --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "params", params)
+    (folder / "card.json").write_text(json.dumps({"format": FORMAT} | card, indent=2) + "\n")
+
+
+def load_card(folder):
+    """The card of converted weights, a dict: tower, preprocessing, layout, source, licence, parameters.
+
+    Raises:
+      UserError: no converted weights there.
+    """
+    path = Path(folder) / "card.json"
+    try:
+        card = json.loads(path.read_text())
+        if card["format"] != FORMAT:
+            raise UserError(
+                f"{path} is of format {card['format']}, this program reads {FORMAT}: convert the weights again"
+            )
+        return card
+    except (OSError, KeyError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{folder} holds no converted weights ({error}): make them with `c2f convert`") from error
+
+
+def load_weights(folder, shapes=None):
+    """Parameters of converted weights, nested dict of float32 arrays.
+
+    Args:
+      folder: made by ``c2f convert``.
+      shapes: what the network needs (``jax.eval_shape``); a projection that it does not use is left out, and position
+        embeddings are interpolated to its number of patches. None for all as stored.
+
+    Raises:
+      UserError: no weights there, damaged ones, or weights of another network.
+    """
+    card = load_card(folder)
+    stored = tower_shapes(card["tower"], card["preprocessing"])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), stored)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            params = checkpointer.restore(Path(folder).absolute() / "params", target)
+    except (ValueError, KeyError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{folder}: the converted weights are damaged ({reason}): convert them again") from error
+    return params if shapes is None else fit_params(params, shapes, folder)
+
+
+def fit_params(params, shapes, where):
+    """``params`` for a network of these shapes; see ``load_weights``."""
+    if "projection" not in shapes:
+        params = {k: v for k, v in params.items() if k != "projection"}
+
+    def fit(path, wanted, value):
+        if value.shape == wanted.shape:
+            return value
+        if path[-1].key == "positions" and value.ndim == 3:
+            return resize_positions(value, wanted.shape[1])
+        name = "/".join(entry.key for entry in path)
+        raise UserError(f"{where}: {name} has the shape {value.shape}, the model needs {wanted.shape}")
+
+    if jax.tree.structure(params) != jax.tree.structure(shapes):
+        raise UserError(f"{where}: these weights are of another network than the model's `tower`")
+    return jax.tree_util.tree_map_with_path(fit, shapes, params)
