@@ -24,6 +24,10 @@ def default_config():
     config.data.validation_split = "validation"
     config.data.test_split = "test"
     config.data.image_size = 64
+    config.data.image_resize = "square"
+    config.data.image_resize_side = 0
+    config.data.speech_features = placeholder(str)
+    config.data.image_features = placeholder(str)
     config.data.bucket_seconds = (4.5,)
     config.data.max_seconds = 5.0
     config.data.max_bad_share = 0.01

@@ -1,4 +1,4 @@
-"""The ``c2f`` command: train, evaluate, index, search, ablate."""
+"""The ``c2f`` command: train, evaluate, index, search, ablate, convert, features."""
 
 import argparse
 import difflib
@@ -151,6 +151,32 @@ def _parser():
         "--noise", type=float, default=0.3, help="share of shuffled captions in the noisy rows (default: %(default)s)"
     )
     ablate.add_argument("--rows", help="comma-separated names, to run some of the rows only")
+    convert = add(
+        "convert", _convert, "Published weights to a folder that model.speech.weights or model.image.weights name."
+    )
+    convert.add_argument("source", nargs="+", help="files or folders as published, or a hub id owner/name")
+    convert.add_argument("--output", required=True, help="folder to write")
+    convert.add_argument(
+        "--normalise",
+        choices=("true", "false"),
+        help="whether waveforms have mean 0 and variance 1, where the publisher's files do not say",
+    )
+    convert.add_argument("--licence", help="for the card, where no README says")
+
+    features = add("features", _features, "Run a frozen published network once over a data set and keep its tokens.")
+    features.add_argument("--weights", required=True, help="folder of c2f convert, or published files")
+    features.add_argument("--data", required=True, help="data set name or manifest")
+    features.add_argument("--data-dir", help="where prepared data sets are")
+    features.add_argument("--splits", default="train,validation,test", help="comma-separated (default: %(default)s)")
+    features.add_argument("--output", required=True, help="folder of the cache; an unfinished one is gone on with")
+    features.add_argument(
+        "--layer", default="last", help="last, the number of a hidden state, or all (default: %(default)s)"
+    )
+    features.add_argument(
+        "--max-seconds", type=float, default=30.0, help="recordings are cut to this length (default: %(default)s)"
+    )
+    features.add_argument("--batch-size", type=int, default=16, help="items at once (default: %(default)s)")
+    _distributed_arguments(features)
     return parser
 
 
@@ -228,6 +254,37 @@ def _search(args, _):
         output=args.output,
     )
     print(f"\nanswers: {page}")
+
+
+def _convert(args, _):
+    from c2f_jax.pretrained.convert import convert
+
+    normalise = None if args.normalise is None else args.normalise == "true"
+    card = convert(args.source, args.output, normalise=normalise, licence=args.licence)
+    print(f"{card['layout']}: {card['parameters']:,} parameters, licence {card['licence']}: {args.output}")
+
+
+def _features(args, _):
+    from c2f_jax.data.pairs import load_pairs
+    from c2f_jax.distributed import initialize
+
+    if args.distributed or args.coordinator:
+        initialize(args.coordinator, args.num_processes, args.process_id)
+    from c2f_jax.pretrained.features import extract_features
+
+    sources = [load_pairs(args.data, split, args.data_dir) for split in args.splits.split(",")]
+    cache = extract_features(
+        args.weights,
+        sources,
+        args.output,
+        layer=args.layer,
+        max_seconds=args.max_seconds,
+        batch_size=args.batch_size,
+    )
+    for source in sources:
+        for name, reason in source.bad_items.reasons.items():
+            print(f"left out: {name}: {reason}")
+    print(f"features of {len(cache)} items: {args.output}")
 
 
 def _ablate(args, overrides):

@@ -11,10 +11,18 @@ from c2f_jax.errors import UserError
 MOST_PIXELS = 100_000_000  # larger files are taken for decompression bombs
 
 
-def decode_image(data: bytes | str, size: int, *, name: str | None = None) -> np.ndarray:
+RESIZE = ("square", "short_side", "squash")
+
+
+def decode_image(
+    data: bytes | str, size: int, *, resize: str = "square", resize_side: int = 0, name: str | None = None
+) -> np.ndarray:
     """The centre square of a picture, uint8 (size, size, 3) RGB, from bytes or a file.
 
     Turned as its EXIF tag says, transparency laid on white, 16 bit reduced to 8, resized with antialiased bicubic.
+    "square" takes the largest centre square. Published networks saw other ones: with "short_side" the short side is
+    resized to resize_side (size unless given) and the centre cut out (CLIP, DINOv2), with "squash" the whole picture is
+    made a square (BLIP-2, SigLIP).
     Raises `UserError` naming the item when it is missing, unreadable, cut off or larger than 100 million pixels.
     """
     name = name or (data if isinstance(data, str) else "image")
@@ -23,17 +31,32 @@ def decode_image(data: bytes | str, size: int, *, name: str | None = None) -> np
         with Image.open(io.BytesIO(encoded)) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise UserError(f"{name}: {image.width} x {image.height} pixels are more than {MOST_PIXELS:,}")
-            image.draft(image.mode, (2 * size, 2 * size))  # large JPEGs decode at a fraction of their size
+            if resize == "square":
+                image.draft(image.mode, (2 * size, 2 * size))  # large JPEGs decode at a fraction of their size
             rgb = _to_rgb(ImageOps.exif_transpose(image))
     except UserError:
         raise
     except Exception as e:  # Pillow's plugins raise nearly anything on damaged files
         raise UserError(f"{name}: not a picture that can be read ({e})") from e
+    if resize == "squash":
+        return np.asarray(rgb.resize((size, size), Image.Resampling.BICUBIC), np.uint8)
+    if resize == "short_side":
+        return _short_side(rgb, resize_side or size, size)
     side = min(rgb.size)
     left, top = (rgb.width - side) / 2, (rgb.height - side) / 2
     # Cutting before resizing gives the same picture, and a strip of 1 x 10,000 does not grow to gigabytes.
     square = rgb.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
     return np.asarray(square, np.uint8)
+
+
+def _short_side(rgb: Image.Image, resize_side: int, size: int) -> np.ndarray:
+    """The long side is cut before resizing, but at the whole pixels of the resized picture, as the references do."""
+    short = min(rgb.size)
+    whole = [resize_side * side // short for side in rgb.size]  # the long side is rounded down
+    left, top = ((side - size) // 2 for side in whole)
+    scale = [side / target for side, target in zip(rgb.size, whole, strict=True)]
+    box = (left * scale[0], top * scale[1], (left + size) * scale[0], (top + size) * scale[1])
+    return np.asarray(rgb.resize((size, size), Image.Resampling.BICUBIC, box=box), np.uint8)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

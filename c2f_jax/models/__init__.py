@@ -17,7 +17,7 @@ from c2f_jax.models.whisper import Whisper
 
 __all__ = ["C2FModel", "Encoded", "create_model", "create_tower", "momentum_subset"]
 
-# "tokens" reads a published network's tokens from the feature cache, "published" runs the network itself.
+# "published" is a network that we have, "tokens" one of another tool, whose tokens a feature cache holds.
 SPEECH_ENCODERS = {"log_mel": LogMelSpeechEncoder, "published": PublishedSpeech, "tokens": PublishedSpeech}
 IMAGE_ENCODERS = {"vit": ViTImageEncoder, "published": PublishedImage, "tokens": PublishedImage}
 SPEECH_TOWERS = {"wav2vec2": Wav2Vec2, "whisper": Whisper}

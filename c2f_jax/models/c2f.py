@@ -92,50 +92,54 @@ class C2FModel(nn.Module):
 
     def __call__(self, batch):
         """Every part once, for initialisation: returns (speech, image, logits, tau)."""
-        waveform, lengths, image = model_inputs(batch)
-        speech, image = self.encode_speech(waveform, lengths), self.encode_image(image)
+        speech, image = self.encode_speech(*speech_input(batch)), self.encode_image(image_input(batch))
         return speech, image, self.match(speech, image), self.tau()
 
 
-def model_inputs(batch):
-    """Speech, its lengths and images of a batch: waveforms and pixels, or their tokens from the feature cache."""
-    speech = batch["speech_tokens"] if "speech_tokens" in batch else batch["waveform"]
-    return speech, batch["speech_lengths"], batch["image_tokens"] if "image_tokens" in batch else batch["image"]
+def speech_input(batch):
+    """Waveforms (n, S), or their tokens (n, T, C) from the feature cache, and the lengths (n,) in samples or tokens."""
+    return batch["speech_tokens"] if "speech_tokens" in batch else batch["waveform"], batch["speech_lengths"]
+
+
+def image_input(batch):
+    """Images (n, H, W, 3) uint8, or their tokens (n, P, C) from the feature cache."""
+    return batch["image_tokens"] if "image_tokens" in batch else batch["image"]
 
 
 def momentum_subset(params):
     """The part of the parameters that has a momentum copy: both encoders and both projections, not tau, not SIM."""
-    return {name: params[name] for name in MOMENTUM_MODULES}
+    return {name: params[name] for name in MOMENTUM_MODULES if name in params}
 
 
-def split_frozen(params, paths):
-    """Nested dicts of parameters as (trained, frozen), the frozen ones being those below one of the paths.
+def split_params(params, paths):
+    """Nested dicts of parameters as (those below none of the paths, those below one).
 
-    >>> split_frozen({"a": {"b": 1, "c": 2}, "d": 3}, [("a", "b")])
+    >>> split_params({"a": {"b": 1, "c": 2}, "d": 3}, [("a", "b")])
     ({'a': {'c': 2}, 'd': 3}, {'a': {'b': 1}})
     """
-    if () in paths:
-        return {}, params
-    trained, frozen = {}, {}
+    rest, taken = {}, {}
     for name, value in params.items():
         below = [path[1:] for path in paths if path[0] == name]
-        kept, taken = split_frozen(value, below) if below else (value, {})
-        if kept != {} or not below:
-            trained[name] = kept
-        if below:
-            frozen[name] = taken
-    return trained, frozen
+        if () in below:
+            taken[name] = value
+        elif below:
+            kept, found = split_params(value, below)
+            rest |= {name: kept} if kept else {}
+            taken |= {name: found} if found else {}
+        else:
+            rest[name] = value
+    return rest, taken
 
 
-def merge_frozen(trained, frozen):
-    """The parameters that ``split_frozen`` has split.
+def merge_params(params, others):
+    """Nested dicts of parameters in one, as before ``split_params``.
 
-    >>> merge_frozen({"a": {"c": 2}, "d": 3}, {"a": {"b": 1}})
+    >>> merge_params({"a": {"c": 2}, "d": 3}, {"a": {"b": 1}})
     {'a': {'c': 2, 'b': 1}, 'd': 3}
     """
-    merged = dict(trained)
-    for name, value in frozen.items():
-        merged[name] = merge_frozen(trained[name], value) if name in trained else value
+    merged = dict(params)
+    for name, value in others.items():
+        merged[name] = merge_params(params[name], value) if name in params else value
     return merged
 
 

@@ -1,6 +1,6 @@
 """A published network as an encoder: its tokens, or their weighted sum over layers, under a small transformer.
 
-The network may also have run before: then its tokens come from the feature cache.
+A frozen network may also have run before: given its tokens from the feature cache, the encoder leaves it out.
 """
 
 from typing import Any
@@ -48,7 +48,7 @@ class PublishedEncoder(nn.Module):
     """What ``PublishedSpeech`` and ``PublishedImage`` share.
 
     Attributes:
-      tower: the published network; None where the input is its tokens, from the feature cache.
+      tower: the published network; None for tokens of another tool, which no waveform or image can be turned into.
       frozen: "tower" keeps the published weights: they get no gradient, optimiser state or momentum copy, and no
         dropout. "conv" keeps the convolutions of a speech network only, "none" nothing.
       layer: "last", the number of a hidden state (0 is the input of the first block), or "weighted_sum", a learnt
@@ -75,17 +75,17 @@ class PublishedEncoder(nn.Module):
     attention: str = "xla"
     remat: bool = False
 
-    def _features(self, keys, *inputs):
+    def _features(self, keys, given, *lengths):
         """Tokens (n, T, C) of the network or of the cache, and their lengths."""
-        if self.tower is None:
-            tokens, lengths = inputs if len(inputs) == 2 else (inputs[0], _full(inputs[0]))
-            hidden = None
-            if tokens.ndim == 4:  # (n, T, layers, C)
-                hidden = tuple(jnp.moveaxis(tokens, 2, 0))
-                tokens = hidden[-1]
+        if not self._is_raw(given):
+            lengths = lengths[0] if lengths else jnp.full((given.shape[0],), given.shape[1], jnp.int32)
+            hidden = tuple(jnp.moveaxis(given, 2, 0)) if given.ndim == 4 else None  # (n, T, layers, C)
+            tokens = given if hidden is None else hidden[-1]
+        elif self.tower is None:
+            raise UserError("this model reads tokens from a feature cache; it has no network to make them with")
         else:
             tower_keys = None if self.frozen == "tower" else fold_keys(keys, self.depth + 1)
-            tokens, lengths, hidden = self.tower(*inputs, tower_keys)
+            tokens, lengths, hidden = self.tower(given, *lengths, tower_keys)
         if self.layer == "weighted_sum":
             if hidden is None:
                 raise UserError("layer='weighted_sum' needs the features of all layers: c2f features --layer=all")
@@ -93,7 +93,7 @@ class PublishedEncoder(nn.Module):
             weights = jax.nn.softmax(weights)
             tokens = sum(w * h for w, h in zip(weights, hidden, strict=True))
         elif self.layer != "last" and hidden is not None:
-            tokens = choose_layer(hidden, self.layer)
+            tokens = choose_layer(hidden, self.layer)  # a cache without layers is of this layer already
         return tokens.astype(self.dtype), lengths
 
     def _head(self, tokens, lengths, keys, positions):
@@ -127,6 +127,9 @@ class PublishedEncoder(nn.Module):
 class PublishedSpeech(PublishedEncoder):
     """A published speech network as an encoder; attributes as in ``PublishedEncoder``."""
 
+    def _is_raw(self, speech):
+        return speech.ndim == 2
+
     @nn.compact
     def __call__(self, speech, lengths, keys=None):
         """Waveforms (n, S) with (n,) samples, or cached tokens (n, T, C) with (n,) tokens -> tokens and lengths."""
@@ -137,12 +140,11 @@ class PublishedSpeech(PublishedEncoder):
 class PublishedImage(PublishedEncoder):
     """A published image network as an encoder; attributes as in ``PublishedEncoder``."""
 
+    def _is_raw(self, image):
+        return image.dtype == jnp.uint8
+
     @nn.compact
     def __call__(self, image, keys=None):
         """Images (n, H, W, 3) uint8, or cached tokens (n, P, C) -> tokens and lengths."""
         tokens, lengths = self._features(keys, image)
         return self._head(tokens, lengths, keys, positions=False)
-
-
-def _full(tokens):
-    return jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32)

@@ -161,7 +161,7 @@ def _vision(layout, tensors, prefix, config, processor):
         "cls": family != "siglip",
         "patch_bias": family != "clip",
         "input_norm": family == "clip",
-        "pooling_head": f"{prefix}vision_model.head.probe" in tensors,
+        "pooling_head": f"{prefix}head.probe" in tensors,
         "projection": 0,
     }
     if "visual_projection.weight" in tensors:

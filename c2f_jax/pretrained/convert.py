@@ -32,6 +32,15 @@ def convert(sources, output, *, normalise=None, licence=None):
     Raises:
       UserError: files that cannot be read, or tensors that are missing, unused or misshaped, all listed.
     """
+    if (Path(output) / "params").exists():
+        raise UserError(f"{output} holds converted weights already: remove it or give another --output")
+    card, params = read_published(sources, normalise=normalise, licence=licence)
+    save_weights(output, card, params)
+    return card
+
+
+def read_published(sources, *, normalise=None, licence=None):
+    """(card, parameters) of published weights; arguments and errors as in ``convert``."""
     where = [_local(source) for source in sources]
     files = [file for source in where for file in weight_files(source)]
     folder = where[0] if where[0].is_dir() else where[0].parent
@@ -59,8 +68,7 @@ def convert(sources, output, *, normalise=None, licence=None):
         "licence": licence or _licence(folder),
         "parameters": int(sum(np.size(x) for x in jax.tree.leaves(params))),
     }
-    save_weights(output, card, params)
-    return card
+    return card, params
 
 
 def _local(source):

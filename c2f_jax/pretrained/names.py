@@ -17,8 +17,9 @@ class Layout:
       name: what the card calls it.
       tower: key of ``models.TOWERS``.
       anchor: a tensor that every such file holds; what stands before it in its name is the prefix of all names.
-      rules: (regular expression over a parameter's path, replacement) in order; the first match gives the tensor. A
-        replacement may end in "#0", "#1", "#2" (that third of the first axis), and "?" (zeros where it is missing).
+      rules: (regular expression over a parameter's path, replacement) in order; the first match whose tensor is there
+        counts, for names have changed between versions. A replacement may end in "#0", "#1", "#2" (that third of the
+        first axis), and "?" (zeros where it is missing).
       unused: regular expressions of tensors of the same files that the network does not need.
     """
 
@@ -126,26 +127,26 @@ WHISPER = Layout(
 )
 
 _CLIP_BLOCK = (
-    (f"{BLOCK}/self_attention_norm", r"vision_model.encoder.layers.\1.layer_norm1"),
-    (f"{BLOCK}/mlp_norm", r"vision_model.encoder.layers.\1.layer_norm2"),
-    (f"{BLOCK}/mlp_in", r"vision_model.encoder.layers.\1.mlp.fc1"),
-    (f"{BLOCK}/mlp_out", r"vision_model.encoder.layers.\1.mlp.fc2"),
+    (f"{BLOCK}/self_attention_norm", r"encoder.layers.\1.layer_norm1"),
+    (f"{BLOCK}/mlp_norm", r"encoder.layers.\1.layer_norm2"),
+    (f"{BLOCK}/mlp_in", r"encoder.layers.\1.mlp.fc1"),
+    (f"{BLOCK}/mlp_out", r"encoder.layers.\1.mlp.fc2"),
 )
 _TEXT_SIDE = (r"(.*\.)?text_model\..*", r"(.*\.)?text_projection\..*", r"(.*\.)?logit_(scale|bias)")
 
 CLIP = Layout(
     "Hugging Face CLIP",
     "vision_transformer",
-    "vision_model.embeddings.class_embedding",
+    "embeddings.class_embedding",
     (
-        ("cls", "vision_model.embeddings.class_embedding"),
-        ("positions", "vision_model.embeddings.position_embedding.weight"),
+        ("cls", "embeddings.class_embedding"),
+        ("positions", "embeddings.position_embedding.weight"),
         ("projection/kernel", "visual_projection.weight"),
-        *_attention(f"{BLOCK}/self_attention", r"vision_model.encoder.layers.\1.self_attn"),
+        *_attention(f"{BLOCK}/self_attention", r"encoder.layers.\1.self_attn"),
         *_modules(
-            ("patch_embedding", "vision_model.embeddings.patch_embedding"),
-            ("input_norm", "vision_model.pre_layrnorm"),
-            ("transformer/norm", "vision_model.post_layernorm"),
+            ("patch_embedding", "embeddings.patch_embedding"),
+            ("input_norm", "pre_layrnorm"),
+            ("transformer/norm", "post_layernorm"),
             *_CLIP_BLOCK,
         ),
     ),
@@ -155,22 +156,22 @@ CLIP = Layout(
 SIGLIP = Layout(
     "Hugging Face SigLIP",
     "vision_transformer",
-    "vision_model.embeddings.patch_embedding.bias",
+    "embeddings.patch_embedding.bias",
     (
-        ("positions", "vision_model.embeddings.position_embedding.weight"),
-        ("probe", "vision_model.head.probe?"),
+        ("positions", "embeddings.position_embedding.weight"),
+        ("probe", "head.probe?"),
         *(
-            (f"pool_attention/{part}/(kernel|bias)", rf"vision_model.head.attention.in_proj_\LEAF#{k}")
+            (f"pool_attention/{part}/(kernel|bias)", rf"head.attention.in_proj_\LEAF#{k}")
             for k, part in enumerate(("query", "key", "value"))
         ),
-        *_attention(f"{BLOCK}/self_attention", r"vision_model.encoder.layers.\1.self_attn"),
+        *_attention(f"{BLOCK}/self_attention", r"encoder.layers.\1.self_attn"),
         *_modules(
-            ("patch_embedding", "vision_model.embeddings.patch_embedding"),
-            ("transformer/norm", "vision_model.post_layernorm"),
-            ("pool_attention/out", "vision_model.head.attention.out_proj"),
-            ("pool_norm", "vision_model.head.layernorm"),
-            ("pool_mlp_in", "vision_model.head.mlp.fc1"),
-            ("pool_mlp_out", "vision_model.head.mlp.fc2"),
+            ("patch_embedding", "embeddings.patch_embedding"),
+            ("transformer/norm", "post_layernorm"),
+            ("pool_attention/out", "head.attention.out_proj"),
+            ("pool_norm", "head.layernorm"),
+            ("pool_mlp_in", "head.mlp.fc1"),
+            ("pool_mlp_out", "head.mlp.fc2"),
             *_CLIP_BLOCK,
         ),
     ),
@@ -191,6 +192,7 @@ DINOV2 = Layout(
             r"encoder.layer.\1.attention",
             ("attention.query", "attention.key", "attention.value", "output.dense"),
         ),
+        *_attention(f"{BLOCK}/self_attention", r"encoder.layer.\1.attention", ("q_proj", "k_proj", "v_proj", "o_proj")),
         *_modules(
             ("patch_embedding", "embeddings.patch_embeddings.projection"),
             ("transformer/norm", "layernorm"),
@@ -251,7 +253,7 @@ BLIP2 = Layout(
         *_modules(
             ("vision/patch_embedding", "vision_model.embeddings.patch_embedding"),
             ("vision/transformer/norm", "vision_model.post_layernorm"),
-            *((f"vision/{path}", source) for path, source in _CLIP_BLOCK),
+            *((f"vision/{path}", f"vision_model.{source}") for path, source in _CLIP_BLOCK),
         ),
         *_qformer("qformer", "qformer.layernorm", "query_tokens", "vision_projection"),
     ),
@@ -309,7 +311,7 @@ def find_layout(names):
         if layout is LAVIS and not any(n.startswith("Qformer.bert.") for n in names):
             continue
         prefix = layout.prefix(names)
-        if prefix is not None and not (layout in (CLIP, SIGLIP) and "query_tokens" in names):
+        if prefix is not None and not (layout in (CLIP, SIGLIP) and "query_tokens" in names):  # a part of BLIP-2
             return layout, prefix
     known = "; ".join(f"{layout.name} ({layout.anchor})" for layout in LAYOUTS)
     shown = ", ".join(sorted(names)[:5])
@@ -336,21 +338,19 @@ def convert_tensors(layout, prefix, tensors, shapes):
 
     def convert(path, shape):
         path = "/".join(entry.key for entry in path)
-        source = _source(layout, path)
-        optional, part = source.endswith("?"), None
-        name = source.removesuffix("?")
-        if "#" in name:
-            name, _, part = name.partition("#")
-        name = prefix + name if prefix + name in tensors else name  # heads stand outside the prefix
-        if name not in tensors:
-            if not optional:
-                problems.append(f"missing: {prefix}{name} (for {path})")
+        sources = _sources(layout, path)
+        # Heads stand outside the prefix.
+        known = [(f"{p}{name}", part) for name, part, _ in sources for p in (prefix, "") if f"{p}{name}" in tensors]
+        if not known:
+            if not any(optional for _, _, optional in sources):
+                problems.append(f"missing: {prefix}{sources[0][0]} (for {path})")
             return np.zeros(shape.shape, np.float32)
+        name, part = known[0]
         used.add(name)
         value = np.asarray(tensors[name]).astype(np.float32)
-        if part is not None:
-            value = np.split(value, 3)[int(part)] if value.shape and value.shape[0] % 3 == 0 else value
         try:
+            if part:
+                value = np.split(value, 3)[int(part)]
             return _arrange(path, value, shape.shape)
         except ValueError:
             problems.append(f"misshaped: {name} {tuple(value.shape)} does not fit {path} {tuple(shape.shape)}")
@@ -373,13 +373,19 @@ def convert_tensors(layout, prefix, tensors, shapes):
     return params
 
 
-def _source(layout, path):
+def _sources(layout, path):
+    """Where a parameter may stand: (name without prefix, third of it or "", whether it may be missing), in order."""
     leaf = {"kernel": "weight", "scale": "weight"}.get(path.rpartition("/")[2].removeprefix("norm_"), "bias")
+    found = []
     for pattern, replacement in layout.rules:
         match = re.fullmatch(pattern, path)
         if match:
-            return match.expand(replacement.replace(r"\LEAF", leaf))
-    raise UserError(f"{layout.name} has no parameter {path}")
+            source = match.expand(replacement.replace(r"\LEAF", leaf))
+            name, _, part = source.removesuffix("?").partition("#")
+            found.append((name, part, source.endswith("?")))
+    if not found:
+        raise UserError(f"{layout.name} has no parameter {path}")
+    return found
 
 
 def _arrange(path, value, shape):
