@@ -30,6 +30,7 @@ from c2f_jax.retrieval.report import (
     worst_queries,
     write_results_page,
 )
+from c2f_jax.retrieval.voices import split_voices
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -155,6 +156,23 @@ def evaluate_source(experiment, params, source, workdir, *, step, history=None, 
         title=f"{source.name}, {source.split}: spoken query, coarse and fine top five",
     )
     return result, page
+
+
+def evaluate_by_voice(experiment, params, source, workdir, *, step):
+    """Evaluate a split with the voices of the training split and with others apart.
+
+    Returns:
+      {"heard": result, "unheard": result}, as it stands in ``eval/<data set>-<split>-voices.json`` below the workdir;
+      the gallery of speech -> image holds all pictures in both.
+    """
+    train = experiment.data.load(experiment.data.train_split)
+    heard = {train.recording(row)["speaker"] for row in range(len(train))}
+    groups = split_voices(encode_split(experiment, params, source, progress=True), source, heard)
+    results = {name: retrieve(experiment, params, encoded)[0] | {"step": int(step)} for name, encoded in groups.items()}
+    path = epath.Path(workdir) / "eval" / f"{data_set_label(source)}-{source.split}-voices.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2) + "\n")
+    return results
 
 
 def data_set_label(source):

@@ -16,7 +16,7 @@ from c2f_jax.models import C2FModel, create_model
 from c2f_jax.momentum import momentum_from_half_life
 from c2f_jax.optimizer import OptimizerConfig
 from c2f_jax.parallel import MODES
-from c2f_jax.pretrained.weights import open_card
+from c2f_jax.pretrained.weights import bare_tower, open_card
 from c2f_jax.retrieval.evaluation import SCORES
 from c2f_jax.train_step import MethodConfig
 
@@ -257,7 +257,7 @@ def _with_weights(model):
                 )
             if path is not None:
                 card = open_card(path)
-                values["tower"] = card["tower"] | {"projection": 0} * (part == "image") | dict(values.get("tower", {}))
+                values["tower"] = bare_tower(card) | dict(values.get("tower") or {})
                 weights[part] = path
                 if part == "image":
                     how = card["preprocessing"]

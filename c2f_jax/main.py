@@ -112,6 +112,9 @@ def _parser():
     evaluate.add_argument(
         "--step", default="best", help="best, latest or the number of a checkpoint (default: %(default)s)"
     )
+    evaluate.add_argument(
+        "--by-voice", action="store_true", help="voices heard in training and others apart, on all pictures"
+    )
     evaluate.add_argument("--k", type=int, help="candidates that SIM re-ranks; the run's value by default")
     evaluate.add_argument("--score", help="ranking of the fine stage: sic, sim, sum, prob or joint")
 
@@ -211,7 +214,7 @@ def _train(args, overrides):
 
 
 def _evaluate(args, _):
-    from c2f_jax.evaluate import evaluate_source, load_trained
+    from c2f_jax.evaluate import evaluate_by_voice, evaluate_source, load_trained
     from c2f_jax.experiment import load_saved_config
     from c2f_jax.retrieval.evaluation import format_table
 
@@ -224,6 +227,11 @@ def _evaluate(args, _):
         config.eval.score = args.score
     experiment, params, step, history = load_trained(args.workdir, step=args.step, config=config)
     source = experiment.data.load(args.split or experiment.data.test_split)
+    if args.by_voice:
+        for name, result in evaluate_by_voice(experiment, params, source, args.workdir, step=step).items():
+            print(f"voices {name} in training, {result['queries']['gallery_recordings']} recordings")
+            print(format_table(result))
+        return
     result, page = evaluate_source(experiment, params, source, args.workdir, step=step, history=history)
     print(format_table(result))
     print(f"\nresults page: {page}")

@@ -12,7 +12,7 @@ from c2f_jax.data.features import open_features, shard_exists, start_cache, writ
 from c2f_jax.data.pairs import SAMPLE_RATE
 from c2f_jax.models import IMAGE_TOWERS, create_tower
 from c2f_jax.models.published import choose_layer
-from c2f_jax.pretrained.weights import load_weights, open_card, tower_inputs
+from c2f_jax.pretrained.weights import bare_tower, load_weights, open_card, tower_inputs
 
 SHARD = 256  # items of a shard: what is lost when a run is stopped
 STEP_SECONDS = 0.5  # lengths are padded to multiples of it, so that few programs are compiled
@@ -42,7 +42,7 @@ def extract_features(
       UserError: a cache of another kind is there, or too many items cannot be read.
     """
     card = open_card(weights)
-    attributes = card["tower"] | {"projection": 0} * (card["tower"]["name"] in IMAGE_TOWERS) | tower
+    attributes = bare_tower(card) | tower
     network = create_tower(attributes, dtype=jax.numpy.dtype(dtype))
     is_image = attributes["name"] in IMAGE_TOWERS
     side = card["preprocessing"].get("image_size", 224)

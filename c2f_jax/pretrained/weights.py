@@ -16,6 +16,11 @@ from c2f_jax.models.vision import resize_positions
 FORMAT = 1
 
 
+def bare_tower(card):
+    """The network of a card without its projection into the publisher's joint space: attributes as a dict."""
+    return {name: 0 if name == "projection" else value for name, value in card["tower"].items()}
+
+
 def tower_inputs(name, side=224, samples=16_000):
     """Inputs of the shapes that a network of this name takes, to initialise it with."""
     if name in IMAGE_TOWERS:
