@@ -221,6 +221,9 @@ def _evaluate(args, _):
     config = load_saved_config(args.workdir)
     if args.data:
         config.data.name = args.data
+        for part in ("speech", "image"):  # the run's feature cache is not of this data
+            if config.model[part].get("name") == "published":
+                config.data[f"{part}_features"] = None
     if args.k:
         config.eval.k = args.k
     if args.score:

@@ -3,8 +3,9 @@
     c2f train --config=configs/flickr8k_tts.py:path/to/data --workdir=runs/flickr8k_tts
     c2f evaluate --workdir=runs/flickr8k_tts --by-voice
 
-``path/to/data`` holds ``flickr8k_tts/manifest.jsonl``, the photographs' tokens
-``flickr8k_tts/features/effnet_lite0_tokens.npz`` and Whisper's encoder ``weights/whisper-tiny.en-encoder``, as published.
+``path/to/data`` holds three things: ``flickr8k_tts/manifest.jsonl``, the photographs' tokens in
+``flickr8k_tts/features/effnet_lite0_tokens.npz``, and the published files of Whisper's encoder in
+``weights/whisper-tiny.en-encoder``.
 The first run writes Whisper's tokens of all recordings to ``runs/features`` (1 GB); later ones read them. The speech is
 synthetic: numbers cannot be compared with those of Flickr8k Audio.
 """

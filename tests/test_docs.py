@@ -25,7 +25,7 @@ def test_links_and_pictures_exist():
     assert links and [link for link in links if not (ROOT / link).exists()] == []
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "index", "search", "ablate"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "index", "search", "ablate", "convert", "features"])
 def test_help_and_documented_flags(command, capsys):
     with pytest.raises(SystemExit) as exit_info:
         main([command, "--help"])

@@ -38,7 +38,9 @@ def data(tmp_path_factory):
             soundfile.write(folder / f"{name}.wav", 0.1 * rng.normal(size=size), 16_000)
             Image.fromarray(rng.integers(0, 256, (20, 30, 3)).astype(np.uint8)).save(folder / f"{name}.png")
             names.append(f"{name}.png")
-            rows.append({"image": names[-1], "audio": f"{name}.wav", "split": split, "seconds": size / 16_000})
+            speaker = "new" if (split, k) in (("test", 1), ("test", 4)) else f"speaker {k % 2}"
+            row = {"image": names[-1], "audio": f"{name}.wav", "split": split, "seconds": size / 16_000}
+            rows.append(row | {"speaker": speaker})
     (folder / "validation2.wav").write_bytes(b"not audio")
     (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokens = rng.normal(size=(len(names), 4, 7)).astype(np.float16)
@@ -156,7 +158,7 @@ def test_token_files_are_checked(tmp_path):
         open_features(tmp_path)
     path = tmp_path / "tokens.npz"
     np.savez(path, names=np.array(["a"]), tokens=np.zeros((2, 3, 4)))
-    with pytest.raises(UserError, match="1 names, 2 lengths and tokens of shape"):
+    with pytest.raises(UserError, match="1 names, 1 lengths and tokens of shape"):
         open_features(path)
     path = tmp_path / "broken.npz"
     path.write_bytes(b"PK")
@@ -221,6 +223,11 @@ def get_config():
     assert main(["train", f"--config={config}", f"--workdir={run}", *flags, "--config.steps=4"]) == 0
     assert main(["evaluate", f"--workdir={run}", "--step=latest"]) == 0
     assert first["split"] == "test"
+    assert main(["evaluate", f"--workdir={run}", "--by-voice"]) == 0
+    voices = json.loads((run / "eval" / f"{data.name}-test-voices.json").read_text())
+    counts = {name: result["queries"] for name, result in voices.items()}
+    assert counts["heard"]["speech_to_image"] == 4 and counts["unheard"]["speech_to_image"] == 2
+    assert counts["heard"]["gallery_images"] == counts["unheard"]["gallery_images"] == 6
     # A recording that is in no cache goes through the network: the same answer as from its cached tokens.
     from c2f_jax.evaluate import encode_speech, load_trained
 

@@ -89,7 +89,9 @@ class PairSource(abc.ABC):
         self.image_index = np.asarray(image_index, np.int32)
         self.image_ids = np.asarray(image_ids, np.int32)
         self.num_samples = np.asarray(num_samples, np.int32)
-        self.bad_items = bad_items or BadItems(f"{name}, split {split}", len(self.image_index))
+        if bad_items is None:  # an empty one is false
+            bad_items = BadItems(f"{name}, split {split}", len(self.image_index))
+        self.bad_items = bad_items
 
     def __len__(self) -> int:
         return len(self.image_index)

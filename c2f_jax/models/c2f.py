@@ -132,14 +132,14 @@ def split_params(params, paths):
 
 
 def merge_params(params, others):
-    """Nested dicts of parameters in one, as before ``split_params``.
+    """Nested dicts of parameters in one, as before ``split_params``; ``others`` counts where both have a leaf.
 
     >>> merge_params({"a": {"c": 2}, "d": 3}, {"a": {"b": 1}})
     {'a': {'c': 2, 'b': 1}, 'd': 3}
     """
     merged = dict(params)
     for name, value in others.items():
-        merged[name] = merge_params(params[name], value) if name in params else value
+        merged[name] = merge_params(params[name], value) if name in params and isinstance(value, dict) else value
     return merged
 
 

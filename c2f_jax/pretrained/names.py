@@ -159,7 +159,7 @@ SIGLIP = Layout(
     "embeddings.patch_embedding.bias",
     (
         ("positions", "embeddings.position_embedding.weight"),
-        ("probe", "head.probe?"),
+        ("probe", "head.probe"),
         *(
             (f"pool_attention/{part}/(kernel|bias)", rf"head.attention.in_proj_\LEAF#{k}")
             for k, part in enumerate(("query", "key", "value"))
