@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
+from c2f_jax.data.images import decode_image
 from c2f_jax.models import create_tower
+from c2f_jax.models.wav2vec2 import normalise_waveform
 from c2f_jax.pretrained.architectures import describe
 from c2f_jax.pretrained.names import convert_tensors, find_layout
 from c2f_jax.pretrained.weights import tower_shapes
@@ -347,3 +350,27 @@ def test_blip2(values):
     assert_hidden_states_agree(vision_hidden[:-1], vision_out.hidden_states[:-1])
     projected, _, _ = jax.jit(module.apply)({"params": params}, image)
     assert_close(projected, expected)
+
+
+def test_waveform_normalisation_matches_the_reference_processor():
+    wave, lengths = waveforms(5000, 3210)
+    extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
+    expected = extractor(
+        [wave[0], wave[1, :3210]], sampling_rate=16_000, padding=True, return_tensors="np"
+    ).input_values
+    np.testing.assert_allclose(normalise_waveform(wave, lengths), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(320, 240), (200, 331)])
+@pytest.mark.parametrize("name", ["CLIPImageProcessorPil", "SiglipImageProcessorPil", "BlipImageProcessorPil"])
+def test_image_preprocessing_from_jpeg_to_tensor(tmp_path, name, size):
+    processor = getattr(transformers, name)()
+    side = processor.size.get("shortest_edge") or processor.size["height"]
+    rng = np.random.default_rng(sum(size))
+    picture = Image.fromarray(rng.integers(0, 256, (20, 20, 3)).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    picture.save(tmp_path / "picture.jpg", quality=90)
+    expected = processor(Image.open(tmp_path / "picture.jpg"), return_tensors="np").pixel_values[0].transpose(1, 2, 0)
+    resize = "short_side" if "shortest_edge" in processor.size else "squash"
+    image = decode_image(str(tmp_path / "picture.jpg"), side, resize=resize)
+    mean, std = (np.array(getattr(processor, value)) for value in ("image_mean", "image_std"))
+    assert np.abs(image / 255.0 - (expected * std + mean)).max() < 1 / 255 + 1e-6

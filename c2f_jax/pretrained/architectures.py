@@ -48,7 +48,10 @@ def describe(layout, tensors, prefix, config, processor, settings, normalise=Non
         flag = _flag(settings.get("task", {}).get("normalize"), normalise)
         return _fairseq(tensors, prefix, flag), _speech(flag)
     if layout is names.LAVIS:
-        return _lavis(tensors), _image({}, 224, CLIP_MEAN, CLIP_STD, squash=True) | {"position_side": 224}
+        tower = _lavis(tensors)
+        patches = tensors["visual_encoder.pos_embed"].shape[1] - 1
+        side = round(patches**0.5) * tower["vision"]["patch"]
+        return tower, _image({}, side, CLIP_MEAN, CLIP_STD, squash=True) | {"position_side": side}
     if not config:
         raise UserError(f"{layout.name}: config.json is needed beside the weights")
     if layout is names.WAV2VEC2:
@@ -114,7 +117,7 @@ def _fairseq(tensors, prefix, normalise):
     width = tensors["post_extract_proj.weight"].shape[0]
     if width not in FAIRSEQ_HEADS:
         raise UserError(f"a fairseq model of width {width}: known are {', '.join(map(str, FAIRSEQ_HEADS))}")
-    convs = _count(tensors, r"feature_extractor\.conv_layers\.(\d+)\.0\.weight")
+    convs = len(_numbers(tensors, r"feature_extractor\.conv_layers\.(\d+)\.0\.weight"))
     kernels = [tensors[f"feature_extractor.conv_layers.{i}.0.weight"] for i in range(convs)]
     position = tensors["encoder.pos_conv.0.weight_v"]
     # Published fairseq models have layer-normed convolutions exactly where the transformer is pre-norm.
@@ -122,7 +125,7 @@ def _fairseq(tensors, prefix, normalise):
     return {
         "name": "wav2vec2",
         "width": width,
-        "depth": _count(tensors, r"encoder\.layers\.(\d+)\.fc1\.weight"),
+        "depth": len(_numbers(tensors, r"encoder\.layers\.(\d+)\.fc1\.weight")),
         "heads": FAIRSEQ_HEADS[width],
         "mlp_ratio": tensors["encoder.layers.0.fc1.weight"].shape[0] / width,
         "conv_widths": [k.shape[0] for k in kernels],
@@ -193,9 +196,9 @@ def _lavis(tensors):
     patch = tensors["visual_encoder.patch_embed.proj.weight"]
     width, queries = patch.shape[0], tensors["query_tokens"]
     hidden = tensors["visual_encoder.blocks.0.mlp.fc1.weight"].shape[0]
-    blocks = _count(tensors, r"visual_encoder\.blocks\.(\d+)\.norm1\.weight")
-    layers = _count(tensors, r"Qformer\.bert\.encoder\.layer\.(\d+)\.attention\.self\.query\.weight")
-    cross = _count(tensors, r"Qformer\.bert\.encoder\.layer\.(\d+)\.crossattention\.self\.query\.weight")
+    blocks = 1 + max(_numbers(tensors, r"visual_encoder\.blocks\.(\d+)\.norm1\.weight"))
+    layers = 1 + max(_numbers(tensors, r"Qformer\.bert\.encoder\.layer\.(\d+)\.attention\.self\.query\.weight"))
+    cross = _numbers(tensors, r"Qformer\.bert\.encoder\.layer\.(\d+)\.crossattention\.self\.query\.weight")
     inner = tensors["Qformer.bert.encoder.layer.0.intermediate_query.dense.weight"].shape[0]
     eva = BLIP2_DEFAULTS | {
         "hidden_size": width,
@@ -212,7 +215,7 @@ def _lavis(tensors):
         "depth": layers,
         "heads": queries.shape[2] // 64,  # BERT base: heads of 64
         "mlp_ratio": inner / queries.shape[2],
-        "cross_every": -(-layers // cross),
+        "cross_every": cross[1] - cross[0] if len(cross) > 1 else layers,
         "epsilon": 1e-12,
         "projection": tensors["vision_proj.weight"].shape[0] if "vision_proj.weight" in tensors else 0,
     }
@@ -267,8 +270,9 @@ def _grid(image_size, patch):
     return image_size // patch * patch
 
 
-def _count(tensors, pattern):
-    found = [int(m.group(1)) for m in (re.fullmatch(pattern, name) for name in tensors) if m]
+def _numbers(tensors, pattern):
+    """The numbers of the blocks that have a tensor of this name, in order."""
+    found = sorted(int(m.group(1)) for m in (re.fullmatch(pattern, name) for name in tensors) if m)
     if not found:
         raise UserError(f"no tensor is named as in {pattern!r}")
-    return max(found) + 1
+    return found
