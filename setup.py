@@ -1,4 +1,4 @@
-"""Packaging of c2f_jax: `pip install .`, with extras for speech synthesis and for development."""
+"""Packaging of c2f_jax: `pip install .`, with extras for speech synthesis, hub ids, development and parity."""
 
 from setuptools import find_packages, setup
 
@@ -37,8 +37,14 @@ setup(
         "matplotlib>=3.9",
         "scipy>=1.14",
         "tqdm>=4.66",
+        "safetensors>=0.5",
         "numpy>=2",
     ],
-    extras_require={"speech": SPEECH, "dev": [*SPEECH, "pytest>=8", "ruff>=0.8"]},
+    extras_require={
+        "speech": SPEECH,
+        "hub": ["huggingface_hub>=0.30"],  # hub ids for `c2f convert`
+        "dev": [*SPEECH, "pytest>=8", "ruff>=0.8"],
+        "parity": ["torch>=2.6", "transformers>=5"],  # the references of tests/test_parity.py and benchmarks/
+    },
     entry_points={"console_scripts": ["c2f=c2f_jax.main:main"]},
 )

@@ -28,6 +28,10 @@ def default_config():
     config.data.validation_split = "validation"
     config.data.test_split = "test"
     config.data.image_size = 64
+    config.data.image_resize = "square"
+    config.data.image_resize_side = 0
+    config.data.speech_features = placeholder(str)
+    config.data.image_features = placeholder(str)
     config.data.bucket_seconds = (4.5,)
     config.data.max_seconds = 5.0
     config.data.max_bad_share = 0.01
@@ -79,3 +83,49 @@ def default_config():
     config.eval.pair_batch_size = 256
     config.eval.resamples = 1000
     return config
+
+
+def published_config(size="base", finetuned=False):
+    """The paper's encoders: HuBERT and BLIP-2's image side (frozen, its query tokens cached).
+
+    Hyper-parameters of frozen encoders are SpeechCLIP's, of fine-tuned ones ALBEF's.
+
+    Args:
+      size: of HuBERT, "base" or "large".
+      finetuned: train HuBERT's transformer too; otherwise HuBERT is frozen and its layers' weighted sum learnt.
+    """
+    config = default_config()
+    config.batch_size = 256
+    config.steps = 50_000
+    config.log_every = 100
+    config.eval_every = config.checkpoint_every = 2000
+    config.data.bucket_seconds = (3.2, 4.8, 6.4)
+    config.data.max_seconds = 25.0
+    config.data.threads = 16
+    config.model.dtype = "bfloat16"
+    speech = {"name": "published", "weights": f"weights/hubert_{size}", "width": 768, "depth": 2, "heads": 12}
+    speech |= {"mlp_ratio": 4.0, "dropout_rate": 0.1}
+    speech |= {"frozen": "conv", "layer": "last"} if finetuned else {"frozen": "tower", "layer": "weighted_sum"}
+    config.model.speech = ConfigDict(speech)
+    image = {"name": "published", "weights": "weights/blip2", "frozen": "tower", "width": 768, "depth": 1, "heads": 12}
+    config.model.image = ConfigDict(image | {"dropout_rate": 0.1})
+    config.model.multimodal = ConfigDict({"width": 768, "depth": 4, "heads": 12, "dropout_rate": 0.1})
+    config.model.remat = finetuned
+    config.method.momentum = 0.995
+    config.method.alpha_ramp_steps = None
+    config.optimizer.learning_rate = 1e-5 if finetuned else 1e-4
+    config.optimizer.weight_decay = 0.02 if finetuned else 1e-6
+    config.optimizer.warmup_steps = 5000
+    config.optimizer.final_fraction = 0.0
+    config.optimizer.b2 = 0.999
+    config.eval.k = 128
+    config.eval.batch_size = 32
+    return config
+
+
+PUBLISHED_SIZES = {
+    "base": ("base", False),
+    "large": ("large", False),
+    "base_finetuned": ("base", True),
+    "large_finetuned": ("large", True),
+}

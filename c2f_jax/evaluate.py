@@ -18,6 +18,8 @@ from c2f_jax.data.pairs import MANIFEST_SUFFIXES
 from c2f_jax.errors import UserError
 from c2f_jax.experiment import create_experiment, example_batch, load_saved_config
 from c2f_jax.models import Encoded
+from c2f_jax.models.c2f import image_input, merge_params, speech_input, split_params
+from c2f_jax.pretrained.weights import check_weights, load_published
 from c2f_jax.retrieval.evaluation import evaluate_retrieval
 from c2f_jax.retrieval.figures import learning_curves_png, results_png
 from c2f_jax.retrieval.protocols import rank
@@ -29,17 +31,18 @@ from c2f_jax.retrieval.report import (
     worst_queries,
     write_results_page,
 )
+from c2f_jax.retrieval.voices import split_voices
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def encode_speech(model, params, waveform, lengths):
-    """Recordings -> Encoded, deterministic."""
+    """Recordings, or their cached tokens -> Encoded, deterministic."""
     return model.apply({"params": params}, waveform, lengths, method="encode_speech")
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def encode_image(model, params, image):
-    """Images -> Encoded, deterministic."""
+    """Images, or their cached tokens -> Encoded, deterministic."""
     return model.apply({"params": params}, image, method="encode_image")
 
 
@@ -81,13 +84,13 @@ def encode_split(experiment, params, source, progress=False):
     """
     data, batch_size = experiment.data, experiment.eval.batch_size
     speech, recordings = _encode_all(
-        lambda b: encode_speech(experiment.model, params, b["waveform"], b["speech_lengths"]),
+        lambda b: encode_speech(experiment.model, params, *speech_input(b)),
         loader.speech_batches(source, batch_size=batch_size, seconds_max=data.max_seconds),
         len(source),
         "recordings" if progress else None,
     )
     image, images = _encode_all(
-        lambda b: encode_image(experiment.model, params, b["image"]),
+        lambda b: encode_image(experiment.model, params, image_input(b)),
         loader.image_batches(source, batch_size=batch_size, image_size=data.image_size),
         source.num_images,
         "images" if progress else None,
@@ -170,6 +173,23 @@ def evaluate_source(experiment, params, source, workdir, *, step, history=None, 
     return result, page
 
 
+def evaluate_by_voice(experiment, params, source, workdir, *, step):
+    """Evaluate a split with the voices of the training split and with others apart.
+
+    Returns:
+      {"heard": result, "unheard": result}, as it stands in ``eval/<data set>-<split>-voices.json`` below the workdir;
+      the gallery of speech -> image holds all pictures in both.
+    """
+    train = experiment.data.load(experiment.data.train_split)
+    heard = {train.recording(row)["speaker"] for row in range(len(train))}
+    groups = split_voices(encode_split(experiment, params, source, progress=True), source, heard)
+    results = {name: retrieve(experiment, params, encoded)[0] | {"step": int(step)} for name, encoded in groups.items()}
+    path = epath.Path(workdir) / "eval" / f"{data_set_label(source)}-{source.split}-voices.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
 def data_set_label(source):
     """A data set's name as it stands in file and metric names: "spoken_scenes-tiny", or a manifest's folder.
 
@@ -217,10 +237,19 @@ def load_trained(workdir, *, step="best", config=None):
     number = named[step] if step in named else int(step)
     # On one local device, whatever devices the checkpoint was written from.
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.eval_shape(experiment.model.init, jax.random.key(0), example_batch(experiment.data))["params"]
+    model = experiment.model
+    # Also where training reads a cache the network is wanted, for recordings and pictures that are in no cache.
+    encoders = {"speech": model.speech_encoder, "image": model.image_encoder}
+    batch = example_batch(
+        experiment.data, raw=[p for p, e in encoders.items() if getattr(e, "tower", None) is not None]
+    )
+    shapes = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
-    params, progress = checkpoints.restore_params(number, shapes)
-    return experiment, params, number, progress["history"]
+    trained, _ = split_params(shapes, model.frozen)
+    params, progress = checkpoints.restore_params(number, trained)
+    check_weights(workdir, experiment.weights)
+    _, frozen = split_params(load_published(model, experiment.weights, batch), model.frozen)
+    return experiment, merge_params(params, frozen), number, progress["history"]
 
 
 def _encode_all(encode, batches, total, label):

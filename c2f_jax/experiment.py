@@ -10,12 +10,15 @@ from etils import epath
 
 from c2f_jax.config import default_config
 from c2f_jax.data.augment import AugmentConfig
+from c2f_jax.data.features import open_features
+from c2f_jax.data.images import RESIZE
 from c2f_jax.data.pairs import SAMPLE_RATE, load_pairs
 from c2f_jax.errors import UserError
 from c2f_jax.models import C2FModel, create_model
 from c2f_jax.momentum import momentum_from_half_life
 from c2f_jax.optimizer import OptimizerConfig
 from c2f_jax.parallel import MODES
+from c2f_jax.pretrained.weights import bare_tower, open_card
 from c2f_jax.retrieval.evaluation import SCORES
 from c2f_jax.train_step import MethodConfig
 
@@ -29,6 +32,10 @@ class DataConfig:
       data_dir: where TFDS keeps prepared sets; None for its default.
       train_split, validation_split, test_split: splits; validation chooses the best checkpoint.
       image_size: side in pixels.
+      image_resize, image_resize_side: how a picture becomes a square, see ``data.images.decode_image``; a published
+        image network brings its own.
+      speech_features, image_features: feature caches (folders of ``c2f features``, made if the configuration names the
+        network's weights) or files of tokens (.npz) to read instead of recordings and pictures.
       bucket_seconds: training lengths; every batch has one of them and longer recordings are cropped to the longest.
       max_seconds: evaluation length; recordings are taken whole up to it.
       max_bad_share: share of unreadable items above which a run stops.
@@ -46,6 +53,10 @@ class DataConfig:
     validation_split: str = "validation"
     test_split: str = "test"
     image_size: int = 224
+    image_resize: str = "square"
+    image_resize_side: int = 0
+    speech_features: str | None = None
+    image_features: str | None = None
     bucket_seconds: tuple[float, ...] = (8.0,)
     max_seconds: float = 20.0
     max_bad_share: float = 0.01
@@ -55,9 +66,15 @@ class DataConfig:
     max_padding: float | None = None
     augment: AugmentConfig = AugmentConfig()
 
-    def load(self, split):
-        """The PairSource of a split."""
-        return load_pairs(self.name, split, self.data_dir, max_bad_share=self.max_bad_share)
+    def load(self, split, features=True):
+        """The PairSource of a split; ``features`` attaches the feature caches."""
+        source = load_pairs(self.name, split, self.data_dir, max_bad_share=self.max_bad_share)
+        source.image_resize = (self.image_resize, self.image_resize_side)
+        if features:
+            for part in ("speech", "image"):
+                path = getattr(self, f"{part}_features")
+                setattr(source, f"{part}_features", None if path is None else open_features(path))
+        return source
 
 
 @dataclass(frozen=True)
@@ -92,6 +109,7 @@ class Experiment:
       token_queue_size: slots of the token queue for ``queue`` negatives.
       parallel: "pmap" or "shard_map".
       data, eval, method, optimizer, model: see their classes.
+      weights: "speech", "image" -> converted or published weights of its network.
     """
 
     seed: int
@@ -108,6 +126,7 @@ class Experiment:
     method: MethodConfig
     optimizer: OptimizerConfig
     model: C2FModel
+    weights: dict[str, str]
 
 
 def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
@@ -127,7 +146,8 @@ def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
     half_life = method.pop("momentum_half_life", None)
     if half_life is not None:
         method["momentum"] = momentum_from_half_life(half_life, plain.get("batch_size", 1))
-    data = plain.pop("data", {})
+    model, weights, preprocessing = _with_weights(model)
+    data = plain.pop("data", {}) | preprocessing
     data["augment"] = _build(AugmentConfig, "data.augment", data.pop("augment", {}))
     data["augment"].check()
     parts = {
@@ -136,6 +156,7 @@ def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
         "method": _build(MethodConfig, "method", method),
         "optimizer": _build(OptimizerConfig, "optimizer", plain.pop("optimizer", {}) | {"steps": plain.get("steps")}),
         "model": _model(model),
+        "weights": weights,
     }
     experiment = _build(Experiment, "the configuration", plain | parts)
     for name in ("batch_size", "steps", "log_every"):
@@ -151,19 +172,34 @@ def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
         raise UserError(f"data.shuffled_share={experiment.data.shuffled_share}: a share from 0 to 1 is expected")
     if experiment.data.max_padding is not None and not 0.0 < experiment.data.max_padding < 1.0:
         raise UserError(f"data.max_padding={experiment.data.max_padding}: a share between 0 and 1 is expected")
-    _check_image_grid(model["image"], experiment.data.image_size)
+    if experiment.data.image_resize not in RESIZE:
+        raise UserError(f"data.image_resize={experiment.data.image_resize!r}: choose one of {', '.join(RESIZE)}")
+    if experiment.data.image_features is None:
+        _check_image_grid(model["image"].get("tower") or model["image"], experiment.data.image_size)
+    _check_features(experiment)
     experiment.method.check(experiment.queue_size, experiment.token_queue_size)
     return experiment
 
 
-def example_batch(data: DataConfig):
-    """One row of zeros in the longest training shape, to initialise a model with."""
-    samples = round(max(data.bucket_seconds) * SAMPLE_RATE)
-    return {
-        "waveform": np.zeros((1, samples), np.float32),
-        "speech_lengths": np.full((1,), samples, np.int32),
-        "image": np.zeros((1, data.image_size, data.image_size, 3), np.uint8),
-    }
+def example_batch(data: DataConfig, raw=()):
+    """One row of zeros in the longest training shape, to initialise a model with.
+
+    Args:
+      data: DataConfig.
+      raw: "speech", "image": parts that are given as waveform or pixels even where there is a feature cache.
+    """
+    samples, side = round(max(data.bucket_seconds) * SAMPLE_RATE), data.image_size
+    batch = {"image": np.zeros((1, side, side, 3), np.uint8)}
+    if data.image_features is not None and "image" not in raw:
+        features = open_features(data.image_features)
+        batch = {"image_tokens": np.zeros((1, features.most_tokens, *features.shape), np.float16)}
+    if data.speech_features is None or "speech" in raw:
+        batch["waveform"] = speech = np.zeros((1, samples), np.float32)
+    else:
+        features = open_features(data.speech_features)
+        shape = (1, features.tokens_of_samples(samples), *features.shape)
+        batch["speech_tokens"] = speech = np.zeros(shape, np.float16)
+    return batch | {"speech_lengths": np.full((1,), speech.shape[1], np.int32)}
 
 
 def save_config(config, workdir):
@@ -218,6 +254,52 @@ def _model(values):
             f"model has no {', '.join(sorted(set(values) - known))}: its values are {', '.join(sorted(known))}"
         )
     return create_model(*parts, **values)
+
+
+def _with_weights(model):
+    """The model's values with the networks of its weights' cards, the weights, and the images' preprocessing."""
+    model, weights, preprocessing = dict(model), {}, {}
+    for part in ("speech", "image"):
+        values = dict(model.get(part, {}))
+        path = values.pop("weights", None)
+        if values.get("name") == "published":
+            frozen = values.get("frozen", "tower") != "none"
+            if path is None and frozen:
+                raise UserError(
+                    f"model.{part}.weights is needed: a folder of `c2f convert` or the published files; a frozen "
+                    f"network with random parameters says nothing (model.{part}.frozen=none trains it from the start)"
+                )
+            if path is not None:
+                card = open_card(path)
+                values["tower"] = bare_tower(card) | dict(values.get("tower") or {})
+                weights[part] = path
+                if part == "image":
+                    how = card["preprocessing"]
+                    preprocessing = {
+                        "image_size": how["image_size"],
+                        "image_resize": how["resize"],
+                        "image_resize_side": how["resize_side"],
+                    }
+        elif path is not None:
+            raise UserError(f"model.{part}.weights goes with model.{part}.name='published'")
+        model[part] = values
+    return model, weights, preprocessing
+
+
+def _check_features(experiment):
+    """A cache belongs to a frozen network; an encoder without a network needs one."""
+    for part in ("speech", "image"):
+        encoder, path = getattr(experiment.model, f"{part}_encoder"), getattr(experiment.data, f"{part}_features")
+        published = hasattr(encoder, "tower")
+        if path is None and published and encoder.tower is None:
+            raise UserError(f"model.{part}.name='tokens' reads a feature cache: give data.{part}_features")
+        if path is not None and not published:
+            raise UserError(f"data.{part}_features needs model.{part}.name 'published' or 'tokens'")
+        if path is not None and encoder.tower is not None and encoder.frozen != "tower":
+            raise UserError(f"data.{part}_features needs a frozen network: set model.{part}.frozen='tower'")
+    for part, varied in (("speech", "recordings"), ("image", "pictures")):
+        if getattr(experiment.data, f"{part}_features") is not None and getattr(experiment.data.augment, varied):
+            raise UserError(f"data.augment cannot vary {varied} that data.{part}_features keeps encoded: leave one out")
 
 
 def _check_image_grid(image, size):

@@ -1,4 +1,4 @@
-"""The ``c2f`` command: train, evaluate, index, search, ablate, data check, data prepare."""
+"""The ``c2f`` command: train, evaluate, index, search, ablate, convert, features, data check, data prepare."""
 
 import argparse
 import difflib
@@ -123,6 +123,9 @@ def _parser():
     evaluate.add_argument(
         "--step", default="best", help="best, latest or the number of a checkpoint (default: %(default)s)"
     )
+    evaluate.add_argument(
+        "--by-voice", action="store_true", help="voices heard in training and others apart, on all pictures"
+    )
     evaluate.add_argument("--k", type=int, help="candidates that SIM re-ranks; the run's value by default")
     evaluate.add_argument("--score", help="ranking of the fine stage: sic, sim, sum, prob or joint")
 
@@ -162,6 +165,32 @@ def _parser():
         "--noise", type=float, default=0.3, help="share of shuffled captions in the noisy rows (default: %(default)s)"
     )
     ablate.add_argument("--rows", help="comma-separated names, to run some of the rows only")
+    convert = add(
+        "convert", _convert, "Published weights to a folder that model.speech.weights or model.image.weights name."
+    )
+    convert.add_argument("source", nargs="+", help="files or folders as published, or a hub id owner/name")
+    convert.add_argument("--output", required=True, help="folder to write")
+    convert.add_argument(
+        "--normalise",
+        choices=("true", "false"),
+        help="whether waveforms have mean 0 and variance 1, where the publisher's files do not say",
+    )
+    convert.add_argument("--licence", help="for the card, where no README says")
+
+    features = add("features", _features, "Run a frozen published network once over a data set and keep its tokens.")
+    features.add_argument("--weights", required=True, help="folder of c2f convert, or published files")
+    features.add_argument("--data", required=True, help="data set name or manifest")
+    features.add_argument("--data-dir", help="where prepared data sets are")
+    features.add_argument("--splits", default="train,validation,test", help="comma-separated (default: %(default)s)")
+    features.add_argument("--output", required=True, help="folder of the cache; an unfinished one is gone on with")
+    features.add_argument(
+        "--layer", default="last", help="last, the number of a hidden state, or all (default: %(default)s)"
+    )
+    features.add_argument(
+        "--max-seconds", type=float, default=30.0, help="recordings are cut to this length (default: %(default)s)"
+    )
+    features.add_argument("--batch-size", type=int, default=16, help="items at once (default: %(default)s)")
+    _distributed_arguments(features)
 
     data = commands.add_parser("data", help="Check a data set, or prepare one.")
     data_commands = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
@@ -231,11 +260,16 @@ def _train(args, overrides):
 
 def _open_target(config, target, split=None, protocol=None):
     """(source, protocol or None) of a protocol's name, a data set or a manifest."""
-    from c2f_jax.data.pairs import load_pairs
+    from c2f_jax.experiment import create_experiment
     from c2f_jax.retrieval.protocols import PROTOCOLS, find_protocol, open_protocol
 
     def load(name, split):
-        return load_pairs(name, split, config.data.data_dir, max_bad_share=config.data.max_bad_share)
+        there = config.copy_and_resolve_references()
+        there.data.name = name
+        for part in ("speech", "image"):
+            if name != config.data.name and config.model[part].get("name") == "published":
+                there.data[f"{part}_features"] = None  # the run's feature cache is not of this data
+        return create_experiment(there).data.load(split)
 
     if protocol is not None:
         protocol = find_protocol(protocol)
@@ -256,6 +290,16 @@ def _evaluate_on(config, workdir, source, protocol, step="best"):
     print(f"\nresults page: {page}")
 
 
+def _evaluate_by_voice(config, workdir, source, step):
+    from c2f_jax.evaluate import evaluate_by_voice, load_trained
+    from c2f_jax.retrieval.evaluation import format_table
+
+    experiment, params, step, _ = load_trained(workdir, step=step, config=config)
+    for name, result in evaluate_by_voice(experiment, params, source, workdir, step=step).items():
+        print(f"voices {name} in training, {result['queries']['gallery_recordings']} recordings")
+        print(format_table(result))
+
+
 def _evaluate(args, _):
     from c2f_jax.experiment import load_saved_config
 
@@ -265,7 +309,10 @@ def _evaluate(args, _):
     if args.score:
         config.eval.score = args.score
     source, protocol = _open_target(config, args.data, args.split, args.protocol)
-    _evaluate_on(config, args.workdir, source, protocol, args.step)
+    if args.by_voice:
+        _evaluate_by_voice(config, args.workdir, source, args.step)
+    else:
+        _evaluate_on(config, args.workdir, source, protocol, args.step)
 
 
 def _index(args, _):
@@ -293,6 +340,37 @@ def _search(args, _):
         output=args.output,
     )
     print(f"\nanswers: {page}")
+
+
+def _convert(args, _):
+    from c2f_jax.pretrained.convert import convert
+
+    normalise = None if args.normalise is None else args.normalise == "true"
+    card = convert(args.source, args.output, normalise=normalise, licence=args.licence)
+    print(f"{card['layout']}: {card['parameters']:,} parameters, licence {card['licence']}: {args.output}")
+
+
+def _features(args, _):
+    from c2f_jax.data.pairs import load_pairs
+    from c2f_jax.distributed import initialize
+
+    if args.distributed or args.coordinator:
+        initialize(args.coordinator, args.num_processes, args.process_id)
+    from c2f_jax.pretrained.features import extract_features
+
+    sources = [load_pairs(args.data, split, args.data_dir) for split in args.splits.split(",")]
+    cache = extract_features(
+        args.weights,
+        sources,
+        args.output,
+        layer=args.layer,
+        max_seconds=args.max_seconds,
+        batch_size=args.batch_size,
+    )
+    for source in sources:
+        for name, reason in source.bad_items.reasons.items():
+            print(f"left out: {name}: {reason}")
+    print(f"features of {len(cache)} items: {args.output}")
 
 
 def _data_check(args, _):

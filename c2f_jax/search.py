@@ -167,7 +167,8 @@ def _gallery_files(experiment, gallery, kind, split):
 def _decode(experiment, kind, file):
     """A waveform (S,) float32 cut to the longest evaluation length, or an image (side, side, 3) uint8."""
     if kind == "image":
-        return decode_image(file, experiment.data.image_size)
+        data = experiment.data
+        return decode_image(file, data.image_size, resize=data.image_resize, resize_side=data.image_resize_side)
     return decode_audio(file)[: round(experiment.data.max_seconds * SAMPLE_RATE)]
 
 

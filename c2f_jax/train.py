@@ -15,8 +15,11 @@ from c2f_jax.data import batch_plan, loader
 from c2f_jax.evaluate import data_set_label, encode_split, evaluate_source, retrieve
 from c2f_jax.experiment import create_experiment, example_batch, save_config
 from c2f_jax.metrics import Recorder
+from c2f_jax.models.c2f import merge_params
 from c2f_jax.optimizer import create_optimizer
 from c2f_jax.parallel import DataParallel
+from c2f_jax.pretrained.features import prepare_features
+from c2f_jax.pretrained.weights import check_weights, load_published
 from c2f_jax.train_state import create_train_state
 from c2f_jax.train_step import train_step
 
@@ -49,6 +52,7 @@ def train_and_evaluate(config, workdir, *, devices=None, test=True):
     data = experiment.data
     parallel = DataParallel(experiment.parallel, devices)
     parallel.check_batch_size(experiment.batch_size)
+    prepare_features(experiment, (data.train_split, data.validation_split, *((data.test_split,) if test else ())))
     source, validation = data.load(data.train_split), data.load(data.validation_split)
     batch_plan.check_plan(
         len(source),
@@ -61,6 +65,7 @@ def train_and_evaluate(config, workdir, *, devices=None, test=True):
     is_main = jax.process_index() == 0
     if is_main:
         save_config(config, workdir)
+        check_weights(workdir, experiment.weights, write=True)
     recorder = Recorder(
         workdir if is_main else None,
         steps=experiment.steps,
@@ -79,13 +84,15 @@ def train_and_evaluate(config, workdir, *, devices=None, test=True):
         queue_size=experiment.queue_size,
         token_queue_size=experiment.token_queue_size,
         momentum_model=experiment.method.momentum is not None,
+        weights=load_published(experiment.model, experiment.weights, example_batch(data)),
     )
     state = parallel.place_state(state)
+    frozen = state.frozen
     checkpoints = Checkpoints(workdir)
     start = checkpoints.latest_step or 0
     if start:
-        state, progress = checkpoints.restore(start, abstract(parallel.global_state(state)))
-        state = parallel.place_state(parallel.host_copy(state))
+        state, progress = checkpoints.restore(start, abstract(parallel.global_state(state.replace(frozen={}))))
+        state = parallel.place_state(parallel.host_copy(state)).replace(frozen=frozen)
         recorder.restore(progress)
         recorder.say(f"resuming at step {start} of {experiment.steps}")
     if start < experiment.steps:
@@ -98,7 +105,12 @@ def train_and_evaluate(config, workdir, *, devices=None, test=True):
         params, _ = checkpoints.restore_params(best, abstract(parallel.global_state(state.params)))
         if is_main:
             result, page = evaluate_source(
-                experiment, parallel.local_copy(params), test_source, workdir, step=best, history=recorder.history
+                experiment,
+                parallel.local_copy(merge_params(params, state.frozen)),
+                test_source,
+                workdir,
+                step=best,
+                history=recorder.history,
             )
     checkpoints.close()
     parallel.wait_for_all()
@@ -142,12 +154,14 @@ def _train(experiment, state, start, optimizer, source, validation, parallel, ch
                 recorder.log(step)
             score = None
             if last or _due(step, experiment.eval_every):
-                params = parallel.local_copy(state.params)
+                params = parallel.local_copy(merge_params(state.params, state.frozen))
                 result, _ = retrieve(experiment, params, encode_split(experiment, params, validation))
                 score = recorder.log_evaluation(step, data_set_label(validation), result)
             stopping = not last and (stop_requested.is_set() or checkpoints.reached_preemption(step))
             if last or stopping or score is not None or _due(step, experiment.checkpoint_every):
-                checkpoints.save(step, parallel.global_state(state), recorder.progress(), score, wait=stopping)
+                checkpoints.save(
+                    step, parallel.global_state(state.replace(frozen={})), recorder.progress(), score, wait=stopping
+                )
             if stopping:
                 recorder.close()
                 raise Preempted(f"stopped at step {step}; the same command goes on from there")

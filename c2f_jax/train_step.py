@@ -12,7 +12,14 @@ from c2f_jax import objectives
 from c2f_jax.collectives import all_gather, axis_index, masked_mean, pmean, psum
 from c2f_jax.embedding_queue import bank, bank_valid, enqueue
 from c2f_jax.errors import UserError
-from c2f_jax.models.c2f import Encoded, clip_temperature, momentum_subset
+from c2f_jax.models.c2f import (
+    Encoded,
+    clip_temperature,
+    image_input,
+    merge_params,
+    momentum_subset,
+    speech_input,
+)
 from c2f_jax.models.layers import fold_keys
 from c2f_jax.momentum import update_momentum
 
@@ -91,7 +98,7 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
     Args:
       state: C2FTrainState, the same on all devices.
       batch: waveform (n, S), speech_lengths (n,), image (n, H, W, 3) uint8, image_id (n,) int32; row r of device d is
-        row d n + r of the global batch.
+        row d n + r of the global batch. From a feature cache: speech_tokens (n, T, C), image_tokens (n, P, C).
       model: C2FModel.
       optimizer: optax transformation.
       method: MethodConfig.
@@ -112,9 +119,10 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
     # 1. Momentum forward: no gradient, no dropout.
     momentum = None
     if method.momentum is not None:
-        momentum = jax.lax.stop_gradient(encode(model, state.momentum_params, batch))
+        momentum = jax.lax.stop_gradient(encode(model, merge_params(state.momentum_params, state.frozen), batch))
 
-    def loss_fn(params):
+    def loss_fn(trained):
+        params = merge_params(trained, state.frozen)
         # 2. Online forward.
         speech, image = encode(model, params, batch, fold_keys(keys, 0))
         tau = model.apply({"params": params}, method="tau")
@@ -227,8 +235,8 @@ def sim_stage(params, state, speech, image, logits, ids, rows, tau, keys, model,
 def encode(model, params, batch, keys=None):
     """Both modalities of a batch: (Encoded speech, Encoded image)."""
     variables = {"params": params}
-    speech = model.apply(variables, batch["waveform"], batch["speech_lengths"], keys, method="encode_speech")
-    return speech, model.apply(variables, batch["image"], keys, method="encode_image")
+    speech = model.apply(variables, *speech_input(batch), keys, method="encode_speech")
+    return speech, model.apply(variables, image_input(batch), keys, method="encode_image")
 
 
 def negative_pool(token_queue, speech, image, logits, ids, rows, tau, pool, axis_name):

@@ -25,7 +25,10 @@ def test_links_and_pictures_exist():
     assert links and [link for link in links if not (ROOT / link).exists()] == []
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "index", "search", "ablate", "data check", "data prepare"])
+@pytest.mark.parametrize(
+    "command",
+    ["train", "evaluate", "index", "search", "ablate", "convert", "features", "data check", "data prepare"],
+)
 def test_help_and_documented_flags(command, capsys):
     with pytest.raises(SystemExit) as exit_info:
         main([*command.split(), "--help"])

@@ -10,21 +10,31 @@ from c2f_jax.errors import BadFileError
 
 MOST_PIXELS = 100_000_000  # larger files are taken for decompression bombs
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no others: one of them starts a program
+RESIZE = ("square", "short_side", "squash")
 
 
-def decode_image(data: bytes | str, size: int, *, name: str | None = None) -> np.ndarray:
+def decode_image(
+    data: bytes | str, size: int, *, resize: str = "square", resize_side: int = 0, name: str | None = None
+) -> np.ndarray:
     """The centre square of a picture, uint8 (size, size, 3) RGB, from bytes or a file.
 
     Turned as its EXIF tag says, transparency laid on white, 16 bit reduced to 8, resized with antialiased bicubic.
+    "square" takes the largest centre square. Published networks saw other ones: with "short_side" the short side is
+    resized to resize_side (size unless given) and the centre cut out (CLIP, DINOv2), with "squash" the whole picture is
+    made a square (BLIP-2, SigLIP).
     Raises `BadFileError` naming the item when it is missing, unreadable, cut off or larger than 100 million pixels.
     """
-    rgb = open_rgb(data, size, name=name)
+    rgb = open_rgb(data, size, reduce=resize == "square", name=name)
+    if resize == "squash":
+        return resize_box(rgb, (0, 0, *rgb.size), size)
+    if resize == "short_side":
+        return _short_side(rgb, resize_side or size, size)
     side = min(rgb.size)
     return resize_box(rgb, ((rgb.width - side) / 2, (rgb.height - side) / 2, side, side), size)
 
 
-def open_rgb(data: bytes | str, size: int, *, name: str | None = None) -> Image.Image:
-    """The whole picture, RGB, as `decode_image` reads it; large JPEGs are reduced, to 2 * size or more."""
+def open_rgb(data: bytes | str, size: int, *, reduce: bool = True, name: str | None = None) -> Image.Image:
+    """The whole picture, RGB, as `decode_image` reads it; reduce decodes large JPEGs at 2 * size or more."""
     name = name or (data if isinstance(data, str) else "image")
     encoded = data if isinstance(data, bytes) else read_bytes(data)
     try:
@@ -33,7 +43,8 @@ def open_rgb(data: bytes | str, size: int, *, name: str | None = None) -> Image.
                 raise BadFileError(
                     f"{name}: {image.width} x {image.height} pixels are more than {MOST_PIXELS:,}", "too large"
                 )
-            image.draft(image.mode, (2 * size, 2 * size))
+            if reduce:
+                image.draft(image.mode, (2 * size, 2 * size))
             return _to_rgb(ImageOps.exif_transpose(image))
     except BadFileError:
         raise
@@ -48,6 +59,15 @@ def resize_box(rgb: Image.Image, box: tuple[float, float, float, float], size: i
     # Cutting before resizing gives the same picture, and a strip of 1 x 10,000 does not grow to gigabytes.
     resized = rgb.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
     return np.asarray(resized, np.uint8)
+
+
+def _short_side(rgb: Image.Image, resize_side: int, size: int) -> np.ndarray:
+    """The long side is cut before resizing, but at the whole pixels of the resized picture, as the references do."""
+    short = min(rgb.size)
+    whole = [resize_side * side // short for side in rgb.size]  # the long side is rounded down
+    left, top = ((side - size) // 2 for side in whole)
+    scale = [side / target for side, target in zip(rgb.size, whole, strict=True)]
+    return resize_box(rgb, (left * scale[0], top * scale[1], size * scale[0], size * scale[1]), size)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

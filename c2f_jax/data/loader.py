@@ -52,6 +52,7 @@ def train_batches(
 
     The batch holds this process's n = batch_size / process_count rows:
         waveform float32 (n, S), speech_lengths int32 (n,), image uint8 (n, H, W, 3), image_id int32 (n,)
+    or, from the source's feature caches, speech_tokens float16 (n, T, C) and image_tokens float16 (n, P, C).
     S is one of bucket_seconds; recordings over the longest bucket are cropped at a place that is a function of
     (seed, epoch, recording). Damaged items are replaced by other recordings and named in `source.bad_items`.
     Decoded items are kept in memory up to cache_mib. threads = 0 loads in the caller's thread; their number changes no
@@ -94,23 +95,25 @@ class _TrainBatch:
         step = int(step)
         epoch, position = divmod(step, self.steps_per_epoch)
         plan, lengths = self.plan(epoch)
-        samples = int(lengths[position])
-        batch = _empty_batch(len(self.rows), samples, self.image_size)
+        batch = empty_speech(self.source, len(self.rows), int(lengths[position]))
+        longest = _longest(batch)
+        images, batch["image_id"] = [], np.zeros(len(self.rows), np.int32)
         for out, row in enumerate(self.rows):
-            index, wave, image = self._load_row(plan, position, row)
+            index, speech, image = self._load_row(plan, position, row)
             identity = int(self.source.image_ids[self.source.image_index[index]])
             if self.augment.recordings:
-                wave = augment_wave(wave, self.augment, np.random.default_rng((self.seed, epoch, index, 1)))
+                speech = augment_wave(speech, self.augment, np.random.default_rng((self.seed, epoch, index, 1)))
             if self.augment.pictures:
                 rng = np.random.default_rng((self.seed, epoch, index, 2))
                 may_flip = self.augment.flip > 0 and self.may_flip(identity)
                 image = augment_picture(image, self.image_size, self.augment, rng, may_flip=may_flip)
-            if len(wave) > samples:
-                start = np.random.default_rng((self.seed, epoch, index)).integers(len(wave) - samples + 1)
-                wave = wave[start : start + samples]
-            _put_wave(batch, out, wave)
-            batch["image"][out] = image
+            if len(speech) > longest:
+                start = np.random.default_rng((self.seed, epoch, index)).integers(len(speech) - longest + 1)
+                speech = speech[start : start + longest]
+            _put_speech(batch, out, speech)
+            images.append(image)
             batch["image_id"][out] = identity
+        batch[_image_name(self.source)] = np.stack(images)
         return step, batch
 
     def _load_row(self, plan: np.ndarray, position: int, row: int) -> tuple[int, np.ndarray, np.ndarray]:
@@ -122,15 +125,15 @@ class _TrainBatch:
         for k in range(plan.size):
             index = int(plan[(position + k) % steps, (row + k // steps) % size])
             picture = int(self.source.image_index[index])
-            wave = self.cache.get(("wave", index), functools.partial(load_wave, self.source, index))
-            load = load_whole_image if self.augment.pictures else load_image
+            speech = self.cache.get(("speech", index), functools.partial(load_speech, self.source, index))
+            load = load_whole_image if self.augment.pictures else load_picture
             image = (
                 self.cache.get(("image", picture), functools.partial(load, self.source, picture, self.image_size))
-                if wave is not None
+                if speech is not None
                 else None
             )
             if image is not None:
-                return index, wave, image
+                return index, speech, image
         raise UserError(f"{self.source.name}, split {self.source.split}: no recording can be read")
 
 
@@ -169,9 +172,9 @@ def load_wave(source: PairSource, index: int) -> np.ndarray | None:
     return None
 
 
-def load_image(source: PairSource, row: int, size: int) -> np.ndarray | None:
+def load_image(source: PairSource, row: int, size: int, resize: str = "square", side: int = 0) -> np.ndarray | None:
     """Picture `row` as uint8 (size, size, 3); None, and an entry in `source.bad_items`, when it cannot be used."""
-    return _read_image(source, row, lambda data: decode_image(data, size))
+    return _read_image(source, row, lambda data: decode_image(data, size, resize=resize, resize_side=side))
 
 
 def load_whole_image(source: PairSource, row: int, size: int) -> np.ndarray | None:
@@ -194,26 +197,69 @@ def _read_image(source: PairSource, row: int, decode) -> np.ndarray | None:
         return None
 
 
+def load_speech(source: PairSource, index: int) -> np.ndarray | None:
+    """Recording `index` as `load_wave` gives it, or its tokens (T, C) where the source has speech features."""
+    if source.speech_features is None:
+        return load_wave(source, index)
+    return _cached(source, source.speech_features, source.recording_key(index), source.recording_name(index))
+
+
+def load_picture(source: PairSource, row: int, size: int) -> np.ndarray | None:
+    """Picture `row` as `load_image` gives it, or its tokens (P, C) where the source has image features."""
+    if source.image_features is None:
+        return load_image(source, row, size, *source.image_resize)
+    return _cached(source, source.image_features, source.image_key(row), source.image_name(row))
+
+
+def _cached(source, features, key, name):
+    try:
+        return np.array(features.tokens(key))
+    except UserError as e:
+        source.bad_items.add(name, str(e))
+        return None
+
+
+def empty_speech(source: PairSource, rows: int, samples: int) -> dict[str, np.ndarray]:
+    """A batch of silence: waveform (rows, samples), or the tokens of as many samples, and lengths of 0."""
+    lengths = np.zeros(rows, np.int32)
+    if source.speech_features is None:
+        return {"waveform": np.zeros((rows, samples), np.float32), "speech_lengths": lengths}
+    features = source.speech_features
+    shape = (rows, features.tokens_of_samples(samples), *features.shape)
+    return {"speech_tokens": np.zeros(shape, np.float16), "speech_lengths": lengths}
+
+
+def empty_image(source: PairSource, size: int) -> np.ndarray:
+    """A black picture (size, size, 3), or as many tokens of zeros as a picture has."""
+    if source.image_features is None:
+        return np.zeros((size, size, 3), np.uint8)
+    return np.zeros((source.image_features.most_tokens, *source.image_features.shape), np.float16)
+
+
 def speech_batches(
     source: PairSource, *, batch_size: int, seconds_max: float, threads: int = 4, prefetch: int = 4
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every recording once, in order, whole but for what exceeds seconds_max; all batches of one shape.
 
-        waveform float32 (n, S), speech_lengths int32 (n,), index int32 (n,), valid bool (n,)
+        waveform float32 (n, S) or speech_tokens float16 (n, T, C), speech_lengths int32 (n,), index int32 (n,),
+        valid bool (n,)
     S = seconds_max at 16 kHz. Rows that only fill the last batch, and unreadable recordings, have valid = False; an
     unreadable one is silence of a legal length.
     """
     samples = round(seconds_max * SAMPLE_RATE)
 
     def load(rows: np.ndarray) -> dict[str, np.ndarray]:
-        batch = _empty_batch(len(rows), samples, 0)
+        batch = empty_speech(source, len(rows), samples)
+        longest = _longest(batch)
         valid = np.ones(len(rows), bool)
         for out, index in enumerate(rows):
-            wave = load_wave(source, int(index))
-            if wave is None:
-                valid[out], wave = False, np.zeros(MIN_SAMPLES, np.int16)
-            _put_wave(batch, out, wave[:samples])
-        return {"waveform": batch["waveform"], "speech_lengths": batch["speech_lengths"], "valid": valid}
+            speech = load_speech(source, int(index))
+            if speech is None:
+                valid[out] = False
+                batch["speech_lengths"][out] = min(MIN_SAMPLES, longest)
+            else:
+                _put_speech(batch, out, speech[:longest])
+        return {**batch, "valid": valid}
 
     return _in_order(len(source), batch_size, load, threads, prefetch)
 
@@ -223,15 +269,16 @@ def image_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every picture once, in gallery order; all batches of one shape.
 
-        image uint8 (n, H, W, 3), index int32 (n,), valid bool (n,)
+        image uint8 (n, H, W, 3) or image_tokens float16 (n, P, C), index int32 (n,), valid bool (n,)
     Rows that only fill the last batch, and unreadable pictures (black), have valid = False.
     """
 
     def load(rows: np.ndarray) -> dict[str, np.ndarray]:
-        images = [load_image(source, int(row), image_size) for row in rows]
+        images = [load_picture(source, int(row), image_size) for row in rows]
         valid = np.array([image is not None for image in images])
-        black = np.zeros((image_size, image_size, 3), np.uint8)
-        return {"image": np.stack([black if image is None else image for image in images]), "valid": valid}
+        black = empty_image(source, image_size)
+        images = np.stack([black if image is None else image for image in images])
+        return {_image_name(source): images, "valid": valid}
 
     return _in_order(source.num_images, batch_size, load, threads, prefetch)
 
@@ -252,15 +299,18 @@ def _in_order(count: int, batch_size: int, load, threads: int, prefetch: int) ->
     return iter(grain.MapDataset.range(-(-count // batch_size)).map(load_batch).to_iter_dataset(options))
 
 
-def _put_wave(batch: dict[str, np.ndarray], row: int, wave: np.ndarray) -> None:
-    np.multiply(wave, np.float32(1 / 32768), out=batch["waveform"][row, : len(wave)])
-    batch["speech_lengths"][row] = len(wave)
+def _longest(batch: dict[str, np.ndarray]) -> int:
+    """Samples or tokens that a row of the batch holds."""
+    return batch["speech_tokens" if "speech_tokens" in batch else "waveform"].shape[1]
 
 
-def _empty_batch(rows: int, samples: int, image_size: int) -> dict[str, np.ndarray]:
-    return {
-        "waveform": np.zeros((rows, samples), np.float32),
-        "speech_lengths": np.zeros(rows, np.int32),
-        "image": np.zeros((rows, image_size, image_size, 3), np.uint8),
-        "image_id": np.zeros(rows, np.int32),
-    }
+def _put_speech(batch: dict[str, np.ndarray], row: int, speech: np.ndarray) -> None:
+    if "speech_tokens" in batch:
+        batch["speech_tokens"][row, : len(speech)] = speech
+    else:
+        np.multiply(speech, np.float32(1 / 32768), out=batch["waveform"][row, : len(speech)])
+    batch["speech_lengths"][row] = len(speech)
+
+
+def _image_name(source: PairSource) -> str:
+    return "image" if source.image_features is None else "image_tokens"

@@ -41,6 +41,7 @@ class ManifestSource(PairSource):
                 )
             image_index.append(gallery_row)
         self._rows, self._images = rows, list(gallery)
+        self._folder = path.rpartition("/")[0] + "/"
         super().__init__(
             path,
             split,
@@ -63,6 +64,14 @@ class ManifestSource(PairSource):
     def image(self, row: int) -> str:
         """The path of picture `row`."""
         return self._images[row]
+
+    def recording_key(self, index: int) -> str:
+        """The recording's path as written in the manifest."""
+        return self._rows[index]["audio"].removeprefix(self._folder)
+
+    def image_key(self, row: int) -> str:
+        """The picture's path as written in the manifest."""
+        return self._images[row].removeprefix(self._folder)
 
     def image_id(self, row: int) -> str:
         """The image_id of picture `row` as written in the manifest."""

@@ -75,7 +75,13 @@ class PairSource(abc.ABC):
     image_ids:     int32 (G,) identity of each picture; pictures of equal identity are right answers for each other
     num_samples:   int32 (M,) length of each recording at 16 kHz, -1 where unknown
     bad_items:     what was left out, and why
+    speech_features, image_features: FeatureCache to read tokens from instead of recordings or pictures; None for none
+    image_resize:  how pictures become squares, and by way of which size (see `data.images.decode_image`)
     """
+
+    speech_features = None
+    image_features = None
+    image_resize = ("square", 0)
 
     def __init__(
         self, name: str, split: str, *, image_index, image_ids, num_samples, bad_items: BadItems | None = None
@@ -112,6 +118,14 @@ class PairSource(abc.ABC):
         """The captions of all recordings of one identity of `image_ids`."""
         rows = np.flatnonzero(self.image_ids[self.image_index] == identity)
         return [self.recording(int(index))["caption"] for index in rows]
+
+    def recording_key(self, index: int) -> str:
+        """What a feature cache calls recording `index`."""
+        return f"{self.split}/{index}"
+
+    def image_key(self, row: int) -> str:
+        """What a feature cache calls picture `row`."""
+        return f"{self.split}/{row}"
 
     def recording_name(self, index: int) -> str:
         """What error messages call recording `index`."""

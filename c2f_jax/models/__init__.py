@@ -9,12 +9,20 @@ from c2f_jax.models.c2f import C2FModel, Encoded, momentum_subset
 from c2f_jax.models.image import ViTImageEncoder
 from c2f_jax.models.layers import ATTENTION_IMPLEMENTATIONS
 from c2f_jax.models.multimodal import MultimodalEncoder
+from c2f_jax.models.published import FROZEN, PublishedImage, PublishedSpeech
 from c2f_jax.models.speech import LogMelSpeechEncoder
+from c2f_jax.models.vision import Blip2, VisionTransformer
+from c2f_jax.models.wav2vec2 import Wav2Vec2
+from c2f_jax.models.whisper import Whisper
 
-__all__ = ["C2FModel", "Encoded", "create_model", "momentum_subset"]
+__all__ = ["C2FModel", "Encoded", "create_model", "create_tower", "momentum_subset"]
 
-SPEECH_ENCODERS = {"log_mel": LogMelSpeechEncoder}
-IMAGE_ENCODERS = {"vit": ViTImageEncoder}
+# "published" is a network that we have, "tokens" one of another tool, whose tokens a feature cache holds.
+SPEECH_ENCODERS = {"log_mel": LogMelSpeechEncoder, "published": PublishedSpeech, "tokens": PublishedSpeech}
+IMAGE_ENCODERS = {"vit": ViTImageEncoder, "published": PublishedImage, "tokens": PublishedImage}
+SPEECH_TOWERS = {"wav2vec2": Wav2Vec2, "whisper": Whisper}
+IMAGE_TOWERS = {"vision_transformer": VisionTransformer, "blip2": Blip2}
+TOWERS = SPEECH_TOWERS | IMAGE_TOWERS
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -24,8 +32,9 @@ def create_model(
     """Build a ``C2FModel``.
 
     Args:
-      speech: dict with ``name`` ("log_mel") and the encoder's attributes.
-      image: dict with ``name`` ("vit") and the encoder's attributes.
+      speech: dict with ``name`` ("log_mel", "published", "tokens") and the encoder's attributes; the ``tower`` of a
+        published one is a dict as in ``create_tower``.
+      image: dict with ``name`` ("vit", "published", "tokens") and the encoder's attributes.
       multimodal: dict of ``MultimodalEncoder`` attributes.
       embedding_dim: D.
       initial_tau: tau at step 0.
@@ -41,20 +50,56 @@ def create_model(
     if attention not in ATTENTION_IMPLEMENTATIONS:
         raise UserError(f"model.attention={attention!r}: choose one of {', '.join(ATTENTION_IMPLEMENTATIONS)}")
     shared = {"dtype": DTYPES[dtype], "attention": attention, "remat": remat}
+    frozen = []
+    for part, attributes in (("speech", speech), ("image", image)):
+        if attributes.get("name") == "published":
+            frozen += _frozen_paths(part, attributes.get("frozen", "tower"))
     return C2FModel(
-        _encoder("model.speech", SPEECH_ENCODERS, speech, shared),
-        _encoder("model.image", IMAGE_ENCODERS, image, shared),
+        _encoder("model.speech", SPEECH_ENCODERS, speech, shared, SPEECH_TOWERS),
+        _encoder("model.image", IMAGE_ENCODERS, image, shared, IMAGE_TOWERS),
         _encoder("model.multimodal", {"multimodal": MultimodalEncoder}, {"name": "multimodal"} | multimodal, shared),
         embedding_dim=embedding_dim,
         initial_tau=initial_tau,
+        frozen=tuple(frozen),
     )
 
 
-def _encoder(where, registry, attributes, shared):
+def create_tower(attributes, where="tower", towers=None, **shared):
+    """A published network from plain values, as they stand in a card of converted weights.
+
+    Args:
+      attributes: dict with ``name`` (a key of ``TOWERS``) and the network's attributes; ``vision`` of "blip2" is such a
+        dict again.
+      where: what error messages call it.
+      towers: the registry to choose from; all by default.
+      **shared: dtype, attention, remat.
+
+    Raises:
+      UserError: unknown name or attribute.
+    """
+    attributes = {k: tuple(v) if isinstance(v, list) else v for k, v in attributes.items()}
+    if isinstance(attributes.get("vision"), dict):
+        attributes["vision"] = create_tower(attributes["vision"], f"{where}.vision", IMAGE_TOWERS, **shared)
+    return _encoder(where, towers or TOWERS, attributes, shared)
+
+
+def _frozen_paths(part, frozen):
+    if frozen not in FROZEN or (frozen == "conv" and part == "image"):
+        raise UserError(f"model.{part}.frozen={frozen!r}: choose one of tower, none{', conv' * (part == 'speech')}")
+    paths = {"tower": ("tower",), "conv": ("tower", "conv")}
+    return [(f"{part}_encoder", *paths[frozen])] if frozen in paths else []
+
+
+def _encoder(where, registry, attributes, shared, towers=None):
     attributes = dict(attributes)
     name = attributes.pop("name", None)
     if name not in registry:
         raise UserError(f"{where}.name={name!r}: choose one of {', '.join(registry)}")
+    if name in ("published", "tokens") and (name == "published") != bool(attributes.get("tower")):
+        needed = "needs `weights`, a folder of `c2f convert`, or `tower`" if name == "published" else "takes no `tower`"
+        raise UserError(f"{where}.name={name!r} {needed}")
+    if isinstance(attributes.get("tower"), dict):
+        attributes["tower"] = create_tower(attributes["tower"], f"{where}.tower", towers, **shared)
     known = {f.name for f in dataclasses.fields(registry[name])} - {"parent", "name"} - set(shared)
     unknown = sorted(set(attributes) - known)
     if unknown:

@@ -54,6 +54,7 @@ class C2FModel(nn.Module):
       multimodal_encoder: (speech tokens, lengths, image tokens, lengths, keys) -> logits (n, 2).
       embedding_dim: D.
       initial_tau: tau at step 0.
+      frozen: paths of the parameters that are never trained, such as ("speech_encoder", "tower").
 
     Per-example ``keys`` (n,) switch dropout on; None is deterministic.
     """
@@ -63,6 +64,7 @@ class C2FModel(nn.Module):
     multimodal_encoder: nn.Module
     embedding_dim: int = 256
     initial_tau: float = 0.07
+    frozen: tuple[tuple[str, ...], ...] = ()
 
     def setup(self):
         # Projection and normalisation in float32 whatever the compute type: similarities are divided by a small tau.
@@ -71,12 +73,12 @@ class C2FModel(nn.Module):
         self.temperature = Temperature(self.initial_tau)
 
     def encode_speech(self, waveform, lengths, keys=None) -> Encoded:
-        """Encode recordings: waveform (n, S) float32 at 16 kHz with (n,) valid samples."""
+        """Encode recordings: waveform (n, S) float32 at 16 kHz with (n,) valid samples, or cached tokens (n, T, C)."""
         tokens, token_lengths = self.speech_encoder(waveform, lengths, fold_keys(keys, 0))
         return Encoded(_normalised(self.speech_projection, tokens), tokens, token_lengths)
 
     def encode_image(self, image, keys=None) -> Encoded:
-        """Encode images: (n, H, W, 3) uint8."""
+        """Encode images: (n, H, W, 3) uint8, or cached tokens (n, P, C)."""
         tokens, token_lengths = self.image_encoder(image, fold_keys(keys, 1))
         return Encoded(_normalised(self.image_projection, tokens), tokens, token_lengths)
 
@@ -90,14 +92,55 @@ class C2FModel(nn.Module):
 
     def __call__(self, batch):
         """Every part once, for initialisation: returns (speech, image, logits, tau)."""
-        speech = self.encode_speech(batch["waveform"], batch["speech_lengths"])
-        image = self.encode_image(batch["image"])
+        speech, image = self.encode_speech(*speech_input(batch)), self.encode_image(image_input(batch))
         return speech, image, self.match(speech, image), self.tau()
+
+
+def speech_input(batch):
+    """Waveforms (n, S), or their tokens (n, T, C) from the feature cache, and the lengths (n,) in samples or tokens."""
+    return batch["speech_tokens"] if "speech_tokens" in batch else batch["waveform"], batch["speech_lengths"]
+
+
+def image_input(batch):
+    """Images (n, H, W, 3) uint8, or their tokens (n, P, C) from the feature cache."""
+    return batch["image_tokens"] if "image_tokens" in batch else batch["image"]
 
 
 def momentum_subset(params):
     """The part of the parameters that has a momentum copy: both encoders and both projections, not tau, not SIM."""
-    return {name: params[name] for name in MOMENTUM_MODULES}
+    return {name: params[name] for name in MOMENTUM_MODULES if name in params}
+
+
+def split_params(params, paths):
+    """Nested dicts of parameters as (those below none of the paths, those below one).
+
+    >>> split_params({"a": {"b": 1, "c": 2}, "d": 3}, [("a", "b")])
+    ({'a': {'c': 2}, 'd': 3}, {'a': {'b': 1}})
+    """
+    rest, taken = {}, {}
+    for name, value in params.items():
+        below = [path[1:] for path in paths if path[0] == name]
+        if () in below:
+            taken[name] = value
+        elif below:
+            kept, found = split_params(value, below)
+            rest |= {name: kept} if kept else {}
+            taken |= {name: found} if found else {}
+        else:
+            rest[name] = value
+    return rest, taken
+
+
+def merge_params(params, others):
+    """Nested dicts of parameters in one, as before ``split_params``; ``others`` counts where both have a leaf.
+
+    >>> merge_params({"a": {"c": 2}, "d": 3}, {"a": {"b": 1}})
+    {'a': {'c': 2, 'b': 1}, 'd': 3}
+    """
+    merged = dict(params)
+    for name, value in others.items():
+        merged[name] = merge_params(params[name], value) if name in params and isinstance(value, dict) else value
+    return merged
 
 
 def _normalised(projection, tokens):

@@ -1,0 +1,150 @@
+"""A published network as an encoder: its tokens, or their weighted sum over layers, under a small transformer.
+
+A frozen network may also have run before: given its tokens from the feature cache, the encoder leaves it out.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from c2f_jax.errors import UserError
+from c2f_jax.models.layers import Transformer, dropout, fold_keys, length_mask, prepend_cls, sinusoidal_positions
+
+FROZEN = ("tower", "conv", "none")
+
+
+def choose_layer(hidden, layer):
+    """One of a network's hidden states, as in ``hidden[int(layer)]``; "last" is its output.
+
+    Raises:
+      UserError: no such layer.
+    """
+    if layer == "last":
+        return hidden[-1]
+    try:
+        return hidden[int(layer)]
+    except (ValueError, IndexError):
+        raise UserError(
+            f"layer={layer!r}: last, weighted_sum or a number below {len(hidden)} is expected (0 is the input of the "
+            "first block)"
+        ) from None
+
+
+def pool_tokens(tokens, lengths, size):
+    """Means over ``size`` consecutive valid tokens: (n, T, W), (n,) -> (n, ceil(T / size), W), ceil(lengths / size)."""
+    if size == 1:
+        return tokens, lengths
+    n, length, width = tokens.shape
+    padding = -length % size
+    valid = length_mask(lengths, length + padding).reshape(n, -1, size, 1)
+    x = jnp.pad(tokens, ((0, 0), (0, padding), (0, 0))).reshape(n, -1, size, width)
+    total = jnp.sum(jnp.where(valid, x, 0), axis=2)
+    return total / jnp.maximum(jnp.sum(valid, axis=2), 1).astype(x.dtype), (lengths + size - 1) // size
+
+
+class PublishedEncoder(nn.Module):
+    """What ``PublishedSpeech`` and ``PublishedImage`` share.
+
+    Attributes:
+      tower: the published network; None for tokens of another tool, which no waveform or image can be turned into.
+      frozen: "tower" keeps the published weights: they get no gradient, optimiser state or momentum copy, and no
+        dropout. "conv" keeps the convolutions of a speech network only, "none" nothing.
+      layer: "last", the number of a hidden state (0 is the input of the first block), or "weighted_sum", a learnt
+        softmax-weighted sum of all hidden states, equal weights at the start.
+      pool: tokens are means over so many consecutive ones.
+      width: W of the tokens; those of the network are normalised and projected to it.
+      depth, heads, mlp_ratio, dropout_rate: of the small transformer with its learnt [CLS]. With depth 0 there is
+        neither: tokens are the network's, the first one its summary ([CLS], or the mean of all).
+      token_dropout: share of the network's tokens that are set to 0 in training, width for width.
+      dtype, attention, remat: compute type, attention implementation, rematerialisation.
+    """
+
+    tower: nn.Module | None = None
+    frozen: str = "tower"
+    layer: str = "last"
+    pool: int = 1
+    width: int = 256
+    depth: int = 2
+    heads: int = 4
+    mlp_ratio: float = 4.0
+    dropout_rate: float = 0.0
+    token_dropout: float = 0.0
+    dtype: Any = jnp.float32
+    attention: str = "xla"
+    remat: bool = False
+
+    def _features(self, keys, given, *lengths):
+        """Tokens (n, T, C) of the network or of the cache, and their lengths."""
+        if not self._is_raw(given):
+            lengths = lengths[0] if lengths else jnp.full((given.shape[0],), given.shape[1], jnp.int32)
+            hidden = tuple(jnp.moveaxis(given, 2, 0)) if given.ndim == 4 else None  # (n, T, layers, C)
+            tokens = given if hidden is None else hidden[-1]
+        elif self.tower is None:
+            raise UserError("this model reads tokens from a feature cache; it has no network to make them with")
+        else:
+            tower_keys = None if self.frozen == "tower" else fold_keys(keys, self.depth + 1)
+            tokens, lengths, hidden = self.tower(given, *lengths, tower_keys)
+        if self.layer == "weighted_sum":
+            if hidden is None:
+                raise UserError("layer='weighted_sum' needs the features of all layers: c2f features --layer=all")
+            weights = self.param("layer_weights", nn.initializers.zeros, (len(hidden),))
+            weights = jax.nn.softmax(weights)
+            tokens = sum(w * h for w, h in zip(weights, hidden, strict=True))
+        elif self.layer != "last" and hidden is not None:
+            tokens = choose_layer(hidden, self.layer)  # a cache without layers is of this layer already
+        return tokens.astype(self.dtype), lengths
+
+    def _head(self, tokens, lengths, keys, positions):
+        tokens, lengths = pool_tokens(tokens, lengths, self.pool)
+        if not self.depth:
+            if self.tower is not None and self.tower.summary == "first":
+                return tokens, lengths
+            valid = length_mask(lengths, tokens.shape[1])[..., None]
+            mean = jnp.sum(jnp.where(valid, tokens, 0), axis=1) / jnp.maximum(lengths, 1)[:, None]
+            return jnp.concatenate([mean[:, None].astype(tokens.dtype), tokens], axis=1), lengths + 1
+        x = nn.LayerNorm(dtype=self.dtype, name="input_norm")(tokens)
+        x = dropout(x, self.token_dropout, fold_keys(keys, self.depth + 2))
+        x = nn.Dense(self.width, dtype=self.dtype, name="input")(x)
+        if positions:
+            x = x + sinusoidal_positions(x.shape[1], self.width).astype(self.dtype)
+        x = prepend_cls(self, dropout(x, self.dropout_rate, fold_keys(keys, self.depth)))
+        lengths = lengths + 1
+        x = Transformer(
+            self.depth,
+            self.heads,
+            self.mlp_ratio,
+            dropout_rate=self.dropout_rate,
+            dtype=self.dtype,
+            attention=self.attention,
+            remat=self.remat,
+            name="transformer",
+        )(x, lengths, keys)
+        return x, lengths
+
+
+class PublishedSpeech(PublishedEncoder):
+    """A published speech network as an encoder; attributes as in ``PublishedEncoder``."""
+
+    def _is_raw(self, speech):
+        return speech.ndim == 2
+
+    @nn.compact
+    def __call__(self, speech, lengths, keys=None):
+        """Waveforms (n, S) with (n,) samples, or cached tokens (n, T, C) with (n,) tokens -> tokens and lengths."""
+        tokens, lengths = self._features(keys, speech, lengths)
+        return self._head(tokens, lengths, keys, positions=True)
+
+
+class PublishedImage(PublishedEncoder):
+    """A published image network as an encoder; attributes as in ``PublishedEncoder``."""
+
+    def _is_raw(self, image):
+        return image.dtype == jnp.uint8
+
+    @nn.compact
+    def __call__(self, image, keys=None):
+        """Images (n, H, W, 3) uint8, or cached tokens (n, P, C) -> tokens and lengths."""
+        tokens, lengths = self._features(keys, image)
+        return self._head(tokens, lengths, keys, positions=False)

@@ -1,0 +1,110 @@
+"""``c2f convert``: published weights to an Orbax checkpoint and a card, without PyTorch or unpickled code."""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from c2f_jax.errors import UserError
+from c2f_jax.pretrained.architectures import describe
+from c2f_jax.pretrained.names import convert_tensors, find_layout
+from c2f_jax.pretrained.tensors import read_tensors, sha256, weight_files
+from c2f_jax.pretrained.weights import save_weights, tower_shapes
+
+HUB_FILES = ("*.json", "README.md", "*.safetensors", "pytorch_model*.bin")
+
+
+def convert(sources, output, *, normalise=None, licence=None):
+    """Convert published weights.
+
+    Args:
+      sources: local files or folders as published, or one hub id "owner/name". Several are read as one model, such as
+        LAVIS's BLIP-2 and its EVA ViT-g, which come in two files.
+      output: folder to write.
+      normalise: waveform normalisation, where the publisher's files do not say.
+      licence: for the card, where there is no README that says.
+
+    Returns:
+      The card.
+
+    Raises:
+      UserError: files that cannot be read, or tensors that are missing, unused or misshaped, all listed.
+    """
+    if (Path(output) / "params").exists():
+        raise UserError(f"{output} holds converted weights already: remove it or give another --output")
+    card, params = read_published(sources, normalise=normalise, licence=licence)
+    save_weights(output, card, params)
+    return card
+
+
+def read_published(sources, *, normalise=None, licence=None):
+    """(card, parameters) of published weights; arguments and errors as in ``convert``."""
+    where = [_local(source) for source in sources]
+    files = [file for source in where for file in weight_files(source)]
+    folder = where[0] if where[0].is_dir() else where[0].parent
+    tensors, settings = {}, {}
+    for file in files:
+        found, says = read_tensors(file)
+        tensors |= _visual_encoder_names(found)
+        settings |= says
+    layout, prefix = find_layout(tensors)
+    tower, preprocessing = describe(
+        layout,
+        tensors,
+        prefix,
+        _json(folder / "config.json"),
+        _json(folder / "preprocessor_config.json"),
+        settings,
+        normalise,
+    )
+    params = convert_tensors(layout, prefix, tensors, tower_shapes(tower, preprocessing))
+    card = {
+        "layout": layout.name,
+        "tower": tower,
+        "preprocessing": preprocessing,
+        "source": [{"given": str(sources[0]), "file": f.name, "sha256": sha256(f)} for f in files],
+        "licence": licence or _licence(folder),
+        "parameters": int(sum(np.size(x) for x in jax.tree.leaves(params))),
+    }
+    return card, params
+
+
+def _local(source):
+    """A path as it is; a hub id downloaded into huggingface_hub's cache."""
+    path = Path(source).expanduser()
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise UserError(f"{source}: no such path; hub ids need the extra: pip install 'c2f_jax[hub]'") from error
+    try:
+        folder = Path(snapshot_download(source, allow_patterns=["*.json", "README.md", "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(source, allow_patterns=list(HUB_FILES)))
+        return folder
+    except Exception as error:  # the client has many errors of its own and of its transport
+        raise UserError(f"{source}: neither a local path nor a hub id that can be downloaded ({error})") from error
+
+
+def _visual_encoder_names(tensors):
+    """EVA ViT-g's own file has the names of LAVIS's ``visual_encoder`` without the prefix."""
+    if "patch_embed.proj.weight" not in tensors:
+        return tensors
+    return {f"visual_encoder.{name}": value for name, value in tensors.items()}
+
+
+def _json(path):
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); download it again") from error
+
+
+def _licence(folder):
+    """The licence field of a README's front matter, as on the hub."""
+    readme = folder / "README.md"
+    found = readme.exists() and re.search(r"\A---\n(?:.*\n)*?license:\s*(\S+)", readme.read_text(errors="replace"))
+    return found.group(1) if found else "unknown"

@@ -1,0 +1,169 @@
+"""``c2f features``: run a frozen published network once over a data set and keep its tokens."""
+
+import functools
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from c2f_jax.data import loader
+from c2f_jax.data.features import open_features, shard_exists, start_cache, write_shard
+from c2f_jax.data.pairs import SAMPLE_RATE
+from c2f_jax.models import IMAGE_TOWERS, create_tower
+from c2f_jax.models.published import choose_layer
+from c2f_jax.pretrained.weights import bare_tower, load_weights, open_card, tower_inputs
+
+SHARD = 256  # items of a shard: what is lost when a run is stopped
+STEP_SECONDS = 0.5  # lengths are padded to multiples of it, so that few programs are compiled
+
+
+def extract_features(
+    weights, sources, output, *, layer="last", max_seconds=30.0, batch_size=16, dtype="float32", **tower
+):
+    """Write a feature cache, going on where an earlier run stopped.
+
+    Each utterance's tokens are those it would have alone: the networks are independent of the padding.
+
+    Args:
+      weights: folder of ``c2f convert`` or published files.
+      sources: PairSources, one a split.
+      output: folder of the cache.
+      layer: "last", the number of a hidden state, or "all".
+      max_seconds: recordings are cut to this length.
+      batch_size: rows at once.
+      dtype: compute type; tokens are kept as float16.
+      **tower: changes to the network's attributes, such as ``pad=True``.
+
+    Returns:
+      The FeatureCache.
+
+    Raises:
+      UserError: a cache of another kind is there, or too many items cannot be read.
+    """
+    card = open_card(weights)
+    attributes = bare_tower(card) | tower
+    network = create_tower(attributes, dtype=jax.numpy.dtype(dtype))
+    is_image = attributes["name"] in IMAGE_TOWERS
+    side = card["preprocessing"].get("image_size", 224)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), *tower_inputs(attributes["name"], side))["params"]
+    start_cache(output, cache_card(card, attributes, layer, max_seconds, dtype))
+    params = None
+    apply = jax.jit(functools.partial(_tokens, network, layer))
+    for source in sources:
+        blocks = _blocks(source, is_image)
+        mine = range(jax.process_index(), len(blocks), jax.process_count())
+        todo = [number for number in mine if not shard_exists(output, _shard_name(source, is_image, number))]
+        if todo and params is None:
+            params = load_weights(weights, shapes)
+        total = sum(len(blocks[number]) for number in todo)
+        with tqdm(total=total, desc=f"features of {source.split}", disable=not todo, unit="", leave=False) as bar:
+            for number in todo:
+                read = _read_images(source, card) if is_image else _read_waves(source, max_seconds)
+                items = list(_run(functools.partial(apply, params), blocks[number], read, batch_size, bar))
+                shape = items[0][1].shape[1:] if items else _token_shape(apply, params, attributes["name"], side)
+                write_shard(output, _shard_name(source, is_image, number), items, shape)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("c2f_jax features")
+    return open_features(output)
+
+
+def cache_card(card, attributes, layer, max_seconds, dtype="float32"):
+    """What a cache says of its origin, and what must be equal for it to be used."""
+    found = {
+        "tower": attributes,
+        "weights": [source["sha256"] for source in card["source"]],
+        "preprocessing": card["preprocessing"],
+        "layer": layer,
+        "dtype": dtype,
+    }
+    if attributes["name"] not in IMAGE_TOWERS:
+        found |= {"max_seconds": max_seconds, "samples_per_token": create_tower(attributes).samples_per_token()}
+    return found
+
+
+def prepare_features(experiment, splits):
+    """Make the caches that a configuration names and whose network it has, where they are not finished.
+
+    Raises:
+      UserError: the cache that is there is of other weights, another layer or preprocessing.
+    """
+    data = experiment.data
+    for part, path in (("speech", data.speech_features), ("image", data.image_features)):
+        encoder = getattr(experiment.model, f"{part}_encoder")
+        if path is None or part not in experiment.weights:
+            continue
+        sources = [data.load(split, features=False) for split in splits]
+        layer = "all" if encoder.layer == "weighted_sum" else encoder.layer
+        changes = {} if part == "image" else {"max_seconds": data.max_seconds}
+        pad = {"pad": True} if getattr(encoder.tower, "pad", False) else {}
+        extract_features(experiment.weights[part], sources, path, layer=layer, **changes, **pad)
+
+
+def _tokens(network, layer, params, *inputs):
+    """(n, T, C) float16 tokens, or (n, T, layers, C) for all layers, and their lengths."""
+    tokens, lengths, hidden = network.apply({"params": params}, *inputs)
+    if layer == "all":
+        tokens = jax.numpy.stack(hidden, axis=2)
+    elif layer != "last":
+        tokens = choose_layer(hidden, layer)
+    return tokens.astype(jax.numpy.float16), lengths
+
+
+def _blocks(source, is_image):
+    """Rows of each shard; recordings by length, so that a batch has little padding."""
+    count = source.num_images if is_image else len(source)
+    order = np.arange(count) if is_image else np.argsort(source.num_samples, kind="stable")
+    return [order[i : i + SHARD] for i in range(0, count, SHARD)]
+
+
+def _shard_name(source, is_image, number):
+    return f"{source.split}-{'image' if is_image else 'speech'}-{number:05d}"
+
+
+def _read_waves(source, max_seconds):
+    """row -> (key, waveform float32) or (key, None)."""
+
+    def read(row):
+        wave = loader.load_wave(source, row)
+        wave = None if wave is None else wave[: round(max_seconds * SAMPLE_RATE)] * np.float32(1 / 32768)
+        return source.recording_key(row), wave
+
+    return read
+
+
+def _read_images(source, card):
+    """row -> (key, image uint8) or (key, None)."""
+    how = card["preprocessing"]
+
+    def read(row):
+        image = loader.load_image(source, row, how["image_size"], how["resize"], how["resize_side"])
+        return source.image_key(row), image
+
+    return read
+
+
+def _run(apply, rows, read, batch_size, bar):
+    """(key, tokens) of all readable rows."""
+    for start in range(0, len(rows), batch_size):
+        chunk = rows[start : start + batch_size]
+        items = [(key, item) for key, item in map(read, map(int, chunk)) if item is not None]
+        bar.update(len(chunk))
+        if not items:
+            continue
+        filled = [item for _, item in items] + [items[-1][1]] * (batch_size - len(items))
+        if filled[0].ndim == 1:
+            step = round(STEP_SECONDS * SAMPLE_RATE)
+            size = -(-max(map(len, filled)) // step) * step
+            wave = np.stack([np.pad(item, (0, size - len(item))) for item in filled])
+            tokens, lengths = apply(wave, np.array([len(item) for item in filled], np.int32))
+        else:
+            tokens, lengths = apply(np.stack(filled))
+        tokens, lengths = np.asarray(tokens), np.asarray(lengths)
+        for (key, _), row, length in zip(items, tokens, lengths, strict=False):
+            yield key, row[:length]
+
+
+def _token_shape(apply, params, name, side):
+    """The shape of a token where a shard has none."""
+    return jax.eval_shape(apply, params, *tower_inputs(name, side))[0].shape[2:]

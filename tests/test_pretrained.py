@@ -1,0 +1,405 @@
+"""Published weights: reading them safely, names, the card, errors; with torch installed, round trips through disk."""
+
+import collections
+import json
+import pickle
+import sys
+import types
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from c2f_jax.errors import UserError
+from c2f_jax.main import main
+from c2f_jax.models import create_tower
+from c2f_jax.pretrained.convert import convert
+from c2f_jax.pretrained.names import find_layout
+from c2f_jax.pretrained.tensors import read_tensors, weight_files
+from c2f_jax.pretrained.weights import bare_tower, check_weights, load_card, load_weights, open_card, tower_shapes
+
+WHISPER = {
+    "model_type": "whisper",
+    "d_model": 8,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 12,
+    "num_mel_bins": 80,
+    "max_source_positions": 50,
+}
+
+
+def whisper_tensors(seed=0):
+    """A tiny Whisper encoder under its published names."""
+    shapes = {
+        "conv1.weight": (8, 80, 3),
+        "conv1.bias": (8,),
+        "conv2.weight": (8, 8, 3),
+        "conv2.bias": (8,),
+        "embed_positions.weight": (50, 8),
+        "layer_norm.weight": (8,),
+        "layer_norm.bias": (8,),
+    }
+    for layer in range(2):
+        block = {f"self_attn.{p}_proj.weight": (8, 8) for p in "qkv"} | {"self_attn.out_proj.weight": (8, 8)}
+        block |= {f"self_attn.{p}_proj.bias": (8,) for p in ("q", "v", "out")}
+        block |= {
+            f"{n}.{leaf}": (8,) for n in ("self_attn_layer_norm", "final_layer_norm") for leaf in ("weight", "bias")
+        }
+        block |= {"fc1.weight": (12, 8), "fc1.bias": (12,), "fc2.weight": (8, 12), "fc2.bias": (8,)}
+        shapes |= {f"layers.{layer}.{name}": shape for name, shape in block.items()}
+    rng = np.random.default_rng(seed)
+    return {f"model.encoder.{name}": rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A folder as published."""
+    folder = tmp_path / "published"
+    folder.mkdir()
+    tensors = whisper_tensors()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(WHISPER))
+    (folder / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\n# A model\n")
+    return folder, tensors
+
+
+def test_command_writes_a_checkpoint_and_a_card(published, tmp_path, capsys):
+    folder, tensors = published
+    output = tmp_path / "converted"
+    assert main(["convert", str(folder), f"--output={output}"]) == 0
+    assert "Hugging Face Whisper" in capsys.readouterr().out
+    card = load_card(output)
+    assert card["licence"] == "mit" and card["preprocessing"] == {"sample_rate": 16_000, "normalise": False}
+    assert len(card["source"][0]["sha256"]) == 64 and card["source"][0]["file"] == "model.safetensors"
+    params = load_weights(output)
+    # Keys have no bias in the file: ours are zeros, 2 layers of 8.
+    assert card["parameters"] == sum(x.size for x in tensors.values()) + 16
+    assert sum(x.size for x in jax.tree.leaves(params)) == card["parameters"]
+    block, source = params["transformer"]["block_1"], "model.encoder.layers.1."
+    np.testing.assert_array_equal(block["mlp_in"]["kernel"], tensors[source + "fc1.weight"].T)
+    query = tensors[source + "self_attn.q_proj.weight"].T.reshape(8, 2, 4)
+    np.testing.assert_array_equal(block["self_attention"]["query"]["kernel"], query)
+    out = tensors[source + "self_attn.out_proj.weight"].T.reshape(2, 4, 8)
+    np.testing.assert_array_equal(block["self_attention"]["out"]["kernel"], out)
+    np.testing.assert_array_equal(block["self_attention"]["key"]["bias"], np.zeros((2, 4)))
+    np.testing.assert_array_equal(params["conv_0"]["kernel"], tensors["model.encoder.conv1.weight"].transpose(2, 1, 0))
+    # Published files serve without conversion too.
+    jax.tree.map(np.testing.assert_array_equal, load_weights(folder), params)
+    assert open_card(folder)["tower"] == card["tower"]
+    assert main(["convert", str(folder), f"--output={output}"]) == 2
+    assert "holds converted weights already" in capsys.readouterr().err
+
+
+def test_missing_unused_and_misshaped_tensors_are_all_listed(published, tmp_path):
+    folder, tensors = published
+    del tensors["model.encoder.layers.0.fc1.bias"]
+    tensors["model.encoder.extra"] = np.zeros(3, np.float32)
+    tensors["model.encoder.layers.1.fc2.weight"] = np.zeros((8, 13), np.float32)
+    tensors["model.decoder.anything"] = np.zeros(3, np.float32)  # the half that is known and not needed
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError) as error:
+        convert([folder], tmp_path / "out")
+    message = str(error.value)
+    assert "3 tensors do not fit" in message and "decoder" not in message
+    assert "missing: model.encoder.layers.0.fc1.bias" in message
+    assert "unused: model.encoder.extra (3,)" in message
+    assert "misshaped: model.encoder.layers.1.fc2.weight (8, 13)" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_with_an_index_are_one_model(published, tmp_path):
+    folder, tensors = published
+    names = sorted(tensors)
+    (folder / "model.safetensors").unlink()
+    shards = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
+    for shard, own in shards.items():
+        save_file({n: tensors[n] for n in own}, folder / shard)
+    index = {"weight_map": {n: shard for shard, own in shards.items() for n in own}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    card = convert([folder], tmp_path / "out")
+    assert [s["file"] for s in card["source"]] == sorted(shards)
+
+
+def write_torch(path, stored):
+    """A file in PyTorch's zip format; ``stored`` holds arrays as tensors and any other picklable objects."""
+    arrays = []
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value):
+            if isinstance(value, Storage):
+                return ("storage", value.kind, value.key, "cpu", value.count)
+            return None
+
+        def reducer_override(self, value):
+            if isinstance(value, np.ndarray):
+                kind = getattr(
+                    modules["torch"], {"float32": "FloatStorage", "float16": "HalfStorage"}[str(value.dtype)]
+                )
+                arrays.append(value)
+                storage = Storage(kind, str(len(arrays) - 1), value.size)
+                strides = tuple(s // value.itemsize for s in value.strides)
+                rebuild = modules["torch._utils"]._rebuild_tensor_v2
+                return rebuild, (storage, 0, value.shape, strides, False, collections.OrderedDict())
+            return NotImplemented
+
+    class Storage:
+        def __init__(self, kind, key, count):
+            self.kind, self.key, self.count = kind, key, count
+
+    modules = {name: types.ModuleType(name) for name in ("torch", "torch._utils")}
+    for module, name in (("torch", "FloatStorage"), ("torch", "HalfStorage"), ("torch._utils", "_rebuild_tensor_v2")):
+        stub = type(name, (), {"__module__": module, "__qualname__": name})
+        setattr(modules[module], name, stub)
+    saved = {name: sys.modules.get(name) for name in modules}
+    sys.modules.update(modules)
+    try:
+        with zipfile.ZipFile(path, "w") as archive:
+            with archive.open("archive/data.pkl", "w") as file:
+                Pickler(file, protocol=2).dump(stored)
+            for number, array in enumerate(arrays):
+                archive.writestr(f"archive/data/{number}", array.tobytes())
+    finally:
+        for name, module in saved.items():
+            sys.modules.pop(name) if module is None else sys.modules.__setitem__(name, module)
+
+
+class Exploit:
+    """Runs a command when it is unpickled by the standard unpickler."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        import os
+
+        return os.mkdir, (self.path,)
+
+
+def test_torch_files_are_read_without_running_their_code(tmp_path):
+    tensors = whisper_tensors() | {"half": np.arange(6, dtype=np.float16).reshape(2, 3)}
+    trap = tmp_path / "trap"
+    stored = {"model": collections.OrderedDict(tensors), "args": Exploit(trap), "cfg": {"task": {"normalize": True}}}
+    write_torch(tmp_path / "model.pt", stored)
+    found, settings = read_tensors(tmp_path / "model.pt")
+    assert not trap.exists() and settings["task"]["normalize"] is True
+    assert found.keys() == tensors.keys()
+    for name, value in tensors.items():
+        np.testing.assert_array_equal(found[name], value)
+
+
+def test_a_tensor_that_reaches_beyond_its_storage_is_refused(tmp_path):
+    write_torch(tmp_path / "good.pt", {"w": np.zeros((2, 3), np.float32)})
+    with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(tmp_path / "bad.pt", "w") as bad:
+        data = good.read("archive/data.pkl").replace(b"K\x02K\x03\x86", b"K\x63K\x03\x86")  # 99 x 3 instead of 2 x 3
+        assert data != good.read("archive/data.pkl")
+        bad.writestr("archive/data.pkl", data)
+        bad.writestr("archive/data/0", good.read("archive/data/0"))
+    with pytest.raises(UserError, match="beyond its storage"):
+        read_tensors(tmp_path / "bad.pt")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [(b"nonsense", "not PyTorch's zip format"), (b"", "not PyTorch's zip format")],
+)
+def test_other_files_are_named(tmp_path, content, message):
+    path = tmp_path / "weights.pt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_tensors(path)
+    (tmp_path / "weights.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="weights.safetensors: not weights that can be read"):
+        read_tensors(tmp_path / "weights.safetensors")
+    with pytest.raises(UserError, match="expected one file that ends in .*; found weights.pt, weights.safetensors"):
+        weight_files(tmp_path)
+    with pytest.raises(UserError, match="no such file or folder"):
+        weight_files(tmp_path / "nowhere")
+
+
+def test_unknown_networks_and_missing_cards_are_named(tmp_path):
+    with pytest.raises(UserError, match="no known network: its tensors begin with a.weight"):
+        find_layout({"a.weight": np.zeros(1)})
+    with pytest.raises(UserError, match="holds no converted weights"):
+        load_card(tmp_path)
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        open_card(tmp_path / "nowhere")
+
+
+def test_a_run_refuses_other_weights(published, tmp_path):
+    folder, tensors = published
+    check_weights(tmp_path, {"speech": str(folder)}, write=True)
+    check_weights(tmp_path, {"speech": str(folder)})
+    other = tmp_path / "other"
+    other.mkdir()
+    save_file(whisper_tensors(seed=1), other / "model.safetensors")
+    (other / "config.json").write_text(json.dumps(WHISPER))
+    with pytest.raises(UserError, match=r"trained with other weights than model\.speech\.weights names"):
+        check_weights(tmp_path, {"speech": str(other)})
+
+
+def test_weights_of_another_network_do_not_fit(published):
+    folder, _ = published
+    tower = bare_tower(open_card(folder))
+    with pytest.raises(UserError, match="of another network"):
+        load_weights(folder, tower_shapes(tower | {"depth": 1}, {}))
+    with pytest.raises(UserError, match=r"mlp_in/bias has the shape \(12,\), the model needs \(16,\)"):
+        load_weights(folder, tower_shapes(tower | {"mlp_ratio": 2.0}, {}))
+
+
+def fairseq_tensors(hubert):
+    """A transformers HuBERT's tensors under fairseq's names."""
+    renamed = {"masked_spec_embed": "mask_emb"}
+    rules = (
+        ("feature_projection.projection", "post_extract_proj"),
+        ("feature_projection.layer_norm", "layer_norm"),
+        ("encoder.pos_conv_embed.conv.parametrizations.weight.original0", "encoder.pos_conv.0.weight_g"),
+        ("encoder.pos_conv_embed.conv.parametrizations.weight.original1", "encoder.pos_conv.0.weight_v"),
+        ("encoder.pos_conv_embed.conv", "encoder.pos_conv.0"),
+        (".attention.", ".self_attn."),
+        ("feed_forward.intermediate_dense", "fc1"),
+        ("feed_forward.output_dense", "fc2"),
+    )
+    for name in hubert:
+        new = renamed.get(name, name)
+        for old, replacement in rules:
+            new = new.replace(old, replacement)
+        if new.startswith("encoder.layers."):
+            new = new.replace(".layer_norm.", ".self_attn_layer_norm.")
+        if new.startswith("feature_extractor"):
+            norm = ".2.1." if "conv_layers.1.layer_norm.weight" in " ".join(hubert) else ".2."
+            new = new.replace(".layer_norm.", norm).replace(".conv.", ".0.")
+        renamed[name] = new
+    tensors = {renamed[name]: value for name, value in hubert.items()}
+    return tensors | {
+        "final_proj.weight": np.zeros((4, 4), np.float32),
+        "label_embs_concat": np.zeros((2, 4), np.float32),
+    }
+
+
+def lavis_tensors(blip2):
+    """A transformers BLIP-2's tensors under LAVIS's names."""
+    tensors = {}
+    rules = (
+        ("vision_model.embeddings.class_embedding", "visual_encoder.cls_token"),
+        ("vision_model.embeddings.position_embedding", "visual_encoder.pos_embed"),
+        ("vision_model.embeddings.patch_embedding", "visual_encoder.patch_embed.proj"),
+        ("vision_model.post_layernorm", "ln_vision"),
+        ("vision_model.encoder.layers.", "visual_encoder.blocks."),
+        (".layer_norm1.", ".norm1."),
+        (".layer_norm2.", ".norm2."),
+        (".self_attn.projection.", ".attn.proj."),
+        (".self_attn.qkv.", ".attn.qkv."),
+        ("qformer.layernorm", "Qformer.bert.embeddings.LayerNorm"),
+        ("qformer.encoder", "Qformer.bert.encoder"),
+        (".attention.attention.", ".attention.self."),
+        (".crossattention.attention.", ".crossattention.self."),
+        ("vision_projection", "vision_proj"),
+        ("text_projection", "text_proj"),
+    )
+    for name, value in blip2.items():
+        if name.startswith("embeddings."):
+            name = f"Qformer.bert.{name}"
+        for old, new in rules:
+            name = name.replace(old, new)
+        if name.endswith("attn.qkv.bias"):
+            query, _, value = np.split(value, 3)
+            tensors[name.replace("qkv.bias", "q_bias")] = query
+            name = name.replace("qkv.bias", "v_bias")
+        tensors[name] = value
+    return tensors | {"temp": np.zeros((), np.float32)}
+
+
+def embeddings(source, inputs):
+    """Tokens of the network of converted or published weights."""
+    card = open_card(source)
+    tower = create_tower(bare_tower(card))
+    return jax.jit(tower.apply)(
+        {"params": load_weights(source, tower_shapes(bare_tower(card), card["preprocessing"]))}, *inputs
+    )
+
+
+def reference_models():
+    """Tiny models: (name, model, inputs of ours, tokens of theirs)."""
+    torch = pytest.importorskip("torch", reason="round trips need the extra `parity`")
+    pytest.importorskip("transformers", reason="round trips need the extra `parity`")
+    import test_parity as parity
+
+    wave, lengths = parity.waveforms(3000, 3000)
+    image = parity.images(32)
+    with torch.no_grad():
+        hubert = parity.hubert(**parity.TINY_SPEECH)
+        yield "hubert", hubert, (wave, lengths), hubert(torch.from_numpy(wave)).last_hidden_state
+        for name in ("clip", "siglip", "dinov2"):
+            model = parity.vision(name, parity.TINY_VISION)
+            module, _ = parity.ours(model)
+            out = model(parity.pixels(image, module), output_hidden_states=True)
+            if name == "clip":
+                expected = model.vision_model.post_layernorm(out.hidden_states[-1])
+            elif name == "siglip":
+                expected = torch.cat([out.pooler_output[:, None], out.last_hidden_state], dim=1)
+            else:
+                expected = out.last_hidden_state
+            yield name, model, (image,), expected
+        model = parity.blip2(parity.TINY_BLIP2)
+        module, _ = parity.ours(model)
+        context = model.vision_model(parity.pixels(image, module)).last_hidden_state
+        queries = model.query_tokens.expand(2, -1, -1)
+        yield (
+            "blip2",
+            model,
+            (image,),
+            model.qformer(query_embeds=queries, encoder_hidden_states=context).last_hidden_state,
+        )
+
+
+def test_transformers_checkpoints_on_disk_give_the_same_embeddings(tmp_path):
+    for name, model, inputs, expected in reference_models():
+        folder = tmp_path / name
+        model.save_pretrained(folder)
+        if name == "hubert":
+            (folder / "preprocessor_config.json").write_text(json.dumps({"do_normalize": False}))
+        convert([folder], tmp_path / f"{name}-converted")
+        found = embeddings(tmp_path / f"{name}-converted", inputs)[0]
+        np.testing.assert_allclose(found, expected.numpy(), atol=1e-4, err_msg=name)
+
+
+def test_fairseq_and_lavis_files_give_the_same_embeddings(tmp_path, monkeypatch):
+    from c2f_jax.pretrained import architectures
+
+    torch = pytest.importorskip("torch", reason="round trips need the extra `parity`")
+    monkeypatch.setitem(architectures.FAIRSEQ_HEADS, 32, 2)
+    models = {name: rest for name, *rest in reference_models()}
+    hubert, inputs, expected = models["hubert"]
+    tensors = fairseq_tensors({k: v.numpy() for k, v in hubert.state_dict().items()})
+    path = tmp_path / "hubert.pt"
+    torch.save({"model": {k: torch.tensor(v) for k, v in tensors.items()}, "cfg": {"task": {"normalize": False}}}, path)
+    card = convert([path], tmp_path / "fairseq")
+    assert card["layout"].startswith("fairseq") and card["tower"]["pre_norm"] is False
+    np.testing.assert_allclose(embeddings(tmp_path / "fairseq", inputs)[0], expected.numpy(), atol=1e-4)
+    torch.save({"model": {k: torch.tensor(v) for k, v in tensors.items()}}, path)
+    with pytest.raises(UserError, match="give --normalise=true or --normalise=false"):
+        convert([path], tmp_path / "unknown")
+
+    blip2, inputs, expected = models["blip2"]
+    # LAVIS has no key biases, and heads of 88 and 64 whose number is not in the file.
+    tensors = {k: v.numpy().copy() for k, v in blip2.state_dict().items()}
+    for name in tensors:
+        if name.endswith("qkv.bias"):
+            tensors[name][32:64] = 0
+    monkeypatch.setattr(architectures, "_lavis", _with_heads(architectures._lavis, 2))
+    torch.save({"model": {k: torch.tensor(v) for k, v in lavis_tensors(tensors).items()}}, tmp_path / "blip2.pth")
+    card = convert([tmp_path / "blip2.pth"], tmp_path / "lavis")
+    assert card["layout"] == "LAVIS BLIP-2" and card["tower"]["projection"] > 0
+    # A bias of the keys shifts all logits of a query alike: the reference's own one changes nothing.
+    np.testing.assert_allclose(embeddings(tmp_path / "lavis", inputs)[0], expected.numpy(), atol=1e-4)
+
+
+def _with_heads(describe, heads):
+    def tiny(tensors):
+        tower = describe(tensors)
+        return tower | {"heads": heads, "vision": tower["vision"] | {"heads": heads}}
+
+    return tiny
