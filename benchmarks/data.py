@@ -161,7 +161,7 @@ def padding(lengths, seconds, batch_size):
         for buckets in ((longest,), chosen)
     )
     told = ", ".join(f"{count / RATE:g}" for count in chosen)
-    return f"padding of {len(lengths):,} in batches of {batch_size}: {one:.1%} with one length, {several:.1%} with {told} s"
+    return f"padding of {len(lengths):,}, batches of {batch_size}: {one:.1%} in one length, {several:.1%} in {told} s"
 
 
 def main():
