@@ -35,6 +35,11 @@ from c2f_jax.data.pairs import load_pairs
 RATE = 16_000
 
 
+def seconds_like_flickr8k(rng, count=None):
+    """Lengths with the mean of Flickr8k Audio, 4.1 s, gamma distributed."""
+    return np.clip(rng.gamma(9.0, 0.46, count), 0.3, 24)
+
+
 def make_files(folder, pictures, captions=5):
     """A manifest of photograph-like JPEGs and speech-like FLAC files; lengths gamma distributed, mean 4.1 s."""
     rng = np.random.default_rng(0)
@@ -44,7 +49,7 @@ def make_files(folder, pictures, captions=5):
         grain = np.asarray(coarse, np.int16) + rng.integers(-12, 13, (375, 500, 1))
         Image.fromarray(np.clip(grain, 0, 255).astype(np.uint8)).save(folder / f"{number}.jpg", quality=90)
         for k in range(captions):
-            seconds = float(np.clip(rng.gamma(9.0, 0.46), 0.5, 20))
+            seconds = float(seconds_like_flickr8k(rng))
             count = int(seconds * RATE)
             envelope = np.interp(np.arange(count), np.linspace(0, count, 60), rng.uniform(0, 0.2, 60))
             name = f"{number}_{k}.flac"
@@ -147,16 +152,16 @@ def rate_of(batches, count, batch_size):
     return count * batch_size / wall, count * batch_size / max(sum(os.times()[:4]) - used, 1e-9)
 
 
-def padding(pairs, options):
-    """Share of padding with one length, and with those chosen for a bound of 10 %."""
-    lengths = np.asarray(pairs.num_samples)
-    longest = round(options.seconds * RATE)
-    chosen = batch_plan.fit_buckets(lengths, longest, batch_size=options.batch_size, max_padding=0.1)
-    shares = [
-        batch_plan.padding_share(lengths, batch_size=options.batch_size, bucket_samples=buckets)
+def padding(lengths, seconds, batch_size):
+    """One line: the share of padding with one length, and with those chosen for a bound of 10 %."""
+    longest = round(seconds * RATE)
+    chosen = batch_plan.fit_buckets(lengths, longest, batch_size=batch_size, max_padding=0.1)
+    one, several = (
+        batch_plan.padding_share(lengths, batch_size=batch_size, bucket_samples=buckets)
         for buckets in ((longest,), chosen)
-    ]
-    return *shares, [count / RATE for count in chosen]
+    )
+    told = ", ".join(f"{count / RATE:g}" for count in chosen)
+    return f"padding of {len(lengths):,}, batches of {batch_size}: {one:.1%} in one length, {several:.1%} in {told} s"
 
 
 def main():
@@ -191,8 +196,9 @@ def main():
         for name, values in rates.items():
             wall, core = (statistics.median(column) for column in zip(*values, strict=True))
             print(f"{name:16} {wall:8.1f} examples/s  {core:8.1f} a core second  {wall / base:5.2f} x")
-        one, several, chosen = padding(pairs, options)
-        print(f"padding: {one:.1%} with one length, {several:.1%} with {', '.join(f'{s:g}' for s in chosen)} s")
+        print(padding(np.asarray(pairs.num_samples), options.seconds, options.batch_size))
+        if not options.manifest:
+            print(padding((seconds_like_flickr8k(np.random.default_rng(0), 30_000) * RATE).astype(int), 8.0, 256))
 
 
 if __name__ == "__main__":

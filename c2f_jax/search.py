@@ -9,7 +9,7 @@ from etils import epath
 
 from c2f_jax.data.audio import decode_audio
 from c2f_jax.data.images import decode_image
-from c2f_jax.data.pairs import DATA_SETS, MANIFEST_SUFFIXES, SAMPLE_RATE, load_pairs
+from c2f_jax.data.pairs import SAMPLE_RATE, is_data_set, load_pairs
 from c2f_jax.errors import UserError
 from c2f_jax.evaluate import encode_image, encode_speech, load_trained, match
 from c2f_jax.models import Encoded
@@ -149,10 +149,7 @@ def search(
 
 def _gallery_files(experiment, gallery, kind, split):
     """Names and files (paths or bytes) of a gallery."""
-    is_data_set = (
-        gallery is None or str(gallery).partition("/")[0] in DATA_SETS or str(gallery).endswith(MANIFEST_SUFFIXES)
-    )
-    if not is_data_set:
+    if gallery is not None and not is_data_set(gallery):
         files = list_media(gallery, IMAGE_SUFFIXES if kind == "image" else AUDIO_SUFFIXES)
         return files, files
     data = experiment.data

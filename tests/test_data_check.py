@@ -23,7 +23,7 @@ from published_sets import (
 
 from c2f_jax.data.check import KINDS, check_data
 from c2f_jax.data.clean_manifest import write_clean_manifest
-from c2f_jax.data.pairs import load_pairs
+from c2f_jax.data.pairs import is_data_set, load_pairs
 from c2f_jax.data.prepare import dry_run, prepare
 from c2f_jax.errors import UserError
 from c2f_jax.main import main
@@ -210,6 +210,7 @@ def test_a_prepared_manifest_loads_by_its_directory_and_is_checked(oddities, tmp
     ready = prepare(str(tmp_path / "set"), data_dir=data_dir, progress=False)
     assert "/set/" in ready and prepare(str(tmp_path / "set"), data_dir=data_dir, progress=False) == ready
     prepared, listed = load_pairs(ready, "train"), load_pairs(str(tmp_path / "set" / "manifest.jsonl"), "train")
+    assert is_data_set(ready) and is_data_set("spoken_scenes/tiny") and not is_data_set(str(tmp_path / "set"))
     assert len(prepared) == len(listed) and prepared.num_images == listed.num_images
     assert len(set(prepared.image_ids)) == len(set(listed.image_ids)) < prepared.num_images
     report = check_data(ready, progress=False)

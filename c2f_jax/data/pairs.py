@@ -172,6 +172,14 @@ DATA_SETS = {
 MANIFEST_SUFFIXES = (".jsonl", ".csv")
 
 
+def is_data_set(spec: str) -> bool:
+    """Whether `load_pairs` takes it: a name, a manifest or a prepared directory, rather than a folder of files."""
+    from c2f_jax.data.prepared import is_prepared
+
+    spec = str(spec)
+    return spec.partition("/")[0] in DATA_SETS or spec.lower().endswith(MANIFEST_SUFFIXES) or is_prepared(spec)
+
+
 def load_pairs(spec: str, split: str, data_dir: str | None = None, *, max_bad_share: float = 0.01) -> PairSource:
     """One split of a data set: by name, by the path of a manifest, or by the directory of a prepared set.
 

@@ -136,6 +136,8 @@ class WithMorePictures(PairSource):
             num_samples=source.num_samples,
             bad_items=source.bad_items,
         )
+        self.image_resize = source.image_resize
+        self.speech_features, self.image_features = source.speech_features, source.image_features
 
     def _owner(self, row: int) -> tuple[PairSource, int]:
         own = self._source.num_images
@@ -154,6 +156,15 @@ class WithMorePictures(PairSource):
         """The identity of picture `row` in its own split."""
         source, own_row = self._owner(row)
         return source.image_id(own_row)
+
+    def recording_key(self, index: int) -> str:
+        """What a feature cache calls recording `index`."""
+        return self._source.recording_key(index)
+
+    def image_key(self, row: int) -> str:
+        """What a feature cache calls picture `row`, in its own split."""
+        source, own_row = self._owner(row)
+        return source.image_key(own_row)
 
 
 def rank(protocol: Protocol, encoded, retrieve: Callable):
