@@ -1,5 +1,6 @@
 """The feature cache: made once, gone on with, read by the loader, and a whole run on cached and foreign tokens."""
 
+import io
 import json
 import os
 import shutil
@@ -288,3 +289,12 @@ def test_image_preprocessing_matches_the_reference(tmp_path, size, resize, side)
         left, top = ((n - 64) // 2 for n in whole.size)
         expected = whole.crop((left, top, left + 64, top + 64))
     assert np.abs(found.astype(int) - np.asarray(expected, int)).max() <= 1
+
+
+def test_a_strip_is_cut_before_it_is_resized():
+    strip = np.zeros((4, 4000, 3), np.uint8)
+    strip[:, 1990:2010] = 200
+    file = io.BytesIO()
+    Image.fromarray(strip).save(file, "PNG")
+    found = decode_image(file.getvalue(), 32, resize="short_side")
+    assert found.shape == (32, 32, 3) and found.min() == 200
