@@ -6,8 +6,8 @@
 ``path/to/data`` holds three things: ``flickr8k_tts/manifest.jsonl``, the photographs' tokens in
 ``flickr8k_tts/features/effnet_lite0_tokens.npz``, and the published files of Whisper's encoder in
 ``weights/whisper-tiny.en-encoder``.
-The first run writes Whisper's tokens of all recordings to ``runs/features`` (1 GB); later ones read them. The speech is
-synthetic: numbers cannot be compared with those of Flickr8k Audio.
+The first run writes Whisper's tokens of all recordings to ``runs/features`` (1.3 GB); later ones read them. The values
+are untuned. The speech is synthetic: numbers cannot be compared with those of Flickr8k Audio.
 """
 
 from ml_collections import ConfigDict

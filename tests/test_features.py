@@ -1,5 +1,7 @@
 """The feature cache: made once, gone on with, read by the loader, and a whole run on cached and foreign tokens."""
 
+import dataclasses
+import io
 import json
 import os
 import shutil
@@ -17,8 +19,10 @@ from c2f_jax.data.features import open_features, write_shard
 from c2f_jax.data.images import decode_image
 from c2f_jax.data.pairs import load_pairs
 from c2f_jax.errors import UserError
+from c2f_jax.experiment import DataConfig, create_experiment, example_batch
 from c2f_jax.main import load_config, main
-from c2f_jax.models import create_tower
+from c2f_jax.models import create_model, create_tower
+from c2f_jax.models.c2f import split_params
 from c2f_jax.pretrained import features as extraction
 from c2f_jax.pretrained.weights import bare_tower, load_weights, open_card
 
@@ -258,8 +262,6 @@ def get_config():
 def test_configurations_that_contradict_themselves(changes, message):
     from ml_collections import ConfigDict
 
-    from c2f_jax.experiment import create_experiment
-
     config = load_config(f"{ROOT}/configs/spoken_scenes.py")
     for name, value in changes.items():
         if isinstance(value, dict):
@@ -288,3 +290,31 @@ def test_image_preprocessing_matches_the_reference(tmp_path, size, resize, side)
         left, top = ((n - 64) // 2 for n in whole.size)
         expected = whole.crop((left, top, left + 64, top + 64))
     assert np.abs(found.astype(int) - np.asarray(expected, int)).max() <= 1
+
+
+def test_a_strip_is_cut_before_it_is_resized():
+    strip = np.zeros((4, 4000, 3), np.uint8)
+    strip[:, 1990:2010] = 200
+    file = io.BytesIO()
+    Image.fromarray(strip).save(file, "PNG")
+    found = decode_image(file.getvalue(), 32, resize="short_side")
+    assert found.shape == (32, 32, 3) and found.min() == 200
+
+
+@pytest.mark.parametrize("name", ["flickr8k_audio", "spoken_coco"])
+@pytest.mark.parametrize("arg", ["base", "large_finetuned"])
+def test_shipped_configurations_of_published_sets_build_their_model(name, arg):
+    config = load_config(f"{ROOT}/configs/{name}.py:{arg}")
+    with pytest.raises(UserError, match="weights/hubert_.* does not exist"):
+        create_experiment(config)
+    values = config.model.to_dict()
+    speech, image = ({k: v for k, v in values.pop(part).items() if k != "weights"} for part in ("speech", "image"))
+    speech["tower"] = {"name": "wav2vec2"} | ({"width": 1024, "depth": 24, "heads": 16} if "large" in arg else {})
+    image["tower"] = {"name": "blip2", "vision": {"name": "vision_transformer", "patch": 14}}
+    model = create_model(speech, image, values.pop("multimodal"), **values)
+    batch = example_batch(dataclasses.replace(DataConfig(config.data.name), bucket_seconds=(1.0,)))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
+    trained, frozen = split_params(shapes, model.frozen)
+    assert set(frozen["image_encoder"]) == {"tower"} and "tower" not in trained["image_encoder"]
+    assert ("tower" in trained["speech_encoder"]) == arg.endswith("finetuned")
+    assert set(frozen["speech_encoder"]["tower"]) >= {"conv"}

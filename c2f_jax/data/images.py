@@ -62,12 +62,16 @@ def resize_box(rgb: Image.Image, box: tuple[float, float, float, float], size: i
 
 
 def _short_side(rgb: Image.Image, resize_side: int, size: int) -> np.ndarray:
-    """The long side is cut before resizing, but at the whole pixels of the resized picture, as the references do."""
     short = min(rgb.size)
-    whole = [resize_side * side // short for side in rgb.size]  # the long side is rounded down
+    whole = [resize_side * side // short for side in rgb.size]  # the long side is rounded down, as the references do
+    if max(whole) > 8 * resize_side:  # a strip of 1 x 10,000 would grow to gigabytes: cut its middle out first
+        half = 2 * short
+        centre = [side // 2 for side in rgb.size]
+        box = [max(c - half, 0) for c in centre] + [min(c + half, n) for c, n in zip(centre, rgb.size, strict=True)]
+        return _short_side(rgb.crop(box), resize_side, size)
+    resized = rgb.resize(whole, Image.Resampling.BICUBIC)
     left, top = ((side - size) // 2 for side in whole)
-    scale = [side / target for side, target in zip(rgb.size, whole, strict=True)]
-    return resize_box(rgb, (left * scale[0], top * scale[1], size * scale[0], size * scale[1]), size)
+    return np.asarray(resized.crop((left, top, left + size, top + size)), np.uint8)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
