@@ -122,7 +122,7 @@ def test_workdir_of_another_configuration_is_refused(flags, unbroken, capsys):
     )
     message = capsys.readouterr().err
     assert status == 2
-    assert "optimizer.learning_rate: 0.001 there, 0.5 asked" in message and "another --workdir" in message
+    assert "optimizer.learning_rate: 0.003 there, 0.5 asked" in message and "another --workdir" in message
 
 
 @pytest.mark.parametrize(
