@@ -17,8 +17,8 @@ def get_config(arg=""):
     config.data.name = "spoken_scenes"
     # Ten minutes on two cores: plain in-batch steps first, which are cheap, then the whole method.
     config.batch_size = 64
-    config.steps = 1000
-    config.eval_every = config.checkpoint_every = 500
+    config.steps = 800
+    config.eval_every = config.checkpoint_every = 400
     config.queue_size = 512
     config.data.bucket_seconds = (3.6,)
     config.model.image.depth = 3
