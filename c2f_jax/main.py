@@ -44,7 +44,8 @@ def load_config(path, overrides=()):
     """A locked ConfigDict from ``file.py[:argument]`` with ``--config.key=value`` overrides applied.
 
     Raises:
-      UserError: no such file, unknown key (with the nearest known one), value of another type.
+      UserError: no such file, argument that it does not take, unknown key (with the nearest known one), value of
+        another type.
     """
     file = path.partition(":")[0]
     if not os.path.isfile(file):
@@ -69,7 +70,9 @@ def _read_config(path, overrides):
         values(argv)
         return values["config"].value
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"--config={path}: {error}") from error
+        # What a configuration raises for its argument comes as the text of a traceback, whose last line tells it.
+        reason = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        raise UserError(f"--config={path}: {reason}") from error
 
 
 def _keys(config, prefix=""):

@@ -115,6 +115,15 @@ def test_checkpoint_of_another_model_is_refused(unbroken):
         Checkpoints(workdir, read_only=True).restore(6, abstract(other))
 
 
+@pytest.mark.parametrize("argument", ["", "hard"])
+def test_argument_that_a_configuration_refuses_is_one_line(argument, capsys):
+    config = CONFIG if argument else os.path.join(os.path.dirname(CONFIG), "manifest.py")
+    assert main(["train", f"--config={config}:{argument}".rstrip(":"), "--workdir=unused"]) != 0
+    message = capsys.readouterr().err
+    assert "after a colon" in message or "after the colon" in message
+    assert "Traceback" not in message
+
+
 def test_workdir_of_another_configuration_is_refused(flags, unbroken, capsys):
     workdir = unbroken[0]
     status = main(
