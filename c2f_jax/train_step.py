@@ -159,7 +159,18 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
 
         # 5. and 6. Hard negatives and SIM.
         sim, sim_metrics = sim_stage(
-            params, state, speech, image, (logits_s2i, logits_i2s), ids, rows, tau, keys, model, method, axis_name
+            params,
+            state,
+            (speech, image),
+            momentum,
+            (logits_s2i, logits_i2s),
+            ids,
+            rows,
+            tau,
+            keys,
+            model,
+            method,
+            axis_name,
         )
         return method.sic_weight * sic + method.sim_weight * sim, (metrics | sim_metrics, momentum, global_ids)
 
@@ -194,12 +205,17 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
     return state, {name: _average(value, axis_name) for name, value in metrics.items()}
 
 
-def sim_stage(params, state, speech, image, logits, ids, rows, tau, keys, model, method, axis_name):
+def sim_stage(params, state, online, momentum, logits, ids, rows, tau, keys, model, method, axis_name):
     """Stages 5 and 6: mine hard negatives, match 3n pairs. Returns L_SIM and its metrics (values, valid)."""
     n = ids.shape[0]
+    speech, image = candidates = online
+    if method.negatives == "queue":
+        # The queue holds momentum tokens. With online tokens in the positives and in the batch's candidates, the
+        # matcher would learn which encoder made the tokens of a pair instead of what they say.
+        candidates = [o._replace(tokens=m.tokens) for o, m in zip(online, momentum, strict=True)]
     # 5. Hard negatives, drawn with probability softmax(SIC similarity), never of the same id.
     pool_speech, pool_image, scores, pool_ids, pool_valid = negative_pool(
-        state.token_queue, speech, image, logits, ids, rows, tau, method.negatives, axis_name
+        state.token_queue, *candidates, logits, ids, rows, tau, method.negatives, axis_name
     )
     image_index, image_valid = objectives.sample_hard_negatives(
         fold_keys(keys, 1), scores[0], ids, pool_ids, pool_valid
@@ -217,6 +233,11 @@ def sim_stage(params, state, speech, image, logits, ids, rows, tau, keys, model,
         speech_valid,
         image_valid,
     )
+    if method.negatives == "queue":
+        # As in a negative pair, one side of a positive is the momentum encoder's: which one is drawn for each row.
+        from_momentum = jax.vmap(jax.random.bernoulli)(fold_keys(keys, 6))
+        pair_speech = _replace_rows(pair_speech, from_momentum, candidates[0])
+        pair_image = _replace_rows(pair_image, ~from_momentum, candidates[1])
     pair_keys = jnp.concatenate([fold_keys(keys, site) for site in (3, 4, 5)])
     sim_logits = model.apply({"params": params}, pair_speech, pair_image, pair_keys, method="match")
     sim_rows = objectives.sim_loss(sim_logits, labels)
@@ -241,6 +262,13 @@ def encode(model, params, batch, keys=None):
 
 def negative_pool(token_queue, speech, image, logits, ids, rows, tau, pool, axis_name):
     """Candidates for SIM's hard negatives, with the SIC logits that they are drawn by.
+
+    Args:
+      token_queue: EmbeddingQueue with token sequences; read for "queue" alone.
+      speech, image: Encoded of this device's batch: candidates by their tokens, queries by their embeddings.
+      logits: SIC logits (s2i, i2s) whose first N columns are the global batch.
+      ids, rows: identities and global rows of this device's batch.
+      tau, pool, axis_name: temperature, one of ``NEGATIVE_POOLS``, device axis.
 
     Returns:
       speech and image candidates (Encoded without embeddings, leaves (C, ...)), logits (s2i, i2s) each (n, C),
@@ -273,6 +301,15 @@ def negative_pool(token_queue, speech, image, logits, ids, rows, tau, pool, axis
         jnp.concatenate([pool_ids, entries["id"]]),
         bank_valid(total, token_queue),
     )
+
+
+def _replace_rows(pairs, chosen, encoded):
+    """Pairs whose first n token sequences are those of ``encoded`` where ``chosen`` (n,)."""
+    n, length = encoded.tokens.shape[:2]
+    tokens = pairs.tokens.at[:n, :length].set(
+        jnp.where(chosen[:, None, None], encoded.tokens, pairs.tokens[:n, :length])
+    )
+    return pairs._replace(tokens=tokens)
 
 
 def _without_embedding(encoded):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from c2f_jax.models import Encoded, create_model, momentum_subset
 from c2f_jax.objectives import row_keys, sample_hard_negatives, similarity_logits
 from c2f_jax.parallel import DataParallel
 from c2f_jax.train_state import create_train_state
-from c2f_jax.train_step import MethodConfig, encode, negative_pool, train_step
+from c2f_jax.train_step import MethodConfig, encode, negative_pool, sim_stage, train_step
 
 N, STEPS = 8, 3
 BASE = {"queue_size": 0, "token_queue_size": 0, "dropout_rate": 0.0, "alpha_ramp_steps": 0}
@@ -238,6 +239,34 @@ def test_queue_pool_pads_a_shorter_bucket_to_the_length_of_the_queue(mining):
     assert speeches.tokens.shape == (19, 6, 3) and images.tokens.shape == (19, 5, 3)
     assert speeches.lengths.tolist() == [4] * 8 + [6] * 7 + [0] * 4
     np.testing.assert_array_equal(speeches.tokens[:8, :4], speech.tokens)
+
+
+def test_every_pair_with_queue_negatives_has_one_online_and_one_momentum_side(mining):
+    token_queue, speech, image = mining
+    rng = np.random.default_rng(10)
+    momentum = random_encoded(rng, 8, 4), random_encoded(rng, 8, 5)
+    entries = token_queue.entries
+    known = {}  # the first token of every sequence there is -> the encoder that made it
+    for name, sequences in (("online", (speech.tokens, image.tokens)),
+                            ("momentum", (momentum[0].tokens, momentum[1].tokens)),
+                            ("momentum", (entries["speech_tokens"], entries["image_tokens"]))):
+        known |= {np.asarray(row)[0].tobytes(): name for tokens in sequences for row in tokens}
+    seen = []
+
+    class Matcher:
+        def apply(self, variables, speech, image, keys, method):
+            seen.extend([np.asarray(speech.tokens), np.asarray(image.tokens)])
+            return jnp.zeros((24, 2))
+
+    ids = rows = jnp.arange(8)
+    state, logits = SimpleNamespace(token_queue=token_queue), (jnp.zeros((8, 8)),) * 2
+    sim_stage(
+        {}, state, (speech, image), momentum, logits, ids, rows, 0.2, row_keys(jax.random.key(1), rows), Matcher(),
+        MethodConfig(negatives="queue"), None,
+    )  # fmt: skip
+    sides = [(known[a[0].tobytes()], known[b[0].tobytes()]) for a, b in zip(*seen, strict=True)]
+    assert all(set(pair) == {"online", "momentum"} for pair in sides), sides
+    assert len(set(sides[:8])) == 2, "both kinds of positives occur"
 
 
 def test_batch_pool_drops_rows_whose_device_holds_no_other_picture():
