@@ -1,4 +1,8 @@
-"""The paper's claims as an experiment: each idea added to the one before, same budget, several seeds."""
+"""The paper's claims as an experiment: each idea added to the one before, same budget, several seeds.
+
+The paper starts from pretrained encoders. Here ``method.warm_up_steps`` of plain in-batch contrastive learning take
+their place, once for each seed and kind of captions; every row of that seed starts from the same parameters.
+"""
 
 import json
 
@@ -60,10 +64,15 @@ def ablate(config, workdir, *, seeds=3, noise=0.3, rows=None):
     table = {}
     for seed in range(config.seed, config.seed + seeds):
         for row in rows or ROWS:
-            run = epath.Path(workdir) / f"{row.replace(' ', '-').replace('+-', '').replace(',', '')}-{seed}"
+            run = _directory(workdir, row, seed)
             stored = run / "result.json"
             if not stored.exists():
-                _, _, result, _ = train_and_evaluate(row_config(config, row, seed, noise), run)
+                row_values = row_config(config, row, seed, noise)
+                if config.method.warm_up_steps:
+                    start = _directory(workdir, "noisy start" if row_values.data.shuffled_share else "start", seed)
+                    train_and_evaluate(start_config(config, row_values), start, test=False)
+                    row_values.init_from = str(start)
+                _, _, result, _ = train_and_evaluate(row_values, run)
                 stored.write_text(json.dumps(result))
             table.setdefault(row, []).append(json.loads(stored.read_text()))
             markdown = format_rows(table)
@@ -73,16 +82,31 @@ def ablate(config, workdir, *, seeds=3, noise=0.3, rows=None):
 
 
 def row_config(config, row, seed, noise):
-    """The configuration of one row and seed."""
+    """The configuration of one row and seed, after the common start."""
+    changes = ROWS[row]
     config = config.copy_and_resolve_references()
     config.seed = seed
-    changes = ROWS[row]
+    config.steps -= config.method.warm_up_steps
+    config.method.warm_up_steps = 0
     if changes.get("method.negatives") == "queue":
         config.token_queue_size = config.token_queue_size or config.queue_size
     with config.ignore_type():
         for key, value in changes.items():
             config.update_from_flattened_dict({key: noise if value == "noise" else value})
     return config
+
+
+def start_config(config, row_values):
+    """The configuration of the plain in-batch steps that the rows of a seed start from."""
+    start = row_values.copy_and_resolve_references()
+    start.steps = config.method.warm_up_steps
+    with start.ignore_type():
+        start.update_from_flattened_dict(PLAIN)
+    return start
+
+
+def _directory(workdir, name, seed):
+    return epath.Path(workdir) / f"{name.replace(' ', '-').replace('+-', '').replace(',', '')}-{seed}"
 
 
 def summarise(table):

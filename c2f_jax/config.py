@@ -20,6 +20,7 @@ def default_config():
     config.queue_size = 1024
     config.token_queue_size = 0
     config.parallel = "pmap"
+    config.init_from = placeholder(str)
 
     config.data = ConfigDict()
     config.data.name = placeholder(str)

@@ -108,6 +108,7 @@ class Experiment:
       queue_size: K of the embedding queue.
       token_queue_size: slots of the token queue for ``queue`` negatives.
       parallel: "pmap" or "shard_map".
+      init_from: workdir of another run; training starts from the parameters of its best checkpoint (fine-tuning).
       data, eval, method, optimizer, model: see their classes.
       weights: "speech", "image" -> converted or published weights of its network.
     """
@@ -127,6 +128,7 @@ class Experiment:
     optimizer: OptimizerConfig
     model: C2FModel
     weights: dict[str, str]
+    init_from: str | None = None
 
 
 def create_experiment(config: ml_collections.ConfigDict) -> Experiment:

@@ -15,7 +15,7 @@ from c2f_jax.data import batch_plan, loader
 from c2f_jax.evaluate import data_set_label, encode_split, evaluate_source, retrieve
 from c2f_jax.experiment import create_experiment, example_batch, save_config
 from c2f_jax.metrics import Recorder
-from c2f_jax.models.c2f import merge_params
+from c2f_jax.models.c2f import merge_params, momentum_subset
 from c2f_jax.optimizer import create_optimizer
 from c2f_jax.parallel import DataParallel
 from c2f_jax.pretrained.features import prepare_features
@@ -90,6 +90,14 @@ def train_and_evaluate(config, workdir, *, devices=None, test=True):
     frozen = state.frozen
     checkpoints = Checkpoints(workdir)
     start = checkpoints.latest_step or 0
+    if experiment.init_from and not start:
+        other = Checkpoints(experiment.init_from, read_only=True)
+        params, _ = other.restore_params(other.best_step, abstract(parallel.global_state(state.params)))
+        other.close()
+        params = parallel.host_copy(params)
+        copy = jax.tree.map(np.copy, momentum_subset(params)) if state.momentum_params else {}
+        state = parallel.place_state(parallel.host_copy(state).replace(params=params, momentum_params=copy))
+        recorder.say(f"starting from the parameters of {experiment.init_from}")
     if start:
         state, progress = checkpoints.restore(start, abstract(parallel.global_state(state.replace(frozen={}))))
         state = parallel.place_state(parallel.host_copy(state)).replace(frozen=frozen)

@@ -7,7 +7,7 @@ import pytest
 
 from c2f_jax.ablate import ROWS, ablate, format_rows, row_config, summarise
 from c2f_jax.errors import UserError
-from c2f_jax.experiment import create_experiment
+from c2f_jax.experiment import create_experiment, load_saved_config
 from c2f_jax.main import load_config
 
 CONFIG = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs", "spoken_scenes.py")
@@ -41,7 +41,7 @@ def test_each_row_adds_one_idea(config):
         (True, True, True, True, 0.3),
     ]
     assert {e.seed for e in experiments.values()} == {7}
-    assert len({(e.steps, e.batch_size) for e in experiments.values()}) == 1
+    assert {(e.steps, e.method.warm_up_steps) for e in experiments.values()} == {(1, 0)}  # after the common start
 
 
 def test_table_has_student_intervals():
@@ -60,6 +60,10 @@ def test_table_has_student_intervals():
 def test_runs_are_kept_and_taken_again(config, tmp_path, monkeypatch):
     table = ablate(config, tmp_path, seeds=2, rows=["in-batch contrastive"])
     assert table.count("in-batch contrastive") == 1 and (tmp_path / "table.json").exists()
+    for seed in (0, 1):
+        start = tmp_path / f"start-{seed}"
+        saved = load_saved_config(tmp_path / f"in-batch-contrastive-{seed}")
+        assert saved.init_from == str(start) and (start / "checkpoints").exists()
     monkeypatch.setattr("c2f_jax.ablate.train_and_evaluate", None)  # a second call must not train
     assert ablate(config, tmp_path, seeds=2, rows=["in-batch contrastive"]) == table
 

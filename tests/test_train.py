@@ -115,6 +115,18 @@ def test_checkpoint_of_another_model_is_refused(unbroken):
         Checkpoints(workdir, read_only=True).restore(6, abstract(other))
 
 
+def test_a_run_starts_from_the_parameters_of_another(flags, unbroken, tmp_path):
+    changes = [f"--config.init_from={unbroken[0]}", "--config.optimizer.learning_rate=1e-30", "--config.seed=3"]
+    state, *_ = train_and_evaluate(load_config(f"{CONFIG}:runlocal", [*flags, *changes]), tmp_path / "on", test=False)
+    _, expected, _, _ = load_trained(unbroken[0])
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), jax.device_get(expected))
+    for name, values in jax.device_get(state.momentum_params).items():
+        jax.tree.map(lambda m, p: np.testing.assert_allclose(m, p, rtol=1e-5, atol=1e-7), values, expected[name])
+    other = load_config(f"{CONFIG}:runlocal", [*flags, changes[0], "--config.model.embedding_dim=8"])
+    with pytest.raises(UserError, match="does not fit this configuration"):
+        train_and_evaluate(other, tmp_path / "other", test=False)
+
+
 @pytest.mark.parametrize("argument", ["", "hard"])
 def test_argument_that_a_configuration_refuses_is_one_line(argument, capsys):
     config = CONFIG if argument else os.path.join(os.path.dirname(CONFIG), "manifest.py")
