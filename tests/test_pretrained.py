@@ -330,7 +330,7 @@ def reference_models():
     wave, lengths = parity.waveforms(3000, 3000)
     image = parity.images(32)
     with torch.no_grad():
-        hubert = parity.hubert(**parity.TINY_SPEECH)
+        hubert = parity.speech("hubert", **parity.TINY_SPEECH)
         yield "hubert", hubert, (wave, lengths), hubert(torch.from_numpy(wave)).last_hidden_state
         for name in ("clip", "siglip", "dinov2"):
             model = parity.vision(name, parity.TINY_VISION)
