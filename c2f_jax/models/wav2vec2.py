@@ -99,6 +99,45 @@ class ConvFeatures(nn.Module):
         return ((x - mean) * jax.lax.rsqrt(variance + NORM_EPSILON) * scale + bias).astype(self.dtype)
 
 
+class PositionConv(nn.Module):
+    """Convolution over time in groups of channels, zeros past both ends: (n, T, W) -> (n, T, W).
+
+    Attributes:
+      size: K of the kernel (K, W / groups, W).
+      groups: of channels; each sees itself alone.
+      dtype: compute type.
+    """
+
+    size: int
+    groups: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (self.size, width // self.groups, width))
+        bias = self.param("bias", nn.initializers.zeros, (width,))
+        # XLA's gradient of a grouped convolution is very slow on the CPU: 2.9 s against 0.3 s as one convolution a
+        # group, for HuBERT base's 16 groups and 2 x 4 s on one core.
+        pieces = self.groups if jax.default_backend() == "cpu" else 1
+        convolved = [
+            jax.lax.conv_general_dilated(
+                part,
+                part_kernel,
+                window_strides=(1,),
+                padding=((self.size // 2, (self.size - 1) // 2),),
+                dimension_numbers=("NHC", "HIO", "NHC"),
+                feature_group_count=self.groups // pieces,
+            )
+            for part, part_kernel in zip(
+                jnp.split(x.astype(self.dtype), pieces, axis=-1),
+                jnp.split(kernel.astype(self.dtype), pieces, axis=-1),
+                strict=True,
+            )
+        ]
+        return jnp.concatenate(convolved, axis=-1) + bias.astype(self.dtype)
+
+
 class Wav2Vec2(TransformerEncoder):
     """wav2vec 2.0, HuBERT or WavLM as published; the defaults are HuBERT base.
 
@@ -173,14 +212,7 @@ class Wav2Vec2(TransformerEncoder):
             x = jnp.where(masked[:, None], 0, x)
         # The convolution over positions reaches past the end: the reference has zeros there, so that padding is unseen.
         x = jnp.where(valid[..., None], x, 0)
-        positions = nn.Conv(
-            self.width,
-            (self.position_kernel,),
-            padding=((self.position_kernel // 2, (self.position_kernel - 1) // 2),),
-            feature_group_count=self.position_groups,
-            dtype=self.dtype,
-            name="position_conv",
-        )(x)
+        positions = PositionConv(self.position_kernel, self.position_groups, self.dtype, name="position_conv")(x)
         x = x + nn.gelu(positions, approximate=False)
         if not self.pre_norm:
             x = nn.LayerNorm(NORM_EPSILON, dtype=self.dtype, name="input_norm")(x)
