@@ -19,7 +19,15 @@ import time
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # dense bf16, from the makers' data sheets
 CPU_CASES = ("hubert_base", "vit_b_16")
 GPU_CASES = ("hubert_large", "vit_l_14", "vit_g_14")
-HUBERT_LARGE = {"width": 1024, "depth": 24, "heads": 16, "conv_layer_norm": True, "pre_norm": True, "normalise": True}
+HUBERT_LARGE = {
+    "width": 1024,
+    "depth": 24,
+    "heads": 16,
+    "conv_layer_norm": True,
+    "conv_bias": True,
+    "pre_norm": True,
+    "normalise": True,
+}
 TOWERS = {
     "hubert_base": {"name": "wav2vec2"},
     "hubert_large": {"name": "wav2vec2"} | HUBERT_LARGE,

@@ -86,47 +86,69 @@ def default_config():
     return config
 
 
-def published_config(size="base", finetuned=False):
-    """The paper's encoders: HuBERT and BLIP-2's image side (frozen, its query tokens cached).
-
-    Hyper-parameters of frozen encoders are SpeechCLIP's, of fine-tuned ones ALBEF's.
-
-    Args:
-      size: of HuBERT, "base" or "large".
-      finetuned: train HuBERT's transformer too; otherwise HuBERT is frozen and its layers' weighted sum learnt.
-    """
-    config = default_config()
-    config.batch_size = 256
-    config.steps = 50_000
-    config.log_every = 100
-    config.eval_every = config.checkpoint_every = 2000
-    config.data.bucket_seconds = (3.2, 4.8, 6.4)
-    config.data.max_seconds = 25.0
-    config.data.threads = 16
-    config.model.dtype = "bfloat16"
-    speech = {"name": "published", "weights": f"weights/hubert_{size}", "width": 768, "depth": 2, "heads": 12}
-    speech |= {"mlp_ratio": 4.0, "dropout_rate": 0.1}
-    speech |= {"frozen": "conv", "layer": "last"} if finetuned else {"frozen": "tower", "layer": "weighted_sum"}
-    config.model.speech = ConfigDict(speech)
-    image = {"name": "published", "weights": "weights/blip2", "frozen": "tower", "width": 768, "depth": 1, "heads": 12}
-    config.model.image = ConfigDict(image | {"dropout_rate": 0.1})
-    config.model.multimodal = ConfigDict({"width": 768, "depth": 4, "heads": 12, "dropout_rate": 0.1})
-    config.model.remat = finetuned
-    config.method.momentum = 0.995
-    config.method.alpha_ramp_steps = None
-    config.optimizer.learning_rate = 1e-5 if finetuned else 1e-4
-    config.optimizer.weight_decay = 0.02 if finetuned else 1e-6
-    config.optimizer.warmup_steps = 5000
-    config.optimizer.final_fraction = 0.0
-    config.optimizer.b2 = 0.999
-    config.eval.k = 128
-    config.eval.batch_size = 32
-    return config
-
-
-PUBLISHED_SIZES = {
+# Argument of a data set's configuration: the size of HuBERT, and whether its transformer is trained too.
+PUBLISHED_ENCODERS = {
     "base": ("base", False),
     "large": ("large", False),
     "base_finetuned": ("base", True),
     "large_finetuned": ("large", True),
 }
+
+
+def data_set_config(name, encoders, light_steps):
+    """A data set of ``c2f data prepare`` with light or published encoders.
+
+    Args:
+      name: of the data set.
+      encoders: "light", or a key of ``PUBLISHED_ENCODERS``.
+      light_steps: steps with light encoders; published ones take 50,000.
+
+    Raises:
+      ValueError: no such encoders.
+    """
+    known = ("light", *PUBLISHED_ENCODERS)
+    if encoders not in known:
+        raise ValueError(f"argument {encoders!r} after the colon: one of {', '.join(known)} is expected")
+    config = default_config()
+    config.data.name = name
+    config.data.max_seconds = 25.0
+    config.eval.k = 128
+    if encoders == "light":
+        config.steps = light_steps
+        config.eval_every = config.checkpoint_every = light_steps // 20
+        config.data.image_size = 128
+        config.data.bucket_seconds = (8.0,)
+        config.data.max_padding = 0.1
+    else:
+        _set_published_encoders(config, *PUBLISHED_ENCODERS[encoders])
+        config.data.image_features = f"runs/features/{name}-blip2"
+    return config
+
+
+def _set_published_encoders(config, size, finetuned):
+    """The paper's encoders: HuBERT, and BLIP-2's image side, frozen, its query tokens cached.
+
+    Hyper-parameters of frozen encoders are SpeechCLIP's, of fine-tuned ones ALBEF's. Without fine-tuning HuBERT is
+    frozen and a weighted sum of its layers learnt.
+    """
+    config.batch_size = 256
+    config.steps = 50_000
+    config.log_every = 100
+    config.eval_every = config.checkpoint_every = 2000
+    config.data.bucket_seconds = (3.2, 4.8, 6.4)
+    config.data.threads = 16
+    config.model.dtype = "bfloat16"
+    config.model.remat = finetuned
+    head = {"width": 768, "heads": 12, "dropout_rate": 0.1}
+    speech = head | {"name": "published", "weights": f"weights/hubert_{size}", "depth": 2}
+    speech |= {"frozen": "conv", "layer": "last"} if finetuned else {"frozen": "tower", "layer": "weighted_sum"}
+    config.model.speech = ConfigDict(speech)
+    image = head | {"name": "published", "weights": "weights/blip2", "frozen": "tower", "depth": 1}
+    config.model.image = ConfigDict(image)
+    config.model.multimodal = ConfigDict(head | {"depth": 4})
+    config.optimizer.learning_rate = 1e-5 if finetuned else 1e-4
+    config.optimizer.weight_decay = 0.02 if finetuned else 1e-6
+    config.optimizer.warmup_steps = 5000
+    config.optimizer.final_fraction = 0.0
+    config.optimizer.b2 = 0.999
+    config.eval.batch_size = 32

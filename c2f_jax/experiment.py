@@ -177,7 +177,7 @@ def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
     if experiment.data.image_resize not in RESIZE:
         raise UserError(f"data.image_resize={experiment.data.image_resize!r}: choose one of {', '.join(RESIZE)}")
     if experiment.data.image_features is None:
-        _check_image_grid(model["image"].get("tower") or model["image"], experiment.data.image_size)
+        _check_image_grid(model["image"], experiment.data.image_size)
     _check_features(experiment)
     experiment.method.check(experiment.queue_size, experiment.token_queue_size)
     return experiment
@@ -305,7 +305,7 @@ def _check_features(experiment):
 
 
 def _check_image_grid(image, size):
-    """Sizes that a ViT would otherwise take and silently lose a part of the picture with."""
+    """Sizes that the light ViT would otherwise take and silently lose a part of the picture with."""
     patch, pool = image.get("patch", 1), image.get("token_pool", 1)
     if size % patch:
         raise UserError(f"data.image_size={size} is not a multiple of model.image.patch={patch}")

@@ -289,15 +289,15 @@ def test_nothing_is_fetched_unless_asked(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["flickr8k_audio", "spoken_coco", "places_audio"])
-def test_the_shipped_configuration_opens(name):
+def test_the_shipped_configuration_with_light_encoders_opens(name):
     from c2f_jax.experiment import create_experiment
     from c2f_jax.main import load_config
 
-    path = Path(__file__).parent.parent / "configs" / "published.py"
-    experiment = create_experiment(load_config(f"{path}:{name}"))
+    path = Path(__file__).parent.parent / "configs" / f"{name}.py"
+    experiment = create_experiment(load_config(f"{path}:light"))
     assert experiment.data.name == name and experiment.data.max_padding == 0.1
-    with pytest.raises(UserError, match="one of flickr8k_audio, spoken_coco, places_audio is expected"):
-        load_config(f"{path}:flickr")
+    with pytest.raises(UserError, match="argument 'small' after the colon: one of light, base, large, base_finetuned"):
+        load_config(f"{path}:small")
 
 
 def test_one_command_trains_and_evaluates_zero_shot(tmp_path, flickr, capsys):

@@ -301,7 +301,7 @@ def test_a_strip_is_cut_before_it_is_resized():
     assert found.shape == (32, 32, 3) and found.min() == 200
 
 
-@pytest.mark.parametrize("name", ["flickr8k_audio", "spoken_coco"])
+@pytest.mark.parametrize("name", ["flickr8k_audio", "spoken_coco", "places_audio"])
 @pytest.mark.parametrize("arg", ["base", "large_finetuned"])
 def test_shipped_configurations_of_published_sets_build_their_model(name, arg):
     config = load_config(f"{ROOT}/configs/{name}.py:{arg}")

@@ -1,5 +1,7 @@
 """Published networks against their PyTorch implementations in transformers, from the same random weights."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,10 @@ from PIL import Image
 
 from c2f_jax.data.images import decode_image
 from c2f_jax.models import create_tower
+from c2f_jax.models.layers import relative_buckets
+from c2f_jax.models.vision import resize_positions
 from c2f_jax.models.wav2vec2 import normalise_waveform
+from c2f_jax.models.whisper import whisper_log_mel
 from c2f_jax.pretrained.architectures import describe
 from c2f_jax.pretrained.names import convert_tensors, find_layout
 from c2f_jax.pretrained.weights import tower_shapes
@@ -33,6 +38,7 @@ LARGE = LARGE_KIND | {
     "num_attention_heads": 16,
     "intermediate_size": 4096,
 }
+XLARGE = LARGE | {"hidden_size": 1280, "num_hidden_layers": 48, "intermediate_size": 5120}
 TINY_VISION = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -61,19 +67,55 @@ def reference(model, seed=0):
     return model.eval()
 
 
-def ours(model, processor=None, **changes):
-    """Our network with the weights of a PyTorch model: (module, parameters)."""
-    tensors = {name: value.numpy() for name, value in model.state_dict().items()}
+def tensors_of(model, gradients=False):
+    """Parameters of a PyTorch model, or their gradients, under their published names."""
+    names = "model.encoder." if type(model).__name__ == "WhisperEncoder" else ""
+    if not gradients:
+        return {names + name: value.numpy() for name, value in model.state_dict().items()}
+    return {
+        names + name: (torch.zeros_like(value) if value.grad is None else value.grad).numpy()
+        for name, value in model.named_parameters()
+    }
+
+
+def ours(model, gradients=False, **changes):
+    """Our network with the weights of a PyTorch model, or with their gradients in their place: (module, parameters)."""
+    tensors = tensors_of(model, gradients)
     layout, prefix = find_layout(tensors)
     config = model.config.to_dict() | {"architectures": [type(model).__name__]}
-    tower, preprocessing = describe(layout, tensors, prefix, config, processor or {}, {}, False)
+    tower, preprocessing = describe(layout, tensors, prefix, config, {}, {}, False)
     params = convert_tensors(layout, prefix, tensors, tower_shapes(tower, preprocessing))
     return create_tower(tower | changes), params
+
+
+def assert_gradients_agree(model, expected, output, seed=1):
+    """Gradients of every parameter, of a random linear form of ``expected`` (PyTorch) and ``output(module, params)``.
+
+    The error is relative to the largest entry of the parameter's gradient, or, of one that nearly vanishes, such as
+    that of the keys' biases, to a thousandth of the largest of all.
+    """
+    module, params = ours(model)
+    weights = np.random.default_rng(seed).normal(size=expected.shape).astype(np.float32)
+    model.zero_grad()
+    (expected * torch.from_numpy(weights)).sum().backward()
+    theirs = ours(model, gradients=True)[1]
+    found = jax.jit(jax.grad(lambda p: jnp.sum(output(module, p) * weights)))(params)
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(theirs))
+    assert largest > 0
+    errors = jax.tree.map(lambda a, b: np.abs(a - b).max() / max(np.abs(b).max(), 1e-3 * largest), found, theirs)
+    report("gradients", max(jax.tree.leaves(errors)))
+    assert max(jax.tree.leaves(errors)) < 1e-3, errors
+
+
+def report(what, error):
+    """The largest errors, shown by ``pytest -s``."""
+    print(f"{os.environ.get('PYTEST_CURRENT_TEST', '').partition('::')[2]} {what}: {error:.1e}")
 
 
 def assert_close(found, expected, tolerance=TOLERANCE):
     expected = expected.detach().numpy()
     assert found.shape == expected.shape
+    report("error", np.abs(found - expected).max(initial=0))
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
 
 
@@ -104,27 +146,46 @@ def pixels(image, module):
     return torch.from_numpy(x.astype(np.float32).transpose(0, 3, 1, 2))
 
 
-def hubert(**values):
-    return reference(transformers.HubertModel(transformers.HubertConfig(**values, attn_implementation="eager")))
+def speech(name, **values):
+    kinds = {
+        "hubert": (transformers.HubertModel, transformers.HubertConfig),
+        "wav2vec2": (transformers.Wav2Vec2Model, transformers.Wav2Vec2Config),
+        "wavlm": (transformers.WavLMModel, transformers.WavLMConfig),
+    }
+    model, config = kinds[name]
+    config = config(**values)
+    config._attn_implementation = "eager"
+    return reference(model(config))
 
 
-def wav2vec2(**values):
-    return reference(transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**values, attn_implementation="eager")))
-
-
+TINY_WAVLM = TINY_SPEECH | {"num_buckets": 8, "max_bucket_distance": 12}
+SPEECH_KINDS = [
+    pytest.param("hubert", TINY_SPEECH, id="hubert-tiny"),
+    pytest.param("hubert", TINY_SPEECH | LARGE_KIND, id="hubert-tiny-large-kind"),
+    pytest.param("wav2vec2", TINY_SPEECH, id="wav2vec2-tiny"),
+    pytest.param("wavlm", TINY_WAVLM, id="wavlm-tiny"),
+    # WavLM large has no biases in its convolutions.
+    pytest.param("wavlm", TINY_WAVLM | LARGE_KIND | {"conv_bias": False}, id="wavlm-tiny-large-kind"),
+]
+BASE_SPEECH = [
+    pytest.param("hubert", {}, id="hubert-base", marks=pytest.mark.heavy),
+    pytest.param("wavlm", {}, id="wavlm-base", marks=pytest.mark.heavy),
+]
 SPEECH = [
-    pytest.param(hubert, TINY_SPEECH, id="hubert-tiny"),
-    pytest.param(hubert, TINY_SPEECH | LARGE_KIND, id="hubert-tiny-large-kind"),
-    pytest.param(wav2vec2, TINY_SPEECH, id="wav2vec2-tiny"),
-    pytest.param(hubert, {}, id="hubert-base"),
-    pytest.param(hubert, LARGE, id="hubert-large", marks=pytest.mark.heavy),
-    pytest.param(wav2vec2, LARGE, id="wav2vec2-large", marks=pytest.mark.heavy),
+    *SPEECH_KINDS,
+    pytest.param("hubert", {}, id="hubert-base"),
+    pytest.param("wavlm", {}, id="wavlm-base"),
+    pytest.param("wav2vec2", {}, id="wav2vec2-base", marks=pytest.mark.heavy),
+    pytest.param("hubert", LARGE, id="hubert-large", marks=pytest.mark.heavy),
+    pytest.param("wav2vec2", LARGE, id="wav2vec2-large", marks=pytest.mark.heavy),
+    pytest.param("wavlm", LARGE | {"conv_bias": False}, id="wavlm-large", marks=pytest.mark.heavy),
+    pytest.param("hubert", XLARGE, id="hubert-x-large", marks=pytest.mark.heavy),
 ]
 
 
-@pytest.mark.parametrize("make, values", SPEECH)
-def test_wav2vec2_unpadded(make, values):
-    model = make(**values)
+@pytest.mark.parametrize("name, values", SPEECH)
+def test_wav2vec2_unpadded(name, values):
+    model = speech(name, **values)
     module, params = ours(model)
     wave, lengths = waveforms(6000, 6000)
     with torch.no_grad():
@@ -137,13 +198,17 @@ def test_wav2vec2_unpadded(make, values):
     assert_hidden_states_agree(hidden[:last], expected.hidden_states[:last])
 
 
-@pytest.mark.parametrize("kind", [{}, LARGE_KIND], ids=["group-norm", "layer-norm"])
-def test_wav2vec2_padded(kind):
-    # With a group norm the reference counts the padding as audio, which masked_norm=False repeats.
-    model = hubert(**TINY_SPEECH, **kind)
-    module, params = ours(model, masked_norm=False)
+def padded_waveforms():
     wave, lengths = waveforms(6000, 4100, size=7000)
-    mask = torch.from_numpy((np.arange(7000) < lengths[:, None]).astype(np.int64))
+    return wave, lengths, torch.from_numpy((np.arange(7000) < lengths[:, None]).astype(np.int64))
+
+
+@pytest.mark.parametrize("name, values", [*SPEECH_KINDS, *BASE_SPEECH])
+def test_wav2vec2_padded(name, values):
+    # With a group norm the reference counts the padding as audio, which masked_norm=False repeats.
+    model = speech(name, **values)
+    module, params = ours(model, masked_norm=False)
+    wave, lengths, mask = padded_waveforms()
     with torch.no_grad():
         expected = model(torch.from_numpy(wave), attention_mask=mask, output_hidden_states=True)
     tokens, frames, hidden = jax.jit(module.apply)({"params": params}, wave, lengths)
@@ -151,8 +216,17 @@ def test_wav2vec2_padded(kind):
     assert_hidden_states_agree([tokens], [expected.last_hidden_state], until=frames)
 
 
+def test_relative_positions_fall_into_the_rows_of_the_reference():
+    # At 30 s, where the distances reach the last row.
+    from transformers.models.wavlm.modeling_wavlm import WavLMAttention
+
+    relative = torch.arange(1500)[None] - torch.arange(1500)[:, None]
+    expected = WavLMAttention(16, 2)._relative_positions_bucket(relative)
+    np.testing.assert_array_equal(relative_buckets(1500, 320, 800), expected)
+
+
 def test_masked_norm_makes_features_independent_of_the_padding():
-    model = hubert(**TINY_SPEECH)
+    model = speech("hubert", **TINY_SPEECH)
     module, params = ours(model)
     apply = jax.jit(module.apply)
     wave, lengths = waveforms(6000, 9000, size=9333)
@@ -166,71 +240,99 @@ def test_masked_norm_makes_features_independent_of_the_padding():
     assert np.abs(as_published[0, : frames[0]] - alone[0]).max() > 1e-3, "the reference does depend on it"
 
 
-@pytest.mark.parametrize("kind", [{}, LARGE_KIND], ids=["group-norm", "layer-norm"])
-def test_wav2vec2_gradients(kind):
-    model = hubert(**TINY_SPEECH, **kind, mask_time_prob=0.05)
+def without_weight_norm(model):
+    """The position convolution with its weight as one parameter, as we have it."""
+    torch.nn.utils.parametrize.remove_parametrizations(model.encoder.pos_conv_embed.conv, "weight")
+    return model
+
+
+@pytest.mark.parametrize("name, values", [*SPEECH_KINDS, *BASE_SPEECH])
+@pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
+def test_wav2vec2_gradients(name, values, padded):
+    model = without_weight_norm(speech(name, **values))
+    wave, lengths, mask = padded_waveforms() if padded else (*waveforms(6000, 6000), None)
+    tokens = model(torch.from_numpy(wave), attention_mask=mask).last_hidden_state
+    frames = (lengths - 400) // 320 + 1
+    valid = (np.arange(tokens.shape[1]) < frames[:, None])[..., None].astype(np.float32)
+
+    def output(module, params):
+        return module.clone(masked_norm=False).apply({"params": params}, wave, lengths)[0] * valid
+
+    assert_gradients_agree(model, tokens * torch.from_numpy(valid), output)
+
+
+def test_wav2vec2_gradient_of_the_waveform():
+    model = speech("hubert", **TINY_SPEECH)
     module, params = ours(model)
     wave, lengths = waveforms(4000, 4000)
-    weights = np.random.default_rng(1).normal(size=(2, 12, 32)).astype(np.float32)
     given = torch.from_numpy(wave).requires_grad_()
-    (model(given).last_hidden_state * torch.from_numpy(weights)).sum().backward()
-
-    def loss(params, wave):
-        return jnp.sum(module.apply({"params": params}, wave, lengths)[0] * weights)
-
-    grads, wave_grad = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, wave)
-    assert_close(wave_grad, given.grad, 1e-3)
-    for ours_, theirs in (
-        (grads["conv"]["conv_0"]["kernel"], model.feature_extractor.conv_layers[0].conv.weight.grad.permute(2, 1, 0)),
-        (
-            grads["transformer"]["block_0"]["mlp_in"]["kernel"],
-            model.encoder.layers[0].feed_forward.intermediate_dense.weight.grad.T,
-        ),
-        (
-            grads["transformer"]["block_1"]["self_attention"]["query"]["kernel"].reshape(32, 32),
-            model.encoder.layers[1].attention.q_proj.weight.grad.T,
-        ),
-    ):
-        assert_close(ours_ / np.abs(ours_).max(), theirs / np.abs(ours_).max())
+    model(given).last_hidden_state[..., 0].sum().backward()
+    loss = lambda wave: jnp.sum(module.apply({"params": params}, wave, lengths)[0][..., 0])  # noqa: E731
+    found, scale = jax.jit(jax.grad(loss))(wave), float(given.grad.abs().max())
+    assert_close(found / scale, given.grad / scale)
 
 
-WHISPERS = [
-    pytest.param({"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 48}, id="tiny"),
-    pytest.param(
-        {"d_model": 512, "encoder_layers": 6, "encoder_attention_heads": 8, "encoder_ffn_dim": 2048}, id="base"
-    ),
-]
+WHISPERS = {
+    "tiny": {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 48},
+    "published-tiny": {"d_model": 384, "encoder_layers": 4, "encoder_attention_heads": 6, "encoder_ffn_dim": 1536},
+    "base": {"d_model": 512, "encoder_layers": 6, "encoder_attention_heads": 8, "encoder_ffn_dim": 2048},
+    "large-v3": {
+        "d_model": 1280,
+        "encoder_layers": 32,
+        "encoder_attention_heads": 20,
+        "encoder_ffn_dim": 5120,
+        "num_mel_bins": 128,
+    },
+}
 
 
-def whisper(**values):
+def whisper(name):
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-    config = transformers.WhisperConfig(**values, decoder_layers=1, attn_implementation="eager")
-    model = reference(WhisperEncoder(config))
-    return model, {f"model.encoder.{name}": value for name, value in model.state_dict().items()}
+    config = transformers.WhisperConfig(**WHISPERS[name], decoder_layers=1, attn_implementation="eager")
+    return reference(WhisperEncoder(config))
 
 
-@pytest.mark.parametrize("values", WHISPERS)
-def test_whisper_padded_to_30_seconds_as_published(values):
-    model, tensors = whisper(**values)
-    tensors = {name: value.numpy() for name, value in tensors.items()}
-    layout, prefix = find_layout(tensors)
-    tower, preprocessing = describe(layout, tensors, prefix, model.config.to_dict(), {}, {})
-    params = convert_tensors(layout, prefix, tensors, tower_shapes(tower, preprocessing))
+def whisper_features(model, *waves):
+    extractor = transformers.WhisperFeatureExtractor(feature_size=model.config.num_mel_bins)
+    return extractor(list(waves), sampling_rate=16_000, return_tensors="pt").input_features
+
+
+@pytest.mark.parametrize(
+    "name", ["tiny", "published-tiny", *(pytest.param(n, marks=pytest.mark.heavy) for n in ("base", "large-v3"))]
+)
+def test_whisper_padded_to_30_seconds_as_published(name):
+    model = whisper(name)
+    module, params = ours(model)
     wave, lengths = waveforms(20_000, 12_345)
-    extractor = transformers.WhisperFeatureExtractor()
-    features = extractor([wave[0], wave[1, :12_345]], sampling_rate=16_000, return_tensors="pt").input_features
     with torch.no_grad():
-        expected = model(features, output_hidden_states=True)
-    _, frames, hidden = jax.jit(create_tower(tower | {"pad": True}).apply)({"params": params}, wave, lengths)
+        expected = model(whisper_features(model, wave[0], wave[1, :12_345]), output_hidden_states=True)
+    _, frames, hidden = jax.jit(module.clone(pad=True).apply)({"params": params}, wave, lengths)
     assert frames.tolist() == [63, 39]
     assert_hidden_states_agree(hidden, expected.hidden_states)
 
     # Cut to their length: the same up to the transformer, whatever the padding.
-    cut, frames, _ = jax.jit(create_tower(tower).apply)({"params": params}, wave, lengths)
-    alone, _, layers = jax.jit(create_tower(tower).apply)({"params": params}, wave[1:, :12_345], lengths[1:])
+    cut, frames, _ = jax.jit(module.apply)({"params": params}, wave, lengths)
+    alone, _, layers = jax.jit(module.apply)({"params": params}, wave[1:, :12_345], lengths[1:])
     np.testing.assert_allclose(layers[0][0, :39], hidden[0][1, :39], atol=1e-5)
     np.testing.assert_allclose(cut[1, :39], alone[0, :39], atol=1e-5)
+
+
+def test_whisper_spectrogram_without_silence_is_mirrored_at_its_end():
+    wave, lengths = waveforms(32_000)
+    extractor = transformers.WhisperFeatureExtractor(chunk_length=2)
+    expected = extractor(wave[0], sampling_rate=16_000, return_tensors="pt").input_features
+    assert_close(whisper_log_mel(wave, lengths, 200), expected.permute(0, 2, 1))
+
+
+@pytest.mark.parametrize("name", ["tiny", pytest.param("published-tiny", marks=pytest.mark.heavy)])
+def test_whisper_gradients(name):
+    model = whisper(name)
+    model.embed_positions.weight.requires_grad_()  # constant in the reference
+    wave, lengths = waveforms(8000, 5000)
+    expected = model(whisper_features(model, wave[0], wave[1, :5000])).last_hidden_state
+    output = lambda module, params: module.clone(pad=True).apply({"params": params}, wave, lengths)[0]  # noqa: E731
+    assert_gradients_agree(model, expected, output)
 
 
 def vision(name, values):
@@ -267,6 +369,9 @@ VISION = [
 ]
 
 
+BASE_SIZES = {"clip": {"patch_size": 16}, "siglip": {}, "dinov2": {"image_size": 224}}
+
+
 @pytest.mark.parametrize("name, values", VISION)
 def test_vision_transformers(name, values):
     model = vision(name, values)
@@ -291,30 +396,36 @@ def test_vision_transformers(name, values):
         assert_close(tokens, expected.last_hidden_state)
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip", "dinov2"])
-def test_vision_gradients(name):
-    model = vision(name, TINY_VISION)
-    module, params = ours(model, projection=0)
-    image = images(32)
-    model(pixels(image, module)).last_hidden_state.square().sum().backward()
-    apply = lambda p: module.apply({"params": p}, image)[0]  # noqa: E731
-    (patch_grads,) = (
-        parameter.grad.permute(2, 3, 1, 0).reshape(-1, 32)
-        for path, parameter in model.named_parameters()
-        if path.endswith(("patch_embedding.weight", "patch_embeddings.projection.weight"))
-    )
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        *VISION[:3],
+        *(pytest.param(name, BASE_SIZES[name], id=f"{name}-base", marks=pytest.mark.heavy) for name in BASE_SIZES),
+    ],
+)
+def test_vision_gradients(name, values):
+    model = vision(name, values)
+    image = images(model.config.image_size)
+    out = model(pixels(image, ours(model)[0]))
+    if name == "clip":  # the [CLS] alone is projected
+        expected = out.image_embeds[:, None]
+    elif name == "siglip":
+        expected = torch.cat([out.pooler_output[:, None], out.last_hidden_state], dim=1)
+    else:
+        expected = out.last_hidden_state
+    output = lambda module, params: module.apply({"params": params}, image)[0][:, : expected.shape[1]]  # noqa: E731
+    assert_gradients_agree(model, expected, output)
 
-    def loss(params):
-        if name == "clip":  # its last_hidden_state is before the last norm
-            _, state = module.apply({"params": params}, image, capture_intermediates=lambda m, _: m.name == "block_1")
-            (last,) = state["intermediates"]["transformer"]["block_1"]["__call__"]
-            return jnp.sum(jnp.square(last))
-        return jnp.sum(jnp.square(apply(params)[:, int(module.pooling_head) :]))
 
-    found = jax.jit(jax.grad(loss))(params)["patch_embedding"]["kernel"]
-    scale = float(np.abs(found).max())
-    assert scale > 0
-    assert_close(found / scale, patch_grads / scale)
+@pytest.mark.parametrize("side", [24, 56])
+def test_positions_for_another_resolution_are_interpolated_as_in_the_reference(side):
+    model = vision("dinov2", TINY_VISION | {"image_size": 40})
+    module, params = ours(model)
+    image = images(side)
+    with torch.no_grad():
+        expected = model(pixels(image, module)).last_hidden_state
+    resized = params | {"positions": resize_positions(params["positions"], (side // 8) ** 2 + 1)}
+    assert_close(module.apply({"params": resized}, image)[0], expected)
 
 
 def blip2(values):
@@ -323,11 +434,23 @@ def blip2(values):
     return reference(transformers.Blip2ForImageTextRetrieval(config))
 
 
+Q_FORMER_BASE = {"vision_config": TINY_VISION, "qformer_config": {"encoder_hidden_size": 32}}
 BLIP2 = [
     pytest.param(TINY_BLIP2 | {"image_text_hidden_size": 24}, id="tiny"),
-    pytest.param({"vision_config": TINY_VISION, "qformer_config": {"encoder_hidden_size": 32}}, id="q-former-base"),
+    pytest.param(Q_FORMER_BASE, id="q-former-base"),
     pytest.param({}, id="vit-g", marks=pytest.mark.heavy),
 ]
+
+
+def blip2_outputs(model, image, module, **options):
+    """The reference's vision side, its Q-Former, and its queries projected into the contrastive (ITC) space."""
+    vision_out = model.vision_model(pixels(image, module), **options)
+    qformer = model.qformer(
+        query_embeds=model.query_tokens.expand(len(image), -1, -1),
+        encoder_hidden_states=vision_out.last_hidden_state,
+        **options,
+    )
+    return vision_out, qformer, model.vision_projection(qformer.last_hidden_state)
 
 
 @pytest.mark.parametrize("values", BLIP2)
@@ -336,20 +459,22 @@ def test_blip2(values):
     module, params = ours(model)
     image = images(model.config.vision_config.image_size)
     with torch.no_grad():
-        vision_out = model.vision_model(pixels(image, module), output_hidden_states=True)
-        queries = model.query_tokens.expand(2, -1, -1)
-        qformer = model.qformer(
-            query_embeds=queries, encoder_hidden_states=vision_out.last_hidden_state, output_hidden_states=True
-        )
-        expected = model.vision_projection(qformer.last_hidden_state)
-    tokens, lengths, hidden = jax.jit(module.clone(projection=0).apply)({"params": params}, image)
+        vision_out, qformer, projected = blip2_outputs(model, image, module, output_hidden_states=True)
+    _, lengths, hidden = jax.jit(module.clone(projection=0).apply)({"params": params}, image)
     assert lengths.tolist() == [model.config.num_query_tokens] * 2
     assert_hidden_states_agree(hidden, qformer.hidden_states)
     vision_tokens, _, vision_hidden = jax.jit(module.vision.apply)({"params": params["vision"]}, image)
     assert_close(vision_tokens, vision_out.last_hidden_state)
     assert_hidden_states_agree(vision_hidden[:-1], vision_out.hidden_states[:-1])
-    projected, _, _ = jax.jit(module.apply)({"params": params}, image)
-    assert_close(projected, expected)
+    assert_close(jax.jit(module.apply)({"params": params}, image)[0], projected)
+
+
+@pytest.mark.parametrize("values", [BLIP2[0], pytest.param(Q_FORMER_BASE, id="q-former-base", marks=pytest.mark.heavy)])
+def test_blip2_gradients(values):
+    model = blip2(values)
+    image = images(model.config.vision_config.image_size)
+    projected = blip2_outputs(model, image, ours(model)[0])[2]
+    assert_gradients_agree(model, projected, lambda module, params: module.apply({"params": params}, image)[0])
 
 
 def test_waveform_normalisation_matches_the_reference_processor():

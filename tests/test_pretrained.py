@@ -259,6 +259,9 @@ def fairseq_tensors(hubert):
         ("encoder.pos_conv_embed.conv.parametrizations.weight.original1", "encoder.pos_conv.0.weight_v"),
         ("encoder.pos_conv_embed.conv", "encoder.pos_conv.0"),
         (".attention.", ".self_attn."),
+        ("rel_attn_embed", "relative_attention_bias"),
+        ("gru_rel_pos_linear", "grep_linear"),
+        ("gru_rel_pos_const", "grep_a"),
         ("feed_forward.intermediate_dense", "fc1"),
         ("feed_forward.output_dense", "fc2"),
     )
@@ -330,8 +333,9 @@ def reference_models():
     wave, lengths = parity.waveforms(3000, 3000)
     image = parity.images(32)
     with torch.no_grad():
-        hubert = parity.hubert(**parity.TINY_SPEECH)
-        yield "hubert", hubert, (wave, lengths), hubert(torch.from_numpy(wave)).last_hidden_state
+        for name, values in (("hubert", parity.TINY_SPEECH), ("wavlm", parity.TINY_WAVLM)):
+            model = parity.speech(name, **values)
+            yield name, model, (wave, lengths), model(torch.from_numpy(wave)).last_hidden_state
         for name in ("clip", "siglip", "dinov2"):
             model = parity.vision(name, parity.TINY_VISION)
             module, _ = parity.ours(model)
@@ -359,7 +363,7 @@ def test_transformers_checkpoints_on_disk_give_the_same_embeddings(tmp_path):
     for name, model, inputs, expected in reference_models():
         folder = tmp_path / name
         model.save_pretrained(folder)
-        if name == "hubert":
+        if name in ("hubert", "wavlm"):
             (folder / "preprocessor_config.json").write_text(json.dumps({"do_normalize": False}))
         convert([folder], tmp_path / f"{name}-converted")
         found = embeddings(tmp_path / f"{name}-converted", inputs)[0]
@@ -372,13 +376,15 @@ def test_fairseq_and_lavis_files_give_the_same_embeddings(tmp_path, monkeypatch)
     torch = pytest.importorskip("torch", reason="round trips need the extra `parity`")
     monkeypatch.setitem(architectures.FAIRSEQ_HEADS, 32, 2)
     models = {name: rest for name, *rest in reference_models()}
-    hubert, inputs, expected = models["hubert"]
-    tensors = fairseq_tensors({k: v.numpy() for k, v in hubert.state_dict().items()})
-    path = tmp_path / "hubert.pt"
-    torch.save({"model": {k: torch.tensor(v) for k, v in tensors.items()}, "cfg": {"task": {"normalize": False}}}, path)
-    card = convert([path], tmp_path / "fairseq")
-    assert card["layout"].startswith("fairseq") and card["tower"]["pre_norm"] is False
-    np.testing.assert_allclose(embeddings(tmp_path / "fairseq", inputs)[0], expected.numpy(), atol=1e-4)
+    settings = {"hubert": {"task": {"normalize": False}}, "wavlm": {"normalize": False, "max_distance": 12}}
+    path = tmp_path / "speech.pt"
+    for name in settings:
+        speech, inputs, expected = models[name]
+        tensors = fairseq_tensors({k: v.numpy() for k, v in speech.state_dict().items()})
+        torch.save({"model": {k: torch.tensor(v) for k, v in tensors.items()}, "cfg": settings[name]}, path)
+        card = convert([path], tmp_path / name)
+        assert card["layout"].startswith("fairseq") and card["tower"]["pre_norm"] is False
+        np.testing.assert_allclose(embeddings(tmp_path / name, inputs)[0], expected.numpy(), atol=1e-4)
     torch.save({"model": {k: torch.tensor(v) for k, v in tensors.items()}}, path)
     with pytest.raises(UserError, match="give --normalise=true or --normalise=false"):
         convert([path], tmp_path / "unknown")

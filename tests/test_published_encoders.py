@@ -12,7 +12,7 @@ from c2f_jax.models import create_model, create_tower
 from c2f_jax.models.c2f import merge_params, split_params
 from c2f_jax.models.layers import Attention
 from c2f_jax.models.published import choose_layer, pool_tokens
-from c2f_jax.models.vision import resize_positions
+from c2f_jax.models.vision import cubic_weights, resize_positions
 from c2f_jax.models.wav2vec2 import normalise_waveform, span_mask
 from c2f_jax.optimizer import OptimizerConfig, create_optimizer
 from c2f_jax.train_state import create_train_state
@@ -209,8 +209,10 @@ def test_positions_for_another_resolution():
     np.testing.assert_allclose(resize_positions(positions, 65), positions, atol=1e-5)
     larger = resize_positions(positions, 257)
     assert larger.shape == (1, 257, 2) and larger[0, 0].tolist() == [9.0, 9.0]
-    inner = np.asarray(larger[0, 1:]).reshape(16, 16, 2)[4:12, 4:12, 0]  # a ramp stays a ramp, half as steep
-    np.testing.assert_allclose(np.diff(inner, axis=0), 0.5, atol=1e-3)
+    # A ramp stays one, half as steep; the kernel with a = -0.75 is exact for every second difference only.
+    inner = np.asarray(larger[0, 1:]).reshape(16, 16, 2)[4:12, 4:12, 0]
+    np.testing.assert_allclose(inner[2:] - inner[:-2], 1.0, atol=1e-5)
+    np.testing.assert_allclose(cubic_weights(8, 5).sum(axis=1), 1.0, atol=1e-6)
 
 
 def test_split_and_merge_are_inverse():

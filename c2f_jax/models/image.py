@@ -1,22 +1,25 @@
 """Image encoders. Interface: image (n, H, W, 3) uint8 -> [CLS] + tokens, token lengths."""
 
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from c2f_jax.models.layers import Transformer, dropout, fold_keys, prepend_cls
+from c2f_jax.models.layers import TransformerEncoder, dropout, fold_keys, prepend_cls
 
 
 def patches(x, side):
-    """(n, H, W, C) -> (n, H / side, W / side, side side C): the input of a convolution with stride = kernel = side."""
+    """(n, H, W, C) -> (n, H // side, W // side, side side C): the input of a convolution with stride = kernel = side.
+
+    Pixels at the right and the bottom that fill no patch are dropped, as by the convolution.
+    """
     n, height, width, channels = x.shape
-    x = x.reshape(n, height // side, side, width // side, side, channels).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(n, height // side, width // side, side * side * channels)
+    rows, columns = height // side, width // side
+    x = x[:, : rows * side, : columns * side].reshape(n, rows, side, columns, side, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, rows, columns, side * side * channels)
 
 
-class ViTImageEncoder(nn.Module):
+class ViTImageEncoder(TransformerEncoder):
     """A vision transformer (Dosovitskiy et al. 2021) with a [CLS] and learnt positions.
 
     Attributes:
@@ -25,23 +28,13 @@ class ViTImageEncoder(nn.Module):
         learn much faster with it (Xiao et al. 2021, "Early Convolutions Help Transformers See Better").
       conv_blocks: residual 3 x 3 convolutions on the patch grid before the transformer.
       token_pool: output tokens are means over token_pool x token_pool patches, which makes matching cheaper.
-      width: W of the tokens.
-      depth, heads, mlp_ratio, dropout_rate: of the transformer.
-      dtype, attention, remat: compute type, attention implementation, rematerialisation.
+      others: as in ``TransformerEncoder``.
     """
 
     patch: int = 8
     conv_stem: bool = False
     conv_blocks: int = 0
     token_pool: int = 1
-    width: int = 128
-    depth: int = 4
-    heads: int = 4
-    mlp_ratio: float = 4.0
-    dropout_rate: float = 0.0
-    dtype: Any = jnp.float32
-    attention: str = "xla"
-    remat: bool = False
 
     @nn.compact
     def __call__(self, image, keys=None):
@@ -63,16 +56,7 @@ class ViTImageEncoder(nn.Module):
         x = x + positions.astype(self.dtype)
         x = prepend_cls(self, dropout(x, self.dropout_rate, fold_keys(keys, self.depth)))
         lengths = jnp.full((n,), x.shape[1], jnp.int32)
-        x = Transformer(
-            self.depth,
-            self.heads,
-            self.mlp_ratio,
-            dropout_rate=self.dropout_rate,
-            dtype=self.dtype,
-            attention=self.attention,
-            remat=self.remat,
-            name="transformer",
-        )(x, lengths, keys)
+        x = self._transformer()(x, lengths, keys)
         if self.token_pool > 1:
             rows, columns = image.shape[1] // self.patch, image.shape[2] // self.patch
             grid = x[:, 1:].reshape(n, rows, columns, self.width)

@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 ATTENTION_IMPLEMENTATIONS = ("xla", "cudnn")
 ACTIVATIONS = {
@@ -27,6 +28,9 @@ class BlockStyle:
       epsilon: of the layer norms.
       layer_scale: learnt scale of each sub-layer's output (DINOv2).
       cross_every: 1 for cross-attention in every block, 2 for every second one from the first on (Q-Former).
+      position_buckets: rows of the table of relative positions, shared by all blocks and gated in each (WavLM); 0 for
+        none.
+      position_distance: distance from which on all positions share a row.
     """
 
     pre_norm: bool = True
@@ -34,6 +38,8 @@ class BlockStyle:
     epsilon: float = 1e-6
     layer_scale: bool = False
     cross_every: int = 1
+    position_buckets: int = 0
+    position_distance: int = 800
 
 
 def fold_keys(keys, site):
@@ -70,6 +76,23 @@ def sinusoidal_positions(length, width):
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)[:, :width]
 
 
+def relative_buckets(length, buckets, distance):
+    """Rows of the table of relative positions: (length, length) int32 for queries i and keys j.
+
+    Half of the rows are for j > i. Of each half, the first half stands for |j - i| = 0, 1, ..., the rest for ranges
+    that widen up to ``distance``.
+
+    Source: Raffel et al. 2020 (T5), section 2.1.
+    """
+    relative = np.arange(length)[None, :] - np.arange(length)[:, None]
+    half, exact = buckets // 2, buckets // 4
+    # In float32, as the reference: its rounding decides which range a distance on a border falls into.
+    wide = np.log(np.maximum(np.abs(relative), 1).astype(np.float32) / exact) / np.float32(np.log(distance / exact))
+    wide = np.minimum(exact + (wide * (half - exact)).astype(np.int64), half - 1)
+    found = np.where(np.abs(relative) < exact, np.abs(relative), wide)
+    return (found + half * (relative > 0)).astype(np.int32)
+
+
 class Attention(nn.Module):
     """Multi-head attention; the project's one call of ``jax.nn.dot_product_attention``.
 
@@ -84,10 +107,11 @@ class Attention(nn.Module):
     implementation: str = "xla"
 
     @nn.compact
-    def __call__(self, x, context, context_lengths):
+    def __call__(self, x, context, context_lengths, positions=None):
         """(n, T, W), (n, S, C), (n,) int32 or None -> (n, T, W).
 
-        A query sees the first ``context_lengths`` of the context, or all of it.
+        A query sees the first ``context_lengths`` of the context, or all of it. ``positions`` (heads, T, S) are added
+        to the logits of each head, times a gate that depends on the query.
         """
         width = x.shape[-1]
 
@@ -100,10 +124,25 @@ class Attention(nn.Module):
             heads("query", x),
             heads("key", context),
             heads("value", context),
+            None if positions is None else self._gate(x) * positions.astype(self.dtype),
             key_value_seq_lengths=None if context_lengths is None else context_lengths.astype(jnp.int32),
             implementation=self.implementation,
         )
         return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="out")(attended)
+
+    def _gate(self, x):
+        """(n, T, W) -> (n, heads, T, 1), how much the relative positions of each query count.
+
+        a (b c - 1) + 2 with a, b = sigmoid(sums of four linear maps of the head's part of x), c learnt for each head.
+
+        Source: Chen et al. 2022 (WavLM), section III-B.
+        """
+        n, length, width = x.shape
+        x = x.reshape(n, length, self.heads, width // self.heads)
+        x = nn.Dense(8, dtype=self.dtype, name="gate")(x).reshape(n, length, self.heads, 2, 4)
+        a, b = jnp.moveaxis(nn.sigmoid(jnp.sum(x, axis=-1)), -1, 0)  # (n, T, heads) each
+        scale = self.param("gate_scale", nn.initializers.ones, (self.heads,)).astype(self.dtype)
+        return jnp.swapaxes(a * (b * scale - 1.0) + 2.0, 1, 2)[..., None]
 
 
 class TransformerBlock(nn.Module):
@@ -127,20 +166,21 @@ class TransformerBlock(nn.Module):
     attention: str = "xla"
 
     @nn.compact
-    def __call__(self, x, lengths, keys=None, context=None, context_lengths=None):
+    def __call__(self, x, lengths, keys=None, context=None, context_lengths=None, positions=None):
         """(n, T, W) tokens with (n,) lengths, optional (n, S, C) context with (n,) lengths -> (n, T, W).
 
-        Lengths may be None where all tokens are valid.
+        Lengths may be None where all tokens are valid. ``positions`` (heads, T, T) are relative ones of the tokens.
         """
 
-        def attend(name, y, context, lengths):
-            return Attention(self.heads, self.dtype, self.attention, name=name)(y, context, lengths)
+        def attend(name, y, context, lengths, positions=None):
+            return Attention(self.heads, self.dtype, self.attention, name=name)(y, context, lengths, positions)
 
         def mlp(y):
             y = nn.Dense(round(x.shape[-1] * self.mlp_ratio), dtype=self.dtype, name="mlp_in")(y)
             return nn.Dense(x.shape[-1], dtype=self.dtype, name="mlp_out")(ACTIVATIONS[self.style.activation](y))
 
-        x = self._residual(x, "self_attention", lambda y: attend("self_attention", y, y, lengths), fold_keys(keys, 0))
+        attend_self = lambda y: attend("self_attention", y, y, lengths, positions)  # noqa: E731
+        x = self._residual(x, "self_attention", attend_self, fold_keys(keys, 0))
         if self.cross_attention:
             cross = functools.partial(attend, "cross_attention", context=context, lengths=context_lengths)
             x = self._residual(x, "cross_attention", cross, fold_keys(keys, 1))
@@ -185,7 +225,12 @@ class Transformer(nn.Module):
         last, and the result.
         """
         block_type = nn.remat(TransformerBlock) if self.remat else TransformerBlock
-        hidden = [x]
+        hidden, positions = [x], None
+        if self.style.position_buckets:
+            shape = (self.style.position_buckets, self.heads)
+            table = self.param("relative_positions", nn.initializers.normal(0.02), shape)
+            rows = relative_buckets(x.shape[1], self.style.position_buckets, self.style.position_distance)
+            positions = jnp.moveaxis(table[rows], -1, 0)  # (heads, T, T)
         for layer in range(self.depth):
             block = block_type(
                 self.heads,
@@ -197,7 +242,7 @@ class Transformer(nn.Module):
                 self.attention,
                 name=f"block_{layer}",
             )
-            y = block(x, lengths, fold_keys(keys, layer), context, context_lengths)
+            y = block(x, lengths, fold_keys(keys, layer), context, context_lengths, positions)
             if keys is not None and self.layer_drop:
                 skip = jax.vmap(lambda key: jax.random.bernoulli(key, self.layer_drop))(
                     fold_keys(keys, self.depth + 1 + layer)
@@ -208,6 +253,41 @@ class Transformer(nn.Module):
         if self.style.pre_norm:
             hidden[-1] = x = nn.LayerNorm(self.style.epsilon, dtype=self.dtype, name="norm")(x)
         return (x, tuple(hidden)) if layers else x
+
+
+class TransformerEncoder(nn.Module):
+    """What all encoders share: the attributes of their transformer, and the transformer itself.
+
+    Attributes:
+      width: W of the tokens.
+      depth, heads, mlp_ratio, dropout_rate: of the transformer.
+      dtype: compute type; parameters are float32.
+      attention: attention implementation, "xla" or "cudnn".
+      remat: recompute each block's activations in the backward pass instead of keeping them.
+    """
+
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+    mlp_ratio: float = 4.0
+    dropout_rate: float = 0.0
+    dtype: Any = jnp.float32
+    attention: str = "xla"
+    remat: bool = False
+
+    def _transformer(self, **attributes):
+        """The ``Transformer`` of these attributes and others given."""
+        return Transformer(
+            self.depth,
+            self.heads,
+            self.mlp_ratio,
+            dropout_rate=self.dropout_rate,
+            dtype=self.dtype,
+            attention=self.attention,
+            remat=self.remat,
+            name="transformer",
+            **attributes,
+        )
 
 
 def prepend_cls(module, tokens):

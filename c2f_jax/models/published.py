@@ -3,14 +3,19 @@
 A frozen network may also have run before: given its tokens from the feature cache, the encoder leaves it out.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from c2f_jax.errors import UserError
-from c2f_jax.models.layers import Transformer, dropout, fold_keys, length_mask, prepend_cls, sinusoidal_positions
+from c2f_jax.models.layers import (
+    TransformerEncoder,
+    dropout,
+    fold_keys,
+    length_mask,
+    prepend_cls,
+    sinusoidal_positions,
+)
 
 FROZEN = ("tower", "conv", "none")
 
@@ -44,7 +49,7 @@ def pool_tokens(tokens, lengths, size):
     return total / jnp.maximum(jnp.sum(valid, axis=2), 1).astype(x.dtype), (lengths + size - 1) // size
 
 
-class PublishedEncoder(nn.Module):
+class PublishedEncoder(TransformerEncoder):
     """What ``PublishedSpeech`` and ``PublishedImage`` share.
 
     Attributes:
@@ -55,10 +60,10 @@ class PublishedEncoder(nn.Module):
         softmax-weighted sum of all hidden states, equal weights at the start.
       pool: tokens are means over so many consecutive ones.
       width: W of the tokens; those of the network are normalised and projected to it.
-      depth, heads, mlp_ratio, dropout_rate: of the small transformer with its learnt [CLS]. With depth 0 there is
-        neither: tokens are the network's, the first one its summary ([CLS], or the mean of all).
+      depth: of the small transformer with its learnt [CLS]. With depth 0 there is neither: tokens are the network's,
+        the first one its summary ([CLS], or the mean of all).
       token_dropout: share of the network's tokens that are set to 0 in training, width for width.
-      dtype, attention, remat: compute type, attention implementation, rematerialisation.
+      others: as in ``TransformerEncoder``.
     """
 
     tower: nn.Module | None = None
@@ -67,13 +72,7 @@ class PublishedEncoder(nn.Module):
     pool: int = 1
     width: int = 256
     depth: int = 2
-    heads: int = 4
-    mlp_ratio: float = 4.0
-    dropout_rate: float = 0.0
     token_dropout: float = 0.0
-    dtype: Any = jnp.float32
-    attention: str = "xla"
-    remat: bool = False
 
     def _features(self, keys, given, *lengths):
         """Tokens (n, T, C) of the network or of the cache, and their lengths."""
@@ -111,16 +110,7 @@ class PublishedEncoder(nn.Module):
             x = x + sinusoidal_positions(x.shape[1], self.width).astype(self.dtype)
         x = prepend_cls(self, dropout(x, self.dropout_rate, fold_keys(keys, self.depth)))
         lengths = lengths + 1
-        x = Transformer(
-            self.depth,
-            self.heads,
-            self.mlp_ratio,
-            dropout_rate=self.dropout_rate,
-            dtype=self.dtype,
-            attention=self.attention,
-            remat=self.remat,
-            name="transformer",
-        )(x, lengths, keys)
+        x = self._transformer()(x, lengths, keys)
         return x, lengths
 
 

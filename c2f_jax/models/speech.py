@@ -1,13 +1,19 @@
 """Speech encoders. Interface: waveform (n, S) float32 at 16 kHz, lengths (n,) samples -> [CLS] + tokens, lengths."""
 
 from functools import cache
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from c2f_jax.models.layers import Transformer, dropout, fold_keys, length_mask, prepend_cls, sinusoidal_positions
+from c2f_jax.models.layers import (
+    TransformerEncoder,
+    dropout,
+    fold_keys,
+    length_mask,
+    prepend_cls,
+    sinusoidal_positions,
+)
 
 SAMPLE_RATE = 16_000
 WINDOW = 400  # 25 ms, the length of the Fourier transform too
@@ -50,29 +56,19 @@ def log_mel(waveform, lengths, mels=80, hop=160):
     return jnp.where(valid, (features - mean) / (jnp.sqrt(variance) + 0.01), 0.0), frame_lengths
 
 
-class LogMelSpeechEncoder(nn.Module):
+class LogMelSpeechEncoder(TransformerEncoder):
     """Log-mel spectrogram, strided convolutions, a small transformer with a [CLS].
 
     Attributes:
-      width: W of the tokens.
-      depth, heads, mlp_ratio, dropout_rate: of the transformer.
       mels: mel channels.
       hop: samples from frame to frame; 160 is 10 ms.
       conv_layers: convolutions of stride 2; tokens come every hop 2^conv_layers samples (80 ms by default).
-      dtype, attention, remat: compute type, attention implementation, rematerialisation.
+      others: as in ``TransformerEncoder``.
     """
 
-    width: int = 128
-    depth: int = 4
-    heads: int = 4
-    mlp_ratio: float = 4.0
-    dropout_rate: float = 0.0
     mels: int = 80
     hop: int = 160
     conv_layers: int = 3
-    dtype: Any = jnp.float32
-    attention: str = "xla"
-    remat: bool = False
 
     @nn.compact
     def __call__(self, waveform, lengths, keys=None):
@@ -91,14 +87,5 @@ class LogMelSpeechEncoder(nn.Module):
         x = x + sinusoidal_positions(x.shape[1], self.width).astype(self.dtype)
         x = prepend_cls(self, dropout(x, self.dropout_rate, fold_keys(keys, self.depth)))
         lengths = lengths + 1
-        x = Transformer(
-            self.depth,
-            self.heads,
-            self.mlp_ratio,
-            dropout_rate=self.dropout_rate,
-            dtype=self.dtype,
-            attention=self.attention,
-            remat=self.remat,
-            name="transformer",
-        )(x, lengths, keys)
+        x = self._transformer()(x, lengths, keys)
         return x, lengths

@@ -1,22 +1,29 @@
 """Published vision transformers: CLIP, DINOv2, SigLIP, and BLIP-2's EVA ViT-g with its Q-Former."""
 
-from typing import Any
+import math
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+import numpy as np
 
 from c2f_jax.models.image import patches
-from c2f_jax.models.layers import Attention, BlockStyle, Transformer, dropout, fold_keys, prepend_cls
+from c2f_jax.models.layers import (
+    ACTIVATIONS,
+    Attention,
+    BlockStyle,
+    TransformerEncoder,
+    dropout,
+    fold_keys,
+    prepend_cls,
+)
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(TransformerEncoder):
     """A published ViT; the defaults are CLIP ViT-B/32.
 
     Attributes:
-      width, depth, heads, mlp_ratio, dropout_rate: of the transformer.
       patch: side of a patch in pixels.
       mean, std: of the three colours (0 to 1), removed first.
       activation, epsilon, layer_scale: see ``BlockStyle``.
@@ -25,7 +32,7 @@ class VisionTransformer(nn.Module):
       input_norm: a layer norm before the blocks (CLIP).
       pooling_head: an attention-pooled token before the patches' (SigLIP).
       projection: width of the published joint space; tokens are projected into it. 0 leaves them as they are.
-      dtype, attention, remat: compute type, attention implementation, rematerialisation.
+      others: as in ``TransformerEncoder``.
 
     Source: Dosovitskiy et al. 2021; Radford et al. 2021 (CLIP); Oquab et al. 2023 (DINOv2); Zhai et al. 2023 (SigLIP);
     Fang et al. 2022 (EVA).
@@ -34,8 +41,6 @@ class VisionTransformer(nn.Module):
     width: int = 768
     depth: int = 12
     heads: int = 12
-    mlp_ratio: float = 4.0
-    dropout_rate: float = 0.0
     patch: int = 32
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
@@ -47,9 +52,6 @@ class VisionTransformer(nn.Module):
     input_norm: bool = True
     pooling_head: bool = False
     projection: int = 0
-    dtype: Any = jnp.float32
-    attention: str = "xla"
-    remat: bool = False
 
     summary = "first"
 
@@ -72,17 +74,8 @@ class VisionTransformer(nn.Module):
         if self.input_norm:
             x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="input_norm")(x)
         x = dropout(x, self.dropout_rate, fold_keys(keys, self.depth))
-        x, hidden = Transformer(
-            self.depth,
-            self.heads,
-            self.mlp_ratio,
-            dropout_rate=self.dropout_rate,
-            style=BlockStyle(activation=self.activation, epsilon=self.epsilon, layer_scale=self.layer_scale),
-            dtype=self.dtype,
-            attention=self.attention,
-            remat=self.remat,
-            name="transformer",
-        )(x, None, keys, layers=True)
+        style = BlockStyle(activation=self.activation, epsilon=self.epsilon, layer_scale=self.layer_scale)
+        x, hidden = self._transformer(style=style)(x, None, keys, layers=True)
         if self.pooling_head:
             x = jnp.concatenate([self._attention_pool(x), x], axis=1)
         if self.projection:
@@ -96,20 +89,19 @@ class VisionTransformer(nn.Module):
         pooled = Attention(self.heads, self.dtype, self.attention, name="pool_attention")(probe, x, None)
         y = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="pool_norm")(pooled)
         y = nn.Dense(round(self.width * self.mlp_ratio), dtype=self.dtype, name="pool_mlp_in")(y)
-        return pooled + nn.Dense(self.width, dtype=self.dtype, name="pool_mlp_out")(nn.gelu(y))
+        return pooled + nn.Dense(self.width, dtype=self.dtype, name="pool_mlp_out")(ACTIVATIONS[self.activation](y))
 
 
-class Blip2(nn.Module):
+class Blip2(TransformerEncoder, kw_only=True):
     """BLIP-2's image side: learnt queries read a frozen ViT's tokens through cross-attention (Q-Former).
 
     Attributes:
       vision: the ViT.
       queries: number of query tokens.
-      width, depth, heads, mlp_ratio, dropout_rate: of the Q-Former.
       cross_every: cross-attention in every so many blocks.
       epsilon: of its layer norms.
       projection: width of the published contrastive (ITC) space; tokens are projected into it. 0 leaves them.
-      dtype, attention, remat: compute type, attention implementation, rematerialisation.
+      others: of the Q-Former, as in ``TransformerEncoder``.
 
     Source: Li et al. 2023 (BLIP-2), section 3.
     """
@@ -119,21 +111,11 @@ class Blip2(nn.Module):
     width: int = 768
     depth: int = 12
     heads: int = 12
-    mlp_ratio: float = 4.0
-    dropout_rate: float = 0.0
     cross_every: int = 2
     epsilon: float = 1e-12
     projection: int = 0
-    dtype: Any = jnp.float32
-    attention: str = "xla"
-    remat: bool = False
 
     summary = "mean"
-
-    @property
-    def patch(self):
-        """Side of a patch in pixels."""
-        return self.vision.patch
 
     @nn.compact
     def __call__(self, image, keys=None):
@@ -143,25 +125,16 @@ class Blip2(nn.Module):
         x = jnp.broadcast_to(queries.astype(self.dtype), (image.shape[0], self.queries, self.width))
         x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="input_norm")(x)
         x = dropout(x, self.dropout_rate, fold_keys(keys, self.depth))
-        x, hidden = Transformer(
-            self.depth,
-            self.heads,
-            self.mlp_ratio,
-            cross_attention=True,
-            dropout_rate=self.dropout_rate,
-            style=BlockStyle(False, "gelu", self.epsilon, cross_every=self.cross_every),
-            dtype=self.dtype,
-            attention=self.attention,
-            remat=self.remat,
-            name="transformer",
-        )(x, None, keys, context, None, layers=True)
+        style = BlockStyle(False, "gelu", self.epsilon, cross_every=self.cross_every)
+        transformer = self._transformer(style=style, cross_attention=True)
+        x, hidden = transformer(x, None, keys, context, None, layers=True)
         if self.projection:
             x = nn.Dense(self.projection, dtype=self.dtype, name="projection")(x)
         return x, jnp.full((x.shape[0],), self.queries, jnp.int32), hidden
 
 
 def resize_positions(positions, tokens):
-    """Position embeddings of a square grid for another number of patches, cubic interpolation (Keys, a = -0.5).
+    """Position embeddings of a square grid for another number of patches, as PyTorch's bicubic interpolation.
 
     Args:
       positions: (1, C + P, W), P = p^2 patches after C = 0 or 1 [CLS].
@@ -170,9 +143,25 @@ def resize_positions(positions, tokens):
     Returns:
       (1, C + Q, W).
     """
-    width = positions.shape[-1]
-    extra = positions.shape[1] - round(positions.shape[1] ** 0.5) ** 2
-    old, new = round((positions.shape[1] - extra) ** 0.5), round((tokens - extra) ** 0.5)
-    grid = positions[:, extra:].reshape(1, old, old, width)
-    grid = jax.image.resize(grid, (1, new, new, width), "cubic").reshape(1, new * new, width)
+    extra = positions.shape[1] - math.isqrt(positions.shape[1]) ** 2
+    old, new = math.isqrt(positions.shape[1]), math.isqrt(tokens - extra)
+    weights = cubic_weights(old, new)
+    grid = jnp.asarray(positions[0, extra:]).reshape(old, old, -1)
+    grid = jnp.einsum("ri,cj,ijw->rcw", weights, weights, grid, precision="highest").reshape(1, new * new, -1)
     return jnp.concatenate([positions[:, :extra], grid], axis=1)
+
+
+def cubic_weights(old, new):
+    """(new, old) float32 weights that interpolate ``old`` points at ``new`` ones, edges repeated, without antialiasing.
+
+    Source: Keys 1981, with a = -0.75 as in PyTorch.
+    """
+    a, weights = -0.75, np.zeros((new, old), np.float32)
+    at = (np.arange(new) + 0.5) * old / new - 0.5
+    for offset in range(-1, 3):
+        point = np.floor(at).astype(int) + offset
+        x = np.abs(at - point)
+        near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+        far = a * (x**3 - 5 * x**2 + 8 * x - 4)
+        np.add.at(weights, (np.arange(new), np.clip(point, 0, old - 1)), np.where(x <= 1, near, far))
+    return weights

@@ -1,26 +1,24 @@
 """Whisper's encoder: log-mel spectrogram, two convolutions, a transformer."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
 from c2f_jax.errors import UserError
-from c2f_jax.models.layers import BlockStyle, Transformer, dropout, fold_keys, length_mask
+from c2f_jax.models.layers import BlockStyle, TransformerEncoder, dropout, fold_keys, length_mask
 from c2f_jax.models.speech import SAMPLE_RATE, WINDOW, _mel_filters
 
 HOP = 160
 
 
 def whisper_log_mel(waveform, lengths, frames, mels=80):
-    """Whisper's log-mel spectrogram of the first ``frames`` frames, the waveform followed by silence.
+    """Whisper's log-mel spectrogram of ``frames`` frames of 10 ms, the waveform followed by silence.
 
     x_tm = (max(y_tm, max y - 8) + 4) / 4,  y = log10(max(|STFT|^2 . filters, 1e-10)), frames centred at multiples of
-    10 ms, the start of the waveform mirrored.
+    10 ms, the signal mirrored at both ends.
 
     Args:
-      waveform: (n, S) float32, 16 kHz, S > 200.
+      waveform: (n, S) float32, 16 kHz, S <= 160 T.
       lengths: (n,) valid samples; what follows is taken as silence.
       frames: number of frames T.
       mels: channels M.
@@ -29,9 +27,8 @@ def whisper_log_mel(waveform, lengths, frames, mels=80):
       (n, T, M) float32. A frame of an utterance does not depend on the length that it was padded to.
     """
     x = jnp.where(length_mask(lengths, waveform.shape[1]), waveform, 0.0)
-    half, size = WINDOW // 2, (frames - 1) * HOP + WINDOW
-    x = jnp.pad(x, ((0, 0), (half, 0)), mode="reflect")[:, :size]
-    x = jnp.pad(x, ((0, 0), (0, size - x.shape[1])))
+    x = jnp.pad(x, ((0, 0), (0, frames * HOP - x.shape[1])))
+    x = jnp.pad(x, ((0, 0), (WINDOW // 2, WINDOW // 2)), mode="reflect")
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(WINDOW) / WINDOW)
     index = np.arange(frames)[:, None] * HOP + np.arange(WINDOW)
     spectrum = jnp.fft.rfft(x[:, index] * jnp.asarray(window, jnp.float32))
@@ -47,16 +44,15 @@ def whisper_positions(length, width):
     return jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), jnp.float32)
 
 
-class Whisper(nn.Module):
+class Whisper(TransformerEncoder):
     """Whisper's encoder; the defaults are the tiny one.
 
     Attributes:
-      width, depth, heads, mlp_ratio, dropout_rate: of the transformer.
       mels: mel channels; 80, or 128 from large-v3 on.
       positions: number of position embeddings, 20 ms each.
       pad: silence up to 30 s that the transformer attends to, as published; False cuts each utterance to its own
         length: the same features up to the transformer, in which no silence is attended to, at a fraction of the cost.
-      dtype, attention, remat: compute type, attention implementation, rematerialisation.
+      others: as in ``TransformerEncoder``.
 
     Source: Radford et al. 2022.
     """
@@ -64,14 +60,9 @@ class Whisper(nn.Module):
     width: int = 384
     depth: int = 4
     heads: int = 6
-    mlp_ratio: float = 4.0
-    dropout_rate: float = 0.0
     mels: int = 80
     positions: int = 1500
     pad: bool = False
-    dtype: Any = jnp.float32
-    attention: str = "xla"
-    remat: bool = False
 
     summary = "mean"
 
@@ -106,15 +97,6 @@ class Whisper(nn.Module):
         table = self.param("positions", lambda _: whisper_positions(self.positions, self.width))
         x = dropout(x + table[:frames].astype(self.dtype), self.dropout_rate, fold_keys(keys, self.depth))
         lengths = ((lengths + step - 1) // step).astype(jnp.int32)
-        x, hidden = Transformer(
-            self.depth,
-            self.heads,
-            self.mlp_ratio,
-            dropout_rate=self.dropout_rate,
-            style=BlockStyle(activation="gelu", epsilon=1e-5),
-            dtype=self.dtype,
-            attention=self.attention,
-            remat=self.remat,
-            name="transformer",
-        )(x, None if self.pad else lengths, keys, layers=True)
+        transformer = self._transformer(style=BlockStyle(activation="gelu", epsilon=1e-5))
+        x, hidden = transformer(x, None if self.pad else lengths, keys, layers=True)
         return x, lengths, hidden

@@ -3,9 +3,11 @@
 import re
 
 from c2f_jax.errors import UserError
+from c2f_jax.models.layers import BlockStyle
 from c2f_jax.models.vision import CLIP_MEAN, CLIP_STD
 from c2f_jax.pretrained import names
 
+BICUBIC = 3  # in preprocessor_config.json
 HALF = [0.5, 0.5, 0.5]
 IMAGENET = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
 # Heads are not seen in the tensors; these are the published sizes.
@@ -26,6 +28,15 @@ VISION_DEFAULTS = {
     "dinov2": {"patch_size": 14, "layer_norm_eps": 1e-6, "hidden_act": "gelu", "mlp_ratio": 4},
 }
 SIZES = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+# Values of config.json that our network has as constants.
+WAV2VEC2_SUPPORTED = {
+    "feat_extract_activation": "gelu",
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+    "feat_proj_layer_norm": True,
+    "conv_pos_batch_norm": False,
+    "add_adapter": False,
+}
 ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 
 
@@ -45,8 +56,9 @@ def describe(layout, tensors, prefix, config, processor, settings, normalise=Non
       UserError: a value that is needed is not there, or of a kind that is not supported.
     """
     if layout is names.FAIRSEQ:
-        flag = _flag(settings.get("task", {}).get("normalize"), normalise)
-        return _fairseq(tensors, prefix, flag), _speech(flag)
+        task = settings.get("task")  # WavLM's settings have no tasks
+        flag = _flag((task if isinstance(task, dict) else settings).get("normalize"), normalise)
+        return _fairseq(tensors, prefix, flag, settings.get("max_distance")), _speech(flag)
     if layout is names.LAVIS:
         tower = _lavis(tensors)
         patches = tensors["visual_encoder.pos_embed"].shape[1] - 1
@@ -84,17 +96,14 @@ def _speech(normalise):
 
 
 def _wav2vec2(config, normalise):
-    layer_norm = config["feat_extract_norm"] == "layer"
-    if bool(config["conv_bias"]) != layer_norm or not config.get("feat_proj_layer_norm", True):
-        raise UserError("config.json: convolutions need a layer norm and biases, or a group norm and no biases")
-    if (
-        config.get("conv_pos_batch_norm")
-        or config["feat_extract_activation"] != "gelu"
-        or config["hidden_act"] != "gelu"
-    ):
-        raise UserError("config.json: GELU and a weight-normed position convolution are supported")
-    if config.get("model_type") not in ("wav2vec2", "hubert"):
-        raise UserError(f"config.json: model_type {config.get('model_type')!r}; wav2vec2 and hubert are supported")
+    if config.get("model_type") not in ("wav2vec2", "hubert", "wavlm"):
+        raise UserError(
+            f"config.json: model_type {config.get('model_type')!r}; wav2vec2, hubert and wavlm are supported"
+        )
+    for key, supported in WAV2VEC2_SUPPORTED.items():
+        if config.get(key, supported) != supported:
+            raise UserError(f"config.json: {key}={config[key]!r}; only {supported!r} is supported")
+    wavlm = config["model_type"] == "wavlm"
     return {
         "name": "wav2vec2",
         "width": config["hidden_size"],
@@ -104,15 +113,18 @@ def _wav2vec2(config, normalise):
         "conv_widths": list(config["conv_dim"]),
         "conv_kernels": list(config["conv_kernel"]),
         "conv_strides": list(config["conv_stride"]),
-        "conv_layer_norm": layer_norm,
+        "conv_layer_norm": config["feat_extract_norm"] == "layer",
+        "conv_bias": bool(config["conv_bias"]),
         "normalise": normalise,
         "pre_norm": bool(config["do_stable_layer_norm"]),
         "position_kernel": config["num_conv_pos_embeddings"],
         "position_groups": config["num_conv_pos_embedding_groups"],
+        "position_buckets": config["num_buckets"] if wavlm else 0,
+        "position_distance": config["max_bucket_distance"] if wavlm else BlockStyle.position_distance,
     }
 
 
-def _fairseq(tensors, prefix, normalise):
+def _fairseq(tensors, prefix, normalise, position_distance):
     tensors = {n.removeprefix(prefix): v for n, v in tensors.items()}
     width = tensors["post_extract_proj.weight"].shape[0]
     if width not in FAIRSEQ_HEADS:
@@ -122,6 +134,7 @@ def _fairseq(tensors, prefix, normalise):
     position = tensors["encoder.pos_conv.0.weight_v"]
     # Published fairseq models have layer-normed convolutions exactly where the transformer is pre-norm.
     large = "feature_extractor.conv_layers.0.2.1.weight" in tensors
+    relative = tensors.get("encoder.layers.0.self_attn.relative_attention_bias.weight")
     return {
         "name": "wav2vec2",
         "width": width,
@@ -132,10 +145,13 @@ def _fairseq(tensors, prefix, normalise):
         "conv_kernels": [k.shape[2] for k in kernels],
         "conv_strides": [5] + [2] * (convs - 1),
         "conv_layer_norm": large,
+        "conv_bias": "feature_extractor.conv_layers.0.0.bias" in tensors,
         "normalise": normalise,
         "pre_norm": large,
         "position_kernel": position.shape[2],
         "position_groups": width // position.shape[1],
+        "position_buckets": 0 if relative is None else relative.shape[0],
+        "position_distance": position_distance or BlockStyle.position_distance,
     }
 
 
@@ -250,11 +266,15 @@ def _image(processor, size, mean, std, squash):
     if "size" in processor:
         squash = not (isinstance(processor["size"], int) or "shortest_edge" in processor["size"])
     crop = processor.get("do_center_crop", not squash)
+    if int(processor.get("resample", BICUBIC)) != BICUBIC:
+        raise UserError(
+            'preprocessor_config.json: only bicubic resampling is supported; write "resample": 3 there to take it'
+        )
     return {
         "image_size": side(processor.get("crop_size"), resize) if crop else resize,
         "resize": "squash" if squash else "short_side",
         "resize_side": resize,
-        "resample": {2: "bilinear", 3: "bicubic"}[int(processor.get("resample", 3))],
+        "resample": "bicubic",
         "mean": list(processor.get("image_mean") or mean),
         "std": list(processor.get("image_std") or std),
     }

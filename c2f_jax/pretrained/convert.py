@@ -42,10 +42,10 @@ def convert(sources, output, *, normalise=None, licence=None):
 def read_published(sources, *, normalise=None, licence=None):
     """(card, parameters) of published weights; arguments and errors as in ``convert``."""
     where = [_local(source) for source in sources]
-    files = [file for source in where for file in weight_files(source)]
+    files = [(given, file) for given, source in zip(sources, where, strict=True) for file in weight_files(source)]
     folder = where[0] if where[0].is_dir() else where[0].parent
     tensors, settings = {}, {}
-    for file in files:
+    for _, file in files:
         found, says = read_tensors(file)
         tensors |= _visual_encoder_names(found)
         settings |= says
@@ -64,7 +64,7 @@ def read_published(sources, *, normalise=None, licence=None):
         "layout": layout.name,
         "tower": tower,
         "preprocessing": preprocessing,
-        "source": [{"given": str(sources[0]), "file": f.name, "sha256": sha256(f)} for f in files],
+        "source": [{"given": str(given), "file": f.name, "sha256": sha256(f)} for given, f in files],
         "licence": licence or _licence(folder),
         "parameters": int(sum(np.size(x) for x in jax.tree.leaves(params))),
     }

@@ -15,7 +15,6 @@ class Layout:
 
     Attributes:
       name: what the card calls it.
-      tower: key of ``models.TOWERS``.
       anchor: a tensor that every such file holds; what stands before it in its name is the prefix of all names.
       rules: (regular expression over a parameter's path, replacement) in order; the first match whose tensor is there
         counts, for names have changed between versions. A replacement may end in "#0", "#1", "#2" (that third of the
@@ -24,7 +23,6 @@ class Layout:
     """
 
     name: str
-    tower: str
     anchor: str
     rules: tuple[tuple[str, str], ...]
     unused: tuple[str, ...] = ()
@@ -46,28 +44,43 @@ def _attention(path, source, names=("q_proj", "k_proj", "v_proj", "out_proj"), k
     )
 
 
+def _fused_attention(path, source, out):
+    """Query, key and value in one tensor, whose name without "weight" or "bias" is ``source``."""
+    parts = enumerate(("query", "key", "value"))
+    return (
+        *((f"{path}/{part}/(kernel|bias)", rf"{source}\LEAF#{k}") for k, part in parts),
+        *_modules((f"{path}/out", out)),
+    )
+
+
 def _modules(*pairs):
     return tuple((f"{path}/([^/]*)", rf"{source}.\LEAF") for path, source in pairs)
 
 
+def _block_modules(path, source, norms, mlp):
+    """Of each block: the norms of its attention and of its MLP, and the two layers of the MLP."""
+    parts = zip(("self_attention_norm", "mlp_norm", "mlp_in", "mlp_out"), (*norms, *mlp), strict=True)
+    return _modules(*((f"{path}/{part}", f"{source}.{name}") for part, name in parts))
+
+
 BLOCK = r"transformer/block_(\d+)"
 
-_WAV2VEC2_BLOCK = (
-    (f"{BLOCK}/self_attention_norm", r"encoder.layers.\1.layer_norm"),
-    (f"{BLOCK}/mlp_in", r"encoder.layers.\1.feed_forward.intermediate_dense"),
-    (f"{BLOCK}/mlp_out", r"encoder.layers.\1.feed_forward.output_dense"),
-    (f"{BLOCK}/mlp_norm", r"encoder.layers.\1.final_layer_norm"),
-)
-
 WAV2VEC2 = Layout(
-    "Hugging Face wav2vec 2.0 / HuBERT",
-    "wav2vec2",
+    "Hugging Face wav2vec 2.0 / HuBERT / WavLM",
     "feature_projection.projection.weight",
     (
         (r"conv/norm_(scale|bias)", r"feature_extractor.conv_layers.0.layer_norm.\LEAF"),
         ("mask_embedding", "masked_spec_embed?"),
         ("position_conv/kernel", "encoder.pos_conv_embed.conv.weight"),
+        ("transformer/relative_positions", "encoder.layers.0.attention.rel_attn_embed.weight"),
+        (f"{BLOCK}/self_attention/gate_scale", r"encoder.layers.\1.attention.gru_rel_pos_const"),
         *_attention(f"{BLOCK}/self_attention", r"encoder.layers.\1.attention"),
+        *_block_modules(
+            BLOCK,
+            r"encoder.layers.\1",
+            ("layer_norm", "final_layer_norm"),
+            ("feed_forward.intermediate_dense", "feed_forward.output_dense"),
+        ),
         *_modules(
             (r"conv/conv_(\d+)", r"feature_extractor.conv_layers.\1.conv"),
             (r"conv/norm_(\d+)", r"feature_extractor.conv_layers.\1.layer_norm"),
@@ -75,21 +88,23 @@ WAV2VEC2 = Layout(
             ("feature_projection", "feature_projection.projection"),
             ("position_conv", "encoder.pos_conv_embed.conv"),
             ("(?:input_norm|transformer/norm)", "encoder.layer_norm"),
-            *_WAV2VEC2_BLOCK,
+            (f"{BLOCK}/self_attention/gate", r"encoder.layers.\1.attention.gru_rel_pos_linear"),
         ),
     ),
     (r"(.*\.)?(lm_head|quantizer|project_q|project_hid|projector|classifier)\..*",),
 )
 
 FAIRSEQ = Layout(
-    "fairseq wav2vec 2.0 / HuBERT",
-    "wav2vec2",
+    "fairseq wav2vec 2.0 / HuBERT / WavLM",
     "post_extract_proj.weight",
     (
         (r"conv/norm_(scale|bias)", r"feature_extractor.conv_layers.0.2.\LEAF"),
         ("mask_embedding", "mask_emb?"),
         ("position_conv/kernel", "encoder.pos_conv.0.weight"),
+        ("transformer/relative_positions", "encoder.layers.0.self_attn.relative_attention_bias.weight"),
+        (f"{BLOCK}/self_attention/gate_scale", r"encoder.layers.\1.self_attn.grep_a"),
         *_attention(f"{BLOCK}/self_attention", r"encoder.layers.\1.self_attn"),
+        *_block_modules(BLOCK, r"encoder.layers.\1", ("self_attn_layer_norm", "final_layer_norm"), ("fc1", "fc2")),
         *_modules(
             (r"conv/conv_(\d+)", r"feature_extractor.conv_layers.\1.0"),
             (r"conv/norm_(\d+)", r"feature_extractor.conv_layers.\1.2.1"),
@@ -97,10 +112,7 @@ FAIRSEQ = Layout(
             ("feature_projection", "post_extract_proj"),
             ("position_conv", "encoder.pos_conv.0"),
             ("(?:input_norm|transformer/norm)", "encoder.layer_norm"),
-            (f"{BLOCK}/self_attention_norm", r"encoder.layers.\1.self_attn_layer_norm"),
-            (f"{BLOCK}/mlp_in", r"encoder.layers.\1.fc1"),
-            (f"{BLOCK}/mlp_out", r"encoder.layers.\1.fc2"),
-            (f"{BLOCK}/mlp_norm", r"encoder.layers.\1.final_layer_norm"),
+            (f"{BLOCK}/self_attention/gate", r"encoder.layers.\1.self_attn.grep_linear"),
         ),
     ),
     (r"(.*\.)?(quantizer|project_q|final_proj|proj|target_glu)\..*", r"(.*\.)?label_embs_concat"),
@@ -108,79 +120,65 @@ FAIRSEQ = Layout(
 
 WHISPER = Layout(
     "Hugging Face Whisper",
-    "whisper",
     "encoder.embed_positions.weight",
     (
         ("positions", "encoder.embed_positions.weight"),
         *_attention(f"{BLOCK}/self_attention", r"encoder.layers.\1.self_attn", key_bias=False),
+        *_block_modules(BLOCK, r"encoder.layers.\1", ("self_attn_layer_norm", "final_layer_norm"), ("fc1", "fc2")),
         *_modules(
             ("conv_0", "encoder.conv1"),
             ("conv_1", "encoder.conv2"),
             ("transformer/norm", "encoder.layer_norm"),
-            (f"{BLOCK}/self_attention_norm", r"encoder.layers.\1.self_attn_layer_norm"),
-            (f"{BLOCK}/mlp_in", r"encoder.layers.\1.fc1"),
-            (f"{BLOCK}/mlp_out", r"encoder.layers.\1.fc2"),
-            (f"{BLOCK}/mlp_norm", r"encoder.layers.\1.final_layer_norm"),
         ),
     ),
     (r"(.*\.)?(decoder|proj_out)\..*",),
 )
 
-_CLIP_BLOCK = (
-    (f"{BLOCK}/self_attention_norm", r"encoder.layers.\1.layer_norm1"),
-    (f"{BLOCK}/mlp_norm", r"encoder.layers.\1.layer_norm2"),
-    (f"{BLOCK}/mlp_in", r"encoder.layers.\1.mlp.fc1"),
-    (f"{BLOCK}/mlp_out", r"encoder.layers.\1.mlp.fc2"),
+_CLIP_NORMS, _CLIP_MLP = ("layer_norm1", "layer_norm2"), ("mlp.fc1", "mlp.fc2")
+# What CLIP and SigLIP have in common.
+_CLIP_RULES = (
+    ("positions", "embeddings.position_embedding.weight"),
+    *_attention(f"{BLOCK}/self_attention", r"encoder.layers.\1.self_attn"),
+    *_block_modules(BLOCK, r"encoder.layers.\1", _CLIP_NORMS, _CLIP_MLP),
+    *_modules(("patch_embedding", "embeddings.patch_embedding"), ("transformer/norm", "post_layernorm")),
 )
-_TEXT_SIDE = (r"(.*\.)?text_model\..*", r"(.*\.)?text_projection\..*", r"(.*\.)?logit_(scale|bias)")
+_CLIP_UNUSED = (
+    r"(.*\.)?text_model\..*",
+    r"(.*\.)?text_projection\..*",
+    r"(.*\.)?logit_(scale|bias)",
+    r"(.*\.)?position_ids",
+)
 
 CLIP = Layout(
     "Hugging Face CLIP",
-    "vision_transformer",
     "embeddings.class_embedding",
     (
         ("cls", "embeddings.class_embedding"),
-        ("positions", "embeddings.position_embedding.weight"),
         ("projection/kernel", "visual_projection.weight"),
-        *_attention(f"{BLOCK}/self_attention", r"encoder.layers.\1.self_attn"),
-        *_modules(
-            ("patch_embedding", "embeddings.patch_embedding"),
-            ("input_norm", "pre_layrnorm"),
-            ("transformer/norm", "post_layernorm"),
-            *_CLIP_BLOCK,
-        ),
+        *_modules(("input_norm", "pre_layrnorm")),
+        *_CLIP_RULES,
     ),
-    (*_TEXT_SIDE, r"(.*\.)?position_ids"),
+    _CLIP_UNUSED,
 )
 
 SIGLIP = Layout(
     "Hugging Face SigLIP",
-    "vision_transformer",
     "embeddings.patch_embedding.bias",
     (
-        ("positions", "embeddings.position_embedding.weight"),
         ("probe", "head.probe"),
-        *(
-            (f"pool_attention/{part}/(kernel|bias)", rf"head.attention.in_proj_\LEAF#{k}")
-            for k, part in enumerate(("query", "key", "value"))
-        ),
-        *_attention(f"{BLOCK}/self_attention", r"encoder.layers.\1.self_attn"),
+        *_fused_attention("pool_attention", "head.attention.in_proj_", "head.attention.out_proj"),
         *_modules(
-            ("patch_embedding", "embeddings.patch_embedding"),
-            ("transformer/norm", "post_layernorm"),
-            ("pool_attention/out", "head.attention.out_proj"),
             ("pool_norm", "head.layernorm"),
             ("pool_mlp_in", "head.mlp.fc1"),
             ("pool_mlp_out", "head.mlp.fc2"),
-            *_CLIP_BLOCK,
         ),
+        *_CLIP_RULES,
     ),
-    (*_TEXT_SIDE, r"(.*\.)?position_ids"),
+    _CLIP_UNUSED,
 )
 
 DINOV2 = Layout(
     "Hugging Face DINOv2",
-    "vision_transformer",
     "embeddings.mask_token",
     (
         ("cls", "embeddings.cls_token"),
@@ -193,14 +191,8 @@ DINOV2 = Layout(
             ("attention.query", "attention.key", "attention.value", "output.dense"),
         ),
         *_attention(f"{BLOCK}/self_attention", r"encoder.layer.\1.attention", ("q_proj", "k_proj", "v_proj", "o_proj")),
-        *_modules(
-            ("patch_embedding", "embeddings.patch_embeddings.projection"),
-            ("transformer/norm", "layernorm"),
-            (f"{BLOCK}/self_attention_norm", r"encoder.layer.\1.norm1"),
-            (f"{BLOCK}/mlp_norm", r"encoder.layer.\1.norm2"),
-            (f"{BLOCK}/mlp_in", r"encoder.layer.\1.mlp.fc1"),
-            (f"{BLOCK}/mlp_out", r"encoder.layer.\1.mlp.fc2"),
-        ),
+        *_block_modules(BLOCK, r"encoder.layer.\1", ("norm1", "norm2"), _CLIP_MLP),
+        *_modules(("patch_embedding", "embeddings.patch_embeddings.projection"), ("transformer/norm", "layernorm")),
     ),
     (r"(.*\.)?embeddings\.mask_token", r"classifier\..*"),
 )
@@ -208,54 +200,49 @@ DINOV2 = Layout(
 _VISION = r"vision/" + BLOCK
 
 
-def _fused_attention(path, source, out):
-    parts = ("query", "key", "value")
-    return (
-        *((f"{path}/{part}/kernel", f"{source}.weight#{k}") for k, part in enumerate(parts)),
-        *((f"{path}/{part}/bias", f"{source}.bias#{k}") for k, part in enumerate(parts)),
-        *_modules((f"{path}/out", out)),
-    )
-
-
-def _qformer(bert, query_norm, query_embeddings, projection):
+def _qformer(bert, query_norm, projection, names):
+    """``names``: of query, key, value and output in the attention modules."""
     layer = rf"{bert}.encoder.layer.\1"
-    names = ("attention.query", "attention.key", "attention.value", "output.dense")
-    if bert != "qformer":
-        names = ("self.query", "self.key", "self.value", "output.dense")
     return (
-        ("queries", query_embeddings),
+        ("queries", "query_tokens"),
         *_attention(f"{BLOCK}/self_attention", f"{layer}.attention", names),
         *_attention(f"{BLOCK}/cross_attention", f"{layer}.crossattention", names),
+        *_block_modules(
+            BLOCK,
+            layer,
+            ("attention.output.LayerNorm", "output_query.LayerNorm"),
+            ("intermediate_query.dense", "output_query.dense"),
+        ),
         *_modules(
             ("input_norm", query_norm),
             ("projection", projection),
-            (f"{BLOCK}/self_attention_norm", f"{layer}.attention.output.LayerNorm"),
             (f"{BLOCK}/cross_attention_norm", f"{layer}.crossattention.output.LayerNorm"),
-            (f"{BLOCK}/mlp_in", f"{layer}.intermediate_query.dense"),
-            (f"{BLOCK}/mlp_out", f"{layer}.output_query.dense"),
-            (f"{BLOCK}/mlp_norm", f"{layer}.output_query.LayerNorm"),
         ),
     )
 
 
 BLIP2 = Layout(
     "Hugging Face BLIP-2",
-    "blip2",
     "query_tokens",
     (
         ("vision/cls", "vision_model.embeddings.class_embedding"),
         ("vision/positions", "vision_model.embeddings.position_embedding"),
         *_fused_attention(
             f"{_VISION}/self_attention",
-            r"vision_model.encoder.layers.\1.self_attn.qkv",
+            r"vision_model.encoder.layers.\1.self_attn.qkv.",
             r"vision_model.encoder.layers.\1.self_attn.projection",
         ),
+        *_block_modules(_VISION, r"vision_model.encoder.layers.\1", _CLIP_NORMS, _CLIP_MLP),
         *_modules(
             ("vision/patch_embedding", "vision_model.embeddings.patch_embedding"),
             ("vision/transformer/norm", "vision_model.post_layernorm"),
-            *((f"vision/{path}", f"vision_model.{source}") for path, source in _CLIP_BLOCK),
         ),
-        *_qformer("qformer", "qformer.layernorm", "query_tokens", "vision_projection"),
+        *_qformer(
+            "qformer",
+            "qformer.layernorm",
+            "vision_projection",
+            ("attention.query", "attention.key", "attention.value", "output.dense"),
+        ),
     ),
     (
         r"(language_model|language_projection|text_projection|itm_head|embeddings)\..*",
@@ -266,7 +253,6 @@ BLIP2 = Layout(
 
 LAVIS = Layout(
     "LAVIS BLIP-2",
-    "blip2",
     "query_tokens",
     (
         ("vision/cls", "visual_encoder.cls_token"),
@@ -275,17 +261,18 @@ LAVIS = Layout(
         (f"{_VISION}/self_attention/key/bias", r"visual_encoder.blocks.\1.attn.k_bias?"),
         (f"{_VISION}/self_attention/value/bias", r"visual_encoder.blocks.\1.attn.v_bias"),
         *_fused_attention(
-            f"{_VISION}/self_attention", r"visual_encoder.blocks.\1.attn.qkv", r"visual_encoder.blocks.\1.attn.proj"
+            f"{_VISION}/self_attention", r"visual_encoder.blocks.\1.attn.qkv.", r"visual_encoder.blocks.\1.attn.proj"
         ),
+        *_block_modules(_VISION, r"visual_encoder.blocks.\1", ("norm1", "norm2"), _CLIP_MLP),
         *_modules(
-            ("vision/patch_embedding", "visual_encoder.patch_embed.proj"),
-            ("vision/transformer/norm", "ln_vision"),
-            (f"{_VISION}/self_attention_norm", r"visual_encoder.blocks.\1.norm1"),
-            (f"{_VISION}/mlp_norm", r"visual_encoder.blocks.\1.norm2"),
-            (f"{_VISION}/mlp_in", r"visual_encoder.blocks.\1.mlp.fc1"),
-            (f"{_VISION}/mlp_out", r"visual_encoder.blocks.\1.mlp.fc2"),
+            ("vision/patch_embedding", "visual_encoder.patch_embed.proj"), ("vision/transformer/norm", "ln_vision")
         ),
-        *_qformer("Qformer.bert", "Qformer.bert.embeddings.LayerNorm", "query_tokens", "vision_proj"),
+        *_qformer(
+            "Qformer.bert",
+            "Qformer.bert.embeddings.LayerNorm",
+            "vision_proj",
+            ("self.query", "self.key", "self.value", "output.dense"),
+        ),
     ),
     (
         r"Qformer\.bert\.embeddings\.(word_embeddings|position_embeddings|position_ids).*",
