@@ -27,10 +27,14 @@ def write_clean_manifest(report: Report, path: str) -> int:
         raise UserError(f"{report.name} is prepared: mend the folder or manifest that it was made from (--manual-dir)")
     folder = os.path.abspath(path.parent) if "://" not in str(path) else str(path.parent)
     first_of = {f.name: f.like[1] for f in report.findings if f.kind == "duplicate picture"}
+    same = ("duplicate picture", "duplicate recording", "repeated picture")
     leaking = collections.defaultdict(set)  # the first of its kind -> all that are like it
     for finding in report.findings:
         if finding.kind == "split leak":
             leaking[finding.like] |= {finding.like, (finding.split, finding.name)}
+    for finding in report.findings:
+        if finding.kind in same and finding.like in leaking:
+            leaking[finding.like].add((finding.split, finding.name))
     dropped = set()
     for items in leaking.values():
         kept = max((split for split, _ in items), key=_importance)

@@ -37,6 +37,8 @@ def open_rgb(data: bytes | str, size: int, *, reduce: bool = True, name: str | N
     """The whole picture, RGB, as `decode_image` reads it; reduce decodes large JPEGs at 2 * size or more."""
     name = name or (data if isinstance(data, str) else "image")
     encoded = data if isinstance(data, bytes) else read_bytes(data)
+    if not encoded:
+        raise BadFileError(f"{name}: the file is empty", "zero length")
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:

@@ -2,10 +2,8 @@
 
 import os
 
-from etils import epath
-
 from c2f_jax.data.layouts import LAYOUTS
-from c2f_jax.data.manifest import read_listing
+from c2f_jax.data.manifest import manifest_in, read_listing
 from c2f_jax.data.pairs import MANIFEST_SUFFIXES
 from c2f_jax.errors import UserError
 
@@ -105,9 +103,8 @@ def dry_run(spec: str, *, manual_dir: str | None = None, data_dir: str | None = 
 def _manifest_of(spec: str) -> str:
     if spec in LAYOUTS or spec.partition("/")[0] == "spoken_scenes" or spec.lower().endswith(MANIFEST_SUFFIXES):
         return spec
-    for suffix in MANIFEST_SUFFIXES:
-        if (epath.Path(spec) / f"manifest{suffix}").exists():
-            return str(epath.Path(spec) / f"manifest{suffix}")
+    if path := manifest_in(spec):
+        return path
     raise UserError(
         f"{spec!r}: give one of {', '.join(LAYOUTS)}, spoken_scenes, a manifest (a file that ends in "
         f"{' or '.join(MANIFEST_SUFFIXES)}), or a folder that holds manifest.jsonl"
