@@ -47,7 +47,9 @@ def open_rgb(data: bytes | str, size: int, *, reduce: bool = True, name: str | N
                 )
             if reduce:
                 image.draft(image.mode, (2 * size, 2 * size))
-            return _to_rgb(ImageOps.exif_transpose(image))
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)  # a copy would cost as much as decoding
+            return _to_rgb(image)
     except BadFileError:
         raise
     except Exception as e:  # Pillow's plugins raise nearly anything on damaged files
