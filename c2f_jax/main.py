@@ -385,7 +385,10 @@ def _features(args, _):
 
 def _data_check(args, _):
     from c2f_jax.data.check import EXIT_CODES, check_data
+    from c2f_jax.data.clean_manifest import check_name, write_clean_manifest
 
+    if args.fix:
+        check_name(args.fix)  # before hours of decoding
     report = check_data(
         args.data,
         manual_dir=args.manual_dir,
@@ -405,8 +408,6 @@ def _data_check(args, _):
         write_check_page(folder / "check.html", report)
         print(f"report: {folder / 'check.html'}, {folder / 'check.json'}")
     if args.fix:
-        from c2f_jax.data.clean_manifest import write_clean_manifest
-
         print(f"{write_clean_manifest(report, args.fix):,} pairs written: {args.fix}")
     return EXIT_CODES[report.severity]
 

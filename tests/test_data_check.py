@@ -97,6 +97,12 @@ def test_a_folder_with_a_manifest_is_checked_as_that_manifest(tmp_path, capsys):
     assert main(["data", "check", str(tmp_path)]) == 0
     assert path in capsys.readouterr().out
     assert main(["data", "check", "no" * 3000]) == 2
+    for command in ("check", "prepare"):
+        assert main(["data", command, path, "--manual-dir", str(tmp_path)]) == 2
+        assert "--manual-dir goes with one of flickr8k_audio" in capsys.readouterr().err
+    assert main(["data", "check", path, "--fix", "clean.txt"]) == 2
+    told = capsys.readouterr()
+    assert "ends in .jsonl" in told.err and not told.out  # said before anything is decoded
 
 
 def test_a_leak_is_mended_with_all_copies_of_a_picture(tmp_path):
@@ -284,6 +290,8 @@ def test_the_dry_run_tells_what_is_missing_and_writes_nothing(tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(UserError, match="give one of flickr8k_audio"):
         dry_run("nonsense")
+    with pytest.raises(UserError, match="no configuration 'nonsense'; it has"):
+        dry_run("spoken_scenes/nonsense")
 
 
 def test_the_command_prepares(tmp_path, capsys):

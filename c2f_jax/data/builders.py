@@ -117,7 +117,7 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
         path, about_path = folder / f"{split}-{number:05d}", folder / f"{split}-{number:05d}.json"
         if path.exists() and about_path.exists():
             about = json.loads(about_path.read_text())
-            if about["fingerprint"] == fingerprint and about["stamps"] == _stamps(about["bad"]):
+            if about["fingerprint"] == fingerprint and about.get("stamps") == _stamps(about["bad"]):
                 bar.update(len(pictures))
                 return path, about
         about = {"fingerprint": fingerprint, "captions": [], "samples": [], "image_ids": [], "bad": {}}

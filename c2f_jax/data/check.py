@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from c2f_jax.data.audio import decode_audio, read_bytes
 from c2f_jax.data.images import open_rgb, resize_box
-from c2f_jax.data.layouts import LAYOUTS, Listing
+from c2f_jax.data.layouts import LAYOUTS, Listing, layout_of
 from c2f_jax.data.manifest import ManifestSource, manifest_in, read_listing
 from c2f_jax.data.pairs import (
     DATA_SETS,
@@ -229,12 +229,10 @@ def _open(spec: str, manual_dir, data_dir):
     """Name, split -> PairSource with nothing left out, and what the listing itself has to say."""
     name = str(spec).partition("/")[0]
     spec = str(spec) if name in DATA_SETS else manifest_in(str(spec)) or str(spec)
+    if manual_dir is not None:
+        return name, *_listed(layout_of(spec).listing([manual_dir]))
     if spec.lower().endswith(MANIFEST_SUFFIXES):
         return spec, *_listed(read_listing(spec, strict=False))
-    if manual_dir is not None:
-        if name not in LAYOUTS:
-            raise UserError(f"{spec} is no published data set: --manual-dir goes with one of {', '.join(LAYOUTS)}")
-        return name, *_listed(LAYOUTS[name].listing([manual_dir]))
     from c2f_jax.data.prepared import is_prepared, open_prepared
 
     if is_prepared(spec):
