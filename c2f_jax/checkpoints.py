@@ -48,7 +48,10 @@ class Checkpoints:
         )
 
     def save(self, step, state, progress, score=None, wait=False):
-        """Save in the background; ``score`` (higher is better) makes the step a candidate for the best."""
+        """Save in the background; ``score`` (higher is better) makes the step a candidate for the best.
+
+        Scores must be of one kind: what is ranked by SIC alone because SIM is not trained yet has none.
+        """
         self._manager.save(
             step,
             args=ocp.args.Composite(

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 from dataclasses import dataclass
 
 import jax
@@ -19,6 +20,7 @@ from c2f_jax.errors import UserError
 from c2f_jax.experiment import create_experiment, example_batch, load_saved_config
 from c2f_jax.models import Encoded
 from c2f_jax.models.c2f import image_input, merge_params, speech_input, split_params
+from c2f_jax.parallel import replicate, round_up_rows, split_rows
 from c2f_jax.pretrained.weights import check_weights, load_published
 from c2f_jax.retrieval.evaluation import evaluate_retrieval
 from c2f_jax.retrieval.figures import learning_curves_png, results_png
@@ -32,6 +34,9 @@ from c2f_jax.retrieval.report import (
     write_results_page,
 )
 from c2f_jax.retrieval.voices import split_voices
+
+log = logging.getLogger(__name__)
+LENGTH_BUCKETS = 4  # numbers of speech tokens that pairs are matched at
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -54,6 +59,15 @@ def match(model, params, speech_tokens, speech_lengths, image_tokens):
     return model.apply({"params": params}, speech, image, method="match")
 
 
+def matcher(model, params):
+    """``match`` as re-ranking calls it, on the devices that ``params`` are replicated on."""
+
+    def match_fn(speech_tokens, speech_lengths, image_tokens):
+        return match(model, params, *split_rows(params, (speech_tokens, speech_lengths, image_tokens)))
+
+    return match_fn
+
+
 @dataclass(frozen=True)
 class EncodedSplit:
     """Everything of one split that retrieval needs, on the host, bad items left out.
@@ -74,23 +88,23 @@ class EncodedSplit:
 
 
 def encode_split(experiment, params, source, progress=False):
-    """Encode all recordings and all images of a PairSource once.
+    """Encode all recordings and all images of a PairSource once, each device a share of every batch.
 
     Args:
       experiment: Experiment.
-      params: model parameters.
+      params: model parameters, replicated on the devices to use (``parallel.replicate``).
       source: PairSource.
       progress: show a progress bar.
     """
-    data, batch_size = experiment.data, experiment.eval.batch_size
+    data, batch_size = experiment.data, round_up_rows(params, experiment.eval.batch_size)
     speech, recordings = _encode_all(
-        lambda b: encode_speech(experiment.model, params, *speech_input(b)),
+        lambda b: encode_speech(experiment.model, params, *split_rows(params, speech_input(b))),
         loader.speech_batches(source, batch_size=batch_size, seconds_max=data.max_seconds),
         len(source),
         "recordings" if progress else None,
     )
     image, images = _encode_all(
-        lambda b: encode_image(experiment.model, params, image_input(b)),
+        lambda b: encode_image(experiment.model, params, split_rows(params, image_input(b))),
         loader.image_batches(source, batch_size=batch_size, image_size=data.image_size),
         source.num_images,
         "images" if progress else None,
@@ -100,8 +114,12 @@ def encode_split(experiment, params, source, progress=False):
     )
 
 
-def retrieve(experiment, params, encoded, *, fine=True, resamples=None):
-    """Coarse and fine retrieval of an encoded split: (result for JSON, ranked lists); see ``evaluate_retrieval``."""
+def retrieve(experiment, params, encoded, *, step):
+    """Coarse and, where SIM is trained at ``step``, fine retrieval of an encoded split.
+
+    Returns:
+      The result for JSON and the ranked lists, see ``evaluate_retrieval``.
+    """
     speech, image, options = encoded.speech, encoded.image, experiment.eval
     return evaluate_retrieval(
         speech.embedding,
@@ -111,12 +129,13 @@ def retrieve(experiment, params, encoded, *, fine=True, resamples=None):
         speech.tokens,
         speech.lengths,
         image.tokens,
-        functools.partial(match, experiment.model, params) if fine and experiment.method.sim_weight else None,
+        matcher(experiment.model, params) if experiment.method.has_sim(step) else None,
         k=options.k,
         tau=float(experiment.model.apply({"params": params}, method="tau")),
         score=options.score,
-        pair_chunk=options.pair_batch_size,
-        resamples=options.resamples if resamples is None else resamples,
+        pair_chunk=round_up_rows(params, options.pair_batch_size),
+        length_buckets=LENGTH_BUCKETS,
+        resamples=options.resamples,
     )
 
 
@@ -134,11 +153,14 @@ def evaluate_source(experiment, params, source, workdir, *, step, history=None, 
     Returns:
       The result, as it stands in the JSON file, and the path of the page.
     """
+    if experiment.method.sim_weight and not experiment.method.has_sim(step):
+        log.warning("step %d lies in the warm-up, before SIM: only the coarse ranking is reported", step)
     encoded = encode_split(experiment, params, source, progress)
+    rank_all = functools.partial(retrieve, experiment, params, step=step)
     if protocol is None:
-        result, lists = retrieve(experiment, params, encoded)
+        result, lists = rank_all(encoded)
     else:
-        result, lists, encoded = rank(protocol, encoded, functools.partial(retrieve, experiment, params))
+        result, lists, encoded = rank(protocol, encoded, rank_all)
     result |= {
         "data_set": source.name,
         "split": source.split,
@@ -183,7 +205,10 @@ def evaluate_by_voice(experiment, params, source, workdir, *, step):
     train = experiment.data.load(experiment.data.train_split)
     heard = {train.recording(row)["speaker"] for row in range(len(train))}
     groups = split_voices(encode_split(experiment, params, source, progress=True), source, heard)
-    results = {name: retrieve(experiment, params, encoded)[0] | {"step": int(step)} for name, encoded in groups.items()}
+    results = {
+        name: retrieve(experiment, params, encoded, step=step)[0] | {"step": int(step)}
+        for name, encoded in groups.items()
+    }
     path = epath.Path(workdir) / "eval" / f"{data_set_label(source)}-{source.split}-voices.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=2) + "\n")
@@ -221,15 +246,15 @@ def choose_examples(source, encoded, lists, count=8):
     )
 
 
-def load_trained(workdir, *, step="best", config=None):
-    """A trained run: (experiment, parameters, step, learning curves).
+def load_trained(workdir, *, step="best", experiment=None):
+    """A trained run: (experiment, parameters on all local devices, step, learning curves).
 
     Args:
       workdir: directory of ``c2f train``.
       step: "best", "latest" or a number.
-      config: ConfigDict to use instead of the one saved with the run (evaluation values overridden).
+      experiment: Experiment to use instead of the one saved with the run (evaluation values overridden).
     """
-    experiment = create_experiment(config if config is not None else load_saved_config(workdir))
+    experiment = experiment or create_experiment(load_saved_config(workdir))
     checkpoints = Checkpoints(workdir, read_only=True)
     named = {"best": checkpoints.best_step, "latest": checkpoints.latest_step}
     if step not in named and not str(step).isdigit():
@@ -249,11 +274,11 @@ def load_trained(workdir, *, step="best", config=None):
     params, progress = checkpoints.restore_params(number, trained)
     check_weights(workdir, experiment.weights)
     _, frozen = split_params(load_published(model, experiment.weights, batch), model.frozen)
-    return experiment, merge_params(params, frozen), number, progress["history"]
+    return experiment, replicate(merge_params(params, frozen)), number, progress["history"]
 
 
 def _encode_all(encode, batches, total, label):
-    """Run ``encode`` over fixed-shape batches, keep the valid rows: (Encoded of host arrays, their row numbers)."""
+    """Run ``encode`` over batches, keep the valid rows: (Encoded of host arrays, their row numbers), in row order."""
     parts, rows = [], []
     with tqdm(total=total, desc=label, disable=label is None, unit="", leave=False) as bar:
         for batch in batches:
@@ -262,4 +287,13 @@ def _encode_all(encode, batches, total, label):
             parts.append(jax.tree.map(lambda x, keep=valid: np.asarray(x)[keep], encoded))
             rows.append(batch["index"][valid])
             bar.update(int(valid.sum()))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts), np.concatenate(rows)
+    longest = max(part.tokens.shape[1] for part in parts)
+    parts = [part._replace(tokens=_padded(part.tokens, longest)) for part in parts]
+    rows = np.concatenate(rows)
+    order = np.argsort(rows)
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[order], *parts), rows[order]
+
+
+def _padded(tokens, longest):
+    """Tokens (n, T, W) as (n, longest, W)."""
+    return np.pad(tokens, ((0, 0), (0, longest - tokens.shape[1]), (0, 0)))

@@ -130,6 +130,14 @@ class Experiment:
     weights: dict[str, str]
     init_from: str | None = None
 
+    def data_of(self, name):
+        """The DataConfig for a data set of that name; the feature caches of a network are of the run's own data."""
+        if name == self.data.name:
+            return self.data
+        encoders = {"speech_features": self.model.speech_encoder, "image_features": self.model.image_encoder}
+        own = {part: None for part, encoder in encoders.items() if getattr(encoder, "tower", None) is not None}
+        return dataclasses.replace(self.data, name=name, **own)
+
 
 def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
     """Check a configuration and build its pieces.

@@ -121,12 +121,13 @@ def _parser():
     evaluate.add_argument("--data", help="another data set or manifest (zero-shot); the run's own by default")
     evaluate.add_argument("--split", help="split; the protocol's, else the run's test split, by default")
     evaluate.add_argument(
-        "--protocol", help="flickr8k_1k, spoken_coco_5k, spoken_coco_1k_5fold, places_1k or mteb, with its own data set"
-    )
-    evaluate.add_argument(
         "--step", default="best", help="best, latest or the number of a checkpoint (default: %(default)s)"
     )
-    evaluate.add_argument(
+    how = evaluate.add_mutually_exclusive_group()
+    how.add_argument(
+        "--protocol", help="flickr8k_1k, spoken_coco_5k, spoken_coco_1k_5fold, places_1k or mteb, with its own data set"
+    )
+    how.add_argument(
         "--by-voice", action="store_true", help="voices heard in training and others apart, on all pictures"
     )
     evaluate.add_argument("--k", type=int, help="candidates that SIM re-ranks; the run's value by default")
@@ -236,17 +237,28 @@ def _distributed_arguments(parser):
     group.add_argument("--process-id", type=int, help="number of this process, from 0")
 
 
-def _train(args, overrides):
-    from c2f_jax.distributed import initialize
+def _join_processes(args):
+    """Whether this is one process of several."""
+    given = (args.coordinator, args.num_processes, args.process_id)
+    several = args.distributed or any(value is not None for value in given)
+    if several:
+        from c2f_jax.distributed import initialize
 
+        initialize(*given)
+    return several
+
+
+def _train(args, overrides):
     config = load_config(args.config, overrides)
-    if args.distributed or args.coordinator:
-        initialize(args.coordinator, args.num_processes, args.process_id)
+    several = _join_processes(args)
+    from c2f_jax.experiment import create_experiment
     from c2f_jax.retrieval.evaluation import format_table
     from c2f_jax.train import PREEMPTED_EXIT_CODE, Preempted, train_and_evaluate
 
+    if several and args.zero_shot:
+        raise UserError("--zero-shot is for one process: run `c2f evaluate` with --data or --protocol afterwards")
     for target in args.zero_shot:
-        _open_target(config, target)  # before the training: a misspelt one is not found hours later
+        _open_target(create_experiment(config), target)  # before the training: a misspelt one is not found hours later
     try:
         _, _, result, page = train_and_evaluate(config, args.workdir)
     except Preempted as event:
@@ -257,69 +269,65 @@ def _train(args, overrides):
         print(f"\nresults page: {page}")
         for target in args.zero_shot:
             print(f"\nzero-shot: {target}")
-            _evaluate_on(config, args.workdir, *_open_target(config, target))
+            _evaluate_on(create_experiment(config), args.workdir, "best", target)
     return 0
 
 
-def _open_target(config, target, split=None, protocol=None):
+def _open_target(experiment, target, split=None, protocol=None):
     """(source, protocol or None) of a protocol's name, a data set or a manifest."""
-    from c2f_jax.experiment import create_experiment
     from c2f_jax.retrieval.protocols import PROTOCOLS, find_protocol, open_protocol
 
     def load(name, split):
-        there = config.copy_and_resolve_references()
-        there.data.name = name
-        for part in ("speech", "image"):
-            if name != config.data.name and config.model[part].get("name") == "published":
-                there.data[f"{part}_features"] = None  # the run's feature cache is not of this data
-        return create_experiment(there).data.load(split)
+        return experiment.data_of(name).load(split)
 
-    if protocol is not None:
-        protocol = find_protocol(protocol)
-        return open_protocol(protocol, load, target, split), protocol
-    if target in PROTOCOLS:
-        return open_protocol(PROTOCOLS[target], load, None, split), PROTOCOLS[target]
-    return load(target or config.data.name, split or config.data.test_split), None
+    if protocol is None and target in PROTOCOLS:
+        protocol, target = target, None
+    if protocol is None:
+        return load(target or experiment.data.name, split or experiment.data.test_split), None
+    protocol = find_protocol(protocol)
+    return open_protocol(protocol, load, target, split), protocol
 
 
-def _evaluate_on(config, workdir, source, protocol, step="best"):
+def _evaluate_on(experiment, workdir, step, target, split=None, protocol=None):
     from c2f_jax.evaluate import evaluate_source, load_trained
     from c2f_jax.retrieval.evaluation import format_table
     from c2f_jax.retrieval.protocols import format_protocol
 
-    experiment, params, step, history = load_trained(workdir, step=step, config=config)
+    source, protocol = _open_target(experiment, target, split, protocol)
+    _, params, step, history = load_trained(workdir, step=step, experiment=experiment)
     result, page = evaluate_source(experiment, params, source, workdir, step=step, history=history, protocol=protocol)
     print(format_protocol(result) + format_table(result))
     print(f"\nresults page: {page}")
 
 
-def _evaluate_by_voice(config, workdir, source, step):
+def _evaluate_by_voice(experiment, workdir, step, target, split=None):
     from c2f_jax.evaluate import evaluate_by_voice, load_trained
     from c2f_jax.retrieval.evaluation import format_table
 
-    experiment, params, step, _ = load_trained(workdir, step=step, config=config)
+    source, _ = _open_target(experiment, target, split)
+    _, params, step, _ = load_trained(workdir, step=step, experiment=experiment)
     for name, result in evaluate_by_voice(experiment, params, source, workdir, step=step).items():
         print(f"voices {name} in training, {result['queries']['gallery_recordings']} recordings")
         print(format_table(result))
 
 
 def _evaluate(args, _):
-    from c2f_jax.experiment import load_saved_config
+    from c2f_jax.experiment import create_experiment, load_saved_config
 
     config = load_saved_config(args.workdir)
-    if args.k:
+    if args.k is not None:
         config.eval.k = args.k
-    if args.score:
+    if args.score is not None:
         config.eval.score = args.score
-    source, protocol = _open_target(config, args.data, args.split, args.protocol)
+    experiment = create_experiment(config)
     if args.by_voice:
-        _evaluate_by_voice(config, args.workdir, source, args.step)
+        _evaluate_by_voice(experiment, args.workdir, args.step, args.data, args.split)
     else:
-        _evaluate_on(config, args.workdir, source, protocol, args.step)
+        _evaluate_on(experiment, args.workdir, args.step, args.data, args.split, args.protocol)
 
 
 def _index(args, _):
-    from c2f_jax.search import build_index
+    from c2f_jax.gallery import build_index
 
     index = build_index(args.workdir, args.gallery, kind=args.kind, split=args.split, step=args.step)
     index.save(args.output)
@@ -327,7 +335,7 @@ def _index(args, _):
 
 
 def _search(args, _):
-    from c2f_jax.search import search
+    from c2f_jax.gallery import search
 
     page = search(
         args.workdir,
@@ -354,13 +362,12 @@ def _convert(args, _):
 
 
 def _features(args, _):
-    from c2f_jax.data.pairs import load_pairs
-    from c2f_jax.distributed import initialize
-
-    if args.distributed or args.coordinator:
-        initialize(args.coordinator, args.num_processes, args.process_id)
+    _join_processes(args)
+    from c2f_jax.data.pairs import load_pairs, make_data_set
+    from c2f_jax.distributed import first_process_first
     from c2f_jax.pretrained.features import extract_features
 
+    first_process_first(lambda: make_data_set(args.data, args.data_dir))
     sources = [load_pairs(args.data, split, args.data_dir) for split in args.splits.split(",")]
     cache = extract_features(
         args.weights,
@@ -378,7 +385,10 @@ def _features(args, _):
 
 def _data_check(args, _):
     from c2f_jax.data.check import EXIT_CODES, check_data
+    from c2f_jax.data.clean_manifest import check_name, write_clean_manifest
 
+    if args.fix:
+        check_name(args.fix)  # before hours of decoding
     report = check_data(
         args.data,
         manual_dir=args.manual_dir,
@@ -398,8 +408,6 @@ def _data_check(args, _):
         write_check_page(folder / "check.html", report)
         print(f"report: {folder / 'check.html'}, {folder / 'check.json'}")
     if args.fix:
-        from c2f_jax.data.clean_manifest import write_clean_manifest
-
         print(f"{write_clean_manifest(report, args.fix):,} pairs written: {args.fix}")
     return EXIT_CODES[report.severity]
 

@@ -14,6 +14,26 @@ AXIS = "devices"
 MODES = ("pmap", "shard_map")
 
 
+def replicate(tree, devices=None):
+    """A tree of host or single-device arrays on each of the devices; None for all of this process."""
+    return jax.device_put(tree, NamedSharding(Mesh(np.array(devices or jax.local_devices()), (AXIS,)), P()))
+
+
+def split_rows(params, rows):
+    """Arrays (b, ...) with rows split over the devices that ``params`` are replicated on; b a multiple of their number.
+
+    A jitted function of both then does a share of the rows on each device.
+    """
+    sharding = jax.tree.leaves(params)[0].sharding
+    return jax.device_put(rows, NamedSharding(sharding.mesh, P(AXIS)))
+
+
+def round_up_rows(params, count):
+    """The rows of a batch that `split_rows` can split: ``count`` or the next multiple of the number of devices."""
+    devices = len(jax.tree.leaves(params)[0].sharding.device_set)
+    return -(-count // devices) * devices
+
+
 class DataParallel:
     """One step body over all devices of all processes, the state replicated and the batch split by rows.
 
@@ -88,10 +108,5 @@ class DataParallel:
         return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), tree)
 
     def local_copy(self, tree):
-        """A replicated tree on this process's first device, for work that the processes do not share."""
-        return jax.tree.map(lambda x: jax.device_put(x.addressable_data(0), self.local_devices[0]), tree)
-
-    def wait_for_all(self):
-        """Return when all processes have come here."""
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("c2f_jax")
+        """A replicated tree on this process's devices, for work that the processes do not share; see `split_rows`."""
+        return replicate(jax.tree.map(lambda x: x.addressable_data(0), tree), self.local_devices)

@@ -12,6 +12,8 @@ import numpy as np
 
 from c2f_jax.checkpoints import Checkpoints, abstract
 from c2f_jax.data import batch_plan, loader
+from c2f_jax.data.pairs import make_data_set
+from c2f_jax.distributed import first_process_first, wait_for_all
 from c2f_jax.evaluate import data_set_label, encode_split, evaluate_source, retrieve
 from c2f_jax.experiment import create_experiment, example_batch, save_config
 from c2f_jax.metrics import Recorder
@@ -52,6 +54,7 @@ def train_and_evaluate(config, workdir, *, devices=None, test=True):
     data = experiment.data
     parallel = DataParallel(experiment.parallel, devices)
     parallel.check_batch_size(experiment.batch_size)
+    first_process_first(lambda: make_data_set(data.name, data.data_dir))
     prepare_features(experiment, (data.train_split, data.validation_split, *((data.test_split,) if test else ())))
     source, validation = data.load(data.train_split), data.load(data.validation_split)
     batch_plan.check_plan(
@@ -121,7 +124,7 @@ def train_and_evaluate(config, workdir, *, devices=None, test=True):
                 history=recorder.history,
             )
     checkpoints.close()
-    parallel.wait_for_all()
+    wait_for_all()
     recorder.close()
     return state, recorder.history, result, page
 
@@ -163,8 +166,11 @@ def _train(experiment, state, start, optimizer, source, validation, parallel, ch
             score = None
             if last or _due(step, experiment.eval_every):
                 params = parallel.local_copy(merge_params(state.params, state.frozen))
-                result, _ = retrieve(experiment, params, encode_split(experiment, params, validation))
+                result, _ = retrieve(experiment, params, encode_split(experiment, params, validation), step=step)
                 score = recorder.log_evaluation(step, data_set_label(validation), result)
+                if method.sim_weight and not method.has_sim(step):
+                    recorder.say(f"step {step} lies in the warm-up: ranked by SIC alone, no candidate for the best")
+                    score = None
             stopping = not last and (stop_requested.is_set() or checkpoints.reached_preemption(step))
             if last or stopping or score is not None or _due(step, experiment.checkpoint_every):
                 checkpoints.save(

@@ -61,6 +61,10 @@ class MethodConfig:
         """The method of the first ``warm_up_steps`` steps: SIC in the batch, without momentum model, queue or SIM."""
         return dataclasses.replace(self, momentum=None, alpha=0.0, sim_weight=0.0)
 
+    def has_sim(self, step):
+        """Whether SIM was trained by the end of ``step``; before, its scores are those of a random matcher."""
+        return self.sim_weight > 0 and step > self.warm_up_steps
+
     def check(self, queue_size, token_queue_size):
         """Raise UserError for values that contradict each other."""
         if self.id_policy not in objectives.ID_POLICIES:

@@ -3,10 +3,13 @@
 import csv
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import soundfile
 from PIL import Image
+
+from c2f_jax.data.layouts import LAYOUTS
 
 # What is planted in the copy of Flickr8k Audio.
 BROKEN, LONG, SHORT, GONE = "pic03_2.wav", "pic04_1.wav", "pic04_3.wav", "pic06.jpg"
@@ -127,8 +130,8 @@ def spoken_coco(folder, ksplit=False, images="", missing=True):
     return folder
 
 
-def places_audio(folder, older=False):
-    """Places Audio with one recording a picture; one recording of the training split is empty."""
+def places_audio(folder, older=False, odd=True):
+    """Places Audio with one recording a picture; odd: one recording of the training split is empty."""
     files = (
         ["train", "val"]
         if older
@@ -140,7 +143,7 @@ def places_audio(folder, older=False):
             number = 20 * place + k
             image, path = f"a/abbey/gsun_{number:04d}.jpg", f"wavs/{place}/utterance_{number}.wav"
             put(folder / "images" / image, jpeg(200 + number))
-            put(folder / path, b"" if name.startswith("train") and k == 1 else wav(0.7, 300 + number))
+            put(folder / path, b"" if odd and name.startswith("train") and k == 1 else wav(0.7, 300 + number))
             entries.append(
                 {
                     "uttid": f"A{k}-utt_{number}",
@@ -152,3 +155,42 @@ def places_audio(folder, older=False):
             )
         put(folder / "metadata" / f"{name}.json", json.dumps({"data": entries}))
     return folder
+
+
+def odd_set(name, folder):
+    """A published set with each oddity that they have planted in its training split: kind of finding -> file."""
+    make = {"flickr8k_audio": flickr8k_audio, "spoken_coco": spoken_coco, "places_audio": places_audio}[name]
+    make(folder, **{"spoken_coco": {"missing": False, "ksplit": True}}.get(name, {"odd": False}))
+    rows = [row for row in LAYOUTS[name].listing([folder]).rows if row["split"] == "train"]
+    first = [next(row for row in rows if row["image"] == image) for image in dict.fromkeys(r["image"] for r in rows)]
+    broken, long, short, one, gone, *_ = first
+    put(Path(broken["audio"]), b"RIFF\x24\x00\x00\x00WAVEfmt \x10\x00\x00")
+    put(Path(long["audio"]), wav(323.5, 1))
+    put(Path(short["audio"]), wav(0.23, 2))
+    put(Path(one["image"]), Path(short["image"]).read_bytes())
+    put(Path(broken["audio"]).parent / "readme.txt", "not audio")
+    Path(gone["image"]).unlink()
+    put(Path(one["audio"]).parent / "one_more.wav", wav(0.6, 3))
+    if name == "flickr8k_audio":
+        with open(folder / "flickr_audio" / "wav2capt.txt", "a") as file:
+            file.write(f"one_more.wav {Path(one['image']).name} #5\n")
+    else:
+        path = Path(one["where"].partition(", entry")[0])
+        listing = json.loads(path.read_text())
+        entry = next(entry for entry in listing["data"] if one["image"].endswith(entry["image"]))
+        if name == "spoken_coco":
+            wave = entry["captions"][0]["wav"]
+            entry["captions"].append(entry["captions"][0] | {"wav": f"{wave.rpartition('/')[0]}/one_more.wav"})
+        else:
+            listing["data"].append(entry | {"wav": f"{entry['wav'].rpartition('/')[0]}/one_more.wav"})
+        path.write_text(json.dumps(listing))
+    planted = {
+        "unreadable": broken["audio"],
+        "over-long": long["audio"],
+        "very short": short["audio"],
+        "missing file": gone["image"],
+        "stray file": "readme.txt",
+        "number of captions": one["image"],
+        "duplicate picture": one["image"],
+    }
+    return {kind: {Path(file).name} for kind, file in planted.items()}

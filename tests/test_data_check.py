@@ -13,8 +13,10 @@ from published_sets import (
     GONE,
     LONG,
     ORPHAN,
+    SHORT,
     flickr8k_audio,
     jpeg,
+    odd_set,
     places_audio,
     put,
     spoken_coco,
@@ -23,6 +25,8 @@ from published_sets import (
 
 from c2f_jax.data.check import KINDS, check_data
 from c2f_jax.data.clean_manifest import write_clean_manifest
+from c2f_jax.data.layouts import LAYOUTS
+from c2f_jax.data.loader import train_batches
 from c2f_jax.data.pairs import is_data_set, load_pairs
 from c2f_jax.data.prepare import dry_run, prepare
 from c2f_jax.errors import UserError
@@ -51,6 +55,7 @@ def test_each_oddity_of_flickr8k_audio_is_named(flickr_report):
     assert names.pop("duplicate picture") == {DUPLICATE[1]}
     assert names.pop("caption without picture") == {ORPHAN, GONE}
     assert names.pop("stray file") == {"readme.txt"}
+    assert names.pop("very short") == {SHORT}
     assert "train, pictures" in names.pop("count differs")
     assert not names
     assert flickr_report.severity == "error"
@@ -66,7 +71,55 @@ def test_spoken_coco_and_places(tmp_path):
     assert report.splits["test"]["captions_per_picture"] == {"5": 1, "6": 1}
     assert "test, recordings" in found(report)["count differs"]
     report = check_data("places_audio", manual_dir=str(places_audio(tmp_path / "places")), progress=False)
-    assert found(report) == {"unreadable": {"utterance_1.wav"}}
+    assert found(report) == {"zero length": {"utterance_1.wav"}}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_set_with_every_oddity_is_told_and_trains(name, tmp_path):
+    """The seven oddities that the published sets have, in each of them: named, left out or kept, and trained on."""
+    planted = odd_set(name, tmp_path / "set")
+    report = check_data(name, manual_dir=str(tmp_path / "set"), progress=False)
+    names = found(report)
+    assert all(planted[kind] <= names[kind] for kind in planted)
+    assert "5 to 6" in report.text() or "1 to 2" in report.text()
+    prepare(name, manual_dir=str(tmp_path / "set"), data_dir=str(tmp_path / "tfds"), max_bad_share=0.4, progress=False)
+    pairs = load_pairs(name, "train", str(tmp_path / "tfds"), max_bad_share=0.4)
+    bad = {Path(item).name for item in pairs.bad_items.reasons}
+    assert bad == planted["missing file"] | planted["unreadable"]
+    batches = train_batches(pairs, batch_size=4, image_size=16, bucket_seconds=(1.0,), seed=0, threads=0)
+    assert all(np.isfinite(next(batches)[1]["waveform"]).all() for _ in range(len(pairs) // 4 + 1))
+
+
+def test_a_folder_with_a_manifest_is_checked_as_that_manifest(tmp_path, capsys):
+    put(tmp_path / "a.jpg", jpeg(1))
+    put(tmp_path / "a.wav", wav(0.5))
+    path = manifest(tmp_path, [{"image": "a.jpg", "audio": "a.wav", "split": "train"}])
+    assert main(["data", "check", str(tmp_path)]) == 0
+    assert path in capsys.readouterr().out
+    assert main(["data", "check", "no" * 3000]) == 2
+    for command in ("check", "prepare"):
+        assert main(["data", command, path, "--manual-dir", str(tmp_path)]) == 2
+        assert "--manual-dir goes with one of flickr8k_audio" in capsys.readouterr().err
+    assert main(["data", "check", path, "--fix", "clean.txt"]) == 2
+    told = capsys.readouterr()
+    assert "ends in .jsonl" in told.err and not told.out  # said before anything is decoded
+
+
+def test_a_leak_is_mended_with_all_copies_of_a_picture(tmp_path):
+    """A picture that is twice in train, by one image_id or two, and again in test: both are dropped from train."""
+    rows = [{"image": f"{k}.jpg", "audio": f"{k}.wav", "split": "train"} for k in range(6)]
+    for k in range(6):
+        put(tmp_path / f"{k}.jpg", jpeg(0 if k in (2, 4) else k))
+        put(tmp_path / f"{k}.wav", wav(0.5, k))
+    rows[4]["image_id"], rows[5]["split"] = rows[0]["image"], "test"
+    put(tmp_path / "5.jpg", jpeg(0))
+    path = manifest(tmp_path, rows)
+    report = check_data(path, progress=False)
+    assert found(report)["duplicate picture"] == {"2.jpg"} and found(report)["repeated picture"] == {"4.jpg"}
+    write_clean_manifest(report, tmp_path / "clean.jsonl")
+    left = [json.loads(line)["image"] for line in open(tmp_path / "clean.jsonl")]
+    assert left == ["1.jpg", "3.jpg", "5.jpg"]
+    assert check_data(str(tmp_path / "clean.jsonl"), progress=False).severity == "note"
 
 
 def manifest(folder, rows):
@@ -131,9 +184,9 @@ def test_each_oddity_of_a_manifest_is_named(oddities):
     names = found(check_data(oddities, progress=False))
     expected = {
         "missing file": {"gone.jpg"},
-        "unreadable": {"text.wav", "none.wav"},
+        "unreadable": {"text.wav"},
         "truncated": {"cut.wav", "cut.jpg"},
-        "zero length": {"zero.wav"},
+        "zero length": {"zero.wav", "none.wav"},
         "too short": {"short.wav"},
         "not numbers": {"nan.wav"},
         "unreadable line": {"manifest.jsonl:60"},
@@ -146,6 +199,7 @@ def test_each_oddity_of_a_manifest_is_named(oddities):
         "stereo": {"stereo.wav"},
         "tiny picture": {"tiny.png"},
     }
+    assert names.pop("number of captions") == {f"good{k}.jpg" for k in range(11)}  # most pictures have one
     again = names.pop("duplicate recording")
     assert "dup.wav" in again and names == expected
     assert set(names) <= set(KINDS)
@@ -166,6 +220,8 @@ def test_fix_writes_a_manifest_that_passes_and_trains(oddities, capsys):
         "other sample rate",
         "stereo",
         "tiny picture",
+        "repeated picture",
+        "number of captions",
     }
     ids = {row["image"]: row["image_id"] for row in rows}
     assert ids["dup.jpg"] == "g3" and ids["again.png"] == "g5"
@@ -234,6 +290,8 @@ def test_the_dry_run_tells_what_is_missing_and_writes_nothing(tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(UserError, match="give one of flickr8k_audio"):
         dry_run("nonsense")
+    with pytest.raises(UserError, match="no configuration 'nonsense'; it has"):
+        dry_run("spoken_scenes/nonsense")
 
 
 def test_the_command_prepares(tmp_path, capsys):

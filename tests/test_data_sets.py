@@ -100,6 +100,31 @@ def test_spoken_coco_official_with_karpathy_and_ksplit(tmp_path, ksplit, images)
     assert COCO_SPLITS.count("test") == 2
 
 
+def test_spoken_coco_in_several_folders(tmp_path):
+    """As separate archives are unpacked: each year of pictures and the split files lie apart."""
+    whole = spoken_coco(tmp_path / "coco", ksplit=True, missing=False)
+    for name in ("train2014", "val2014"):
+        (tmp_path / name).mkdir()
+        (whole / name).rename(tmp_path / name / name)
+    (tmp_path / "lists").mkdir()
+    for path in (whole / "SpokenCOCO").glob("*.json"):
+        path.rename(tmp_path / "lists" / path.name)
+    folders = [whole, *(tmp_path / name for name in ("train2014", "val2014", "lists"))]
+    listing = layouts.SPOKEN_COCO.listing(folders)
+    assert len(listing.rows) == 41 and not listing.notes
+    assert all(Path(row[column]).exists() for row in listing.rows for column in ("image", "audio"))
+
+
+def test_one_stray_quote_in_kaggles_captions_costs_one_caption(tmp_path):
+    path = flickr8k_audio(tmp_path, "Images", "kaggle", odd=False) / "captions.txt"
+    lines = path.read_text().splitlines()
+    lines[3] = 'pic00.jpg,"a caption, whose quote is never closed'
+    path.write_text("\n".join(lines))
+    rows = layouts.FLICKR8K_AUDIO.listing([tmp_path]).rows
+    assert rows[2]["caption"] == "a caption, whose quote is never closed"
+    assert rows[3]["caption"] == caption("pic00.jpg", 3) + " ." and all(row["caption"] for row in rows)
+
+
 def test_official_spoken_coco_without_a_split_is_an_error(tmp_path):
     (spoken_coco(tmp_path) / "dataset_coco.json").unlink()
     with pytest.raises(UserError, match="no test split; put Karpathy's dataset_coco.json"):
@@ -220,6 +245,18 @@ def test_parts_of_another_listing_are_not_taken(tmp_path, monkeypatch):
     prepare(builders.Flickr8kAudio, second, tmp_path / "tfds")
     pairs = load_pairs("flickr8k_audio", "train", str(tmp_path / "tfds"))
     assert pairs.image(0) == pairs.image(1)
+
+
+def test_a_mended_file_is_read_again(tmp_path):
+    """A preparation that ended with too many bad items goes on, and takes what was mended in the meantime."""
+    folder = flickr8k_audio(tmp_path / "flickr")
+    with pytest.raises(UserError, match="2 of 48"):
+        prepare(builders.Flickr8kAudio, folder, tmp_path / "tfds")
+    wavs = folder / "flickr_audio" / "wavs"
+    (wavs / BROKEN).write_bytes((wavs / "pic00_0.wav").read_bytes())
+    (folder / "Flicker8k_Dataset" / GONE).write_bytes((folder / "Flicker8k_Dataset" / "pic01.jpg").read_bytes())
+    prepare(builders.Flickr8kAudio, folder, tmp_path / "tfds")
+    assert len(load_pairs("flickr8k_audio", "train", str(tmp_path / "tfds"))) == 40
 
 
 def test_spoken_coco_and_places_prepare(tmp_path):

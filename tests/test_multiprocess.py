@@ -17,7 +17,7 @@ import optax
 import pytest
 
 import c2f_jax
-from c2f_jax.distributed import initialize
+from c2f_jax.distributed import first_process_first, initialize
 from c2f_jax.embedding_queue import create_queue
 from c2f_jax.errors import UserError
 from c2f_jax.models import create_model
@@ -82,11 +82,35 @@ def worker(port, process, directory):
     """One of the processes: every mode and pool, each result saved to its own file."""
     initialize(f"127.0.0.1:{port}", PROCESSES, process)
     assert jax.device_count() == PROCESSES * DEVICES and jax.local_device_count() == DEVICES
+    for name, make in (("made", make_file), ("failed", fail_at_first)):
+        Path(directory, f"{name}-{process}").write_text(_told(first_process_first, make, Path(directory), process))
     share = N // PROCESSES
     for mode in MODES:
         for pool in POOLS:
             result = run(pool, mode, slice(process * share, (process + 1) * share))
             np.savez(Path(directory) / f"{mode}-{pool}-{process}.npz", **result)
+
+
+def make_file(directory, process):
+    """A data set made where it is missing; process 0, which takes longer, must make it all the same."""
+    path = directory / "data set"
+    if not path.exists():
+        time.sleep(0 if process else 1)
+        path.write_text(f"made by {process}")
+    return path.read_text()
+
+
+def fail_at_first(directory, process):
+    if process == 0:
+        raise UserError("no room")
+    return "went on"
+
+
+def _told(turn, make, directory, process):
+    try:
+        return turn(lambda: make(directory, process))
+    except UserError as error:
+        return str(error)
 
 
 def start(port, process, directory):
@@ -137,7 +161,12 @@ def results(tmp_path_factory):
         for mode in MODES
         for pool in POOLS
     }
-    return found, expected
+    return found, expected, directory
+
+
+def test_process_0_makes_what_is_missing_and_the_others_wait(results):
+    told = {path.name: path.read_text() for path in results[2].iterdir() if path.name[:-2] in ("made", "failed")}
+    assert told == {"made-0": "made by 0", "made-1": "made by 0", "failed-0": "no room", "failed-1": "went on"}
 
 
 @pytest.mark.parametrize("pool", POOLS)

@@ -13,8 +13,9 @@ import pytest
 
 from c2f_jax.checkpoints import Checkpoints, abstract
 from c2f_jax.errors import UserError
-from c2f_jax.evaluate import load_trained
+from c2f_jax.evaluate import load_trained, retrieve
 from c2f_jax.main import load_config, main
+from c2f_jax.metrics import Recorder
 from c2f_jax.train import PREEMPTED_EXIT_CODE, shuffled_images, train_and_evaluate
 
 CONFIG = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs", "spoken_scenes.py")
@@ -100,6 +101,39 @@ def test_cadences_and_files(unbroken):
     assert list(workdir.glob("events.out.tfevents*"))
 
 
+@pytest.mark.parametrize(
+    ("method", "best", "ranked_fine"),
+    [
+        (["--config.method.warm_up_steps=1"], 2, [2]),  # what SIC alone ranks is no candidate
+        (["--config.method.warm_up_steps=9"], 2, []),  # nothing else is there: the latest
+        (["--config.method.warm_up_steps=1", "--config.method.sim_weight=0.0"], 1, []),  # all are of one kind
+    ],
+)
+def test_the_best_checkpoint_is_chosen_among_scores_of_one_kind(
+    flags, tmp_path, monkeypatch, capsys, method, best, ranked_fine
+):
+    log_evaluation = Recorder.log_evaluation
+    monkeypatch.setattr(Recorder, "log_evaluation", lambda self, step, *rest: log_evaluation(self, step, *rest) - step)
+    monkeypatch.setattr("c2f_jax.train.retrieve", lambda *args, **options: _level(retrieve(*args, **options)))
+    flags = [*flags, "--config.steps=2", "--config.eval_every=1", *method]
+    _, history, result, _ = train_and_evaluate(load_config(f"{CONFIG}:runlocal", flags), tmp_path)
+    fine = history.get("eval/spoken_scenes-tiny/fine/s2i/R@1", [])
+    assert [step for step, _ in fine] == ranked_fine
+    assert [step for step, _ in history["eval/spoken_scenes-tiny/coarse/s2i/R@1"]] == [1, 2]
+    assert Checkpoints(tmp_path, read_only=True).best_step == best == result["step"]
+    assert ("fine" in result) == bool(ranked_fine)
+    assert ("lies in the warm-up" in capsys.readouterr().err) == (method[-1][-2:] in ("=1", "=9"))
+
+
+def _level(ranked):
+    """A result whose scores are all 50, so that the step alone decides which is the best."""
+    result, lists = ranked
+    for stage in ("coarse", "fine"):
+        if stage in result:
+            result[stage]["mean_recall"] = 50.0
+    return result, lists
+
+
 def test_restored_parameters_are_those_that_were_saved(unbroken):
     workdir, state, *_ = unbroken
     _, params, step, _ = load_trained(workdir, step="latest")
@@ -181,6 +215,7 @@ def test_mistakes_are_named_before_the_first_step(flags, tmp_path, capsys, overr
     [
         (["train", "--config=nowhere.py", "--workdir=x"], "there is no file nowhere.py"),
         (["train", f"--config={CONFIG}:runlcoal", "--workdir=x"], "runlocal"),
+        (["train", f"--config={CONFIG}", "--workdir=x", "--num-processes=2"], "give all three"),
         (["evaluate", "--workdir=nowhere"], "holds no training run"),
         (["search", "--workdir=nowhere", "--say", "a red circle"], "holds no training run"),
     ],

@@ -27,6 +27,8 @@ def decode_audio(data: bytes | str, *, sample_rate: int = 16_000, name: str | No
 
     name = name or (data if isinstance(data, str) else "audio")
     encoded = data if isinstance(data, bytes) else read_bytes(data)
+    if not encoded:
+        raise BadFileError(f"{name}: the file is empty", "zero length")
     try:
         with soundfile.SoundFile(_Bytes(encoded)) as file:
             rate, promised = file.samplerate, file.frames

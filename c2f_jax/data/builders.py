@@ -117,7 +117,7 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
         path, about_path = folder / f"{split}-{number:05d}", folder / f"{split}-{number:05d}.json"
         if path.exists() and about_path.exists():
             about = json.loads(about_path.read_text())
-            if about["fingerprint"] == fingerprint:
+            if about["fingerprint"] == fingerprint and about.get("stamps") == _stamps(about["bad"]):
                 bar.update(len(pictures))
                 return path, about
         about = {"fingerprint": fingerprint, "captions": [], "samples": [], "image_ids": [], "bad": {}}
@@ -142,6 +142,7 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
                 epath.Path(part).copy(path, overwrite=True)
             else:
                 os.replace(part, path)
+        about["stamps"] = _stamps(about["bad"])
         about_path.write_text(json.dumps(about))  # last: it says that the shard is whole
         return path, about
 
@@ -177,6 +178,18 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
                 "items": items,
             }
         self.info.set_splits(tfds.core.SplitDict(infos))
+
+
+def _stamps(names) -> dict[str, list | None]:
+    """Size and time of change of bad files, None for a missing one: a shard is made again once one was mended."""
+    stamps = {}
+    for name in names:
+        try:
+            about = epath.Path(name).stat()
+            stamps[name] = [about.length, about.mtime]
+        except OSError:
+            stamps[name] = None
+    return stamps
 
 
 def _read_picture(rows: list[dict], bad: dict[str, str]) -> tuple[dict, list[int]]:

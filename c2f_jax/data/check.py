@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from c2f_jax.data.audio import decode_audio, read_bytes
 from c2f_jax.data.images import open_rgb, resize_box
-from c2f_jax.data.layouts import LAYOUTS, Listing
-from c2f_jax.data.manifest import ManifestSource, read_listing
+from c2f_jax.data.layouts import LAYOUTS, Listing, layout_of
+from c2f_jax.data.manifest import ManifestSource, manifest_in, read_listing
 from c2f_jax.data.pairs import (
     DATA_SETS,
     MANIFEST_SUFFIXES,
@@ -26,6 +26,7 @@ from c2f_jax.data.pairs import (
 from c2f_jax.errors import BadFileError, UserError
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
+VERY_SHORT = 0.25  # seconds
 EXIT_CODES = {ERROR: 3, WARNING: 1, NOTE: 0}  # 2 is left to a command line that cannot be understood
 # Kind of finding -> (severity, what it means for training and evaluation).
 KINDS = {
@@ -48,6 +49,9 @@ KINDS = {
     "caption without picture": (WARNING, "nothing to pair it with"),
     "missing split": (WARNING, "this split cannot be loaded"),
     "duplicate recording": (NOTE, "the same sound twice in a split"),
+    "repeated picture": (NOTE, "the same picture twice under one image_id: each is right for the other"),
+    "very short": (NOTE, f"under {VERY_SHORT} s: hardly a word"),
+    "number of captions": (NOTE, "other than of most pictures"),
     "other sample rate": (NOTE, "converted to 16 kHz while loading"),
     "stereo": (NOTE, "channels are averaged while loading"),
     "tiny picture": (NOTE, "under 16 pixels a side"),
@@ -127,12 +131,13 @@ class Report:
 
     def text(self, most: int = 5) -> str:
         """A table of the splits, then each kind of finding with its first items."""
-        lines = [self.name, f"  {'split':14}{'pictures':>10}{'recordings':>12}{'usable':>9}{'hours':>8}  seconds"]
+        lines = [self.name, f"  {'split':14}{'pictures':>10}{'recordings':>12}{'usable':>9}"]
+        lines[1] += f"{'a picture':>10}{'hours':>8}  seconds"
         for split, about in self.splits.items():
             low, middle, high = (about["seconds"][key] for key in ("min", "median", "max"))
             lines.append(
                 f"  {split:14}{about['pictures']:>10,}{about['recordings']:>12,}{about['usable']:>9,}"
-                f"{about['hours']:>8.1f}  {low:.2f} to {high:.2f}, median {middle:.2f}"
+                f"{captions_of(about):>10}{about['hours']:>8.1f}  {low:.2f} to {high:.2f}, median {middle:.2f}"
             )
         for kind, count in self.counts().items():
             severity, meaning = KINDS[kind]
@@ -142,6 +147,16 @@ class Report:
             lines += [f"  and {count - most:,} more"] if count > most else []
         lines.append({ERROR: "errors found", WARNING: "usable, with warnings", NOTE: "passed"}[self.severity])
         return "\n".join(lines)
+
+
+def captions_of(about: dict) -> str:
+    """How many recordings the pictures of a split have.
+
+    >>> captions_of({"captions_per_picture": {"5": 1000}}), captions_of({"captions_per_picture": {"5": 969, "6": 31}})
+    ('5', '5 to 6')
+    """
+    numbers = list(about["captions_per_picture"])
+    return " to ".join(dict.fromkeys([numbers[0], numbers[-1]]))
 
 
 def check_data(
@@ -157,7 +172,7 @@ def check_data(
 
     Args:
       spec: a published data set (as downloaded when manual_dir is given, else as prepared), `spoken_scenes`, a
-        manifest, or the directory of a prepared set.
+        manifest, a folder that holds manifest.jsonl or manifest.csv, or the directory of a prepared set.
       manual_dir: folder of the downloaded parts of a published set.
       data_dir: where TFDS keeps prepared sets.
       max_seconds: longer recordings are reported.
@@ -203,6 +218,7 @@ def check_data(
     findings += _duplicates(sources, pictures, "picture")
     findings += _duplicates(sources, recordings, "recording")
     findings += _shared_ids(sources)
+    findings += _odd_numbers(sources)
     findings += _differing_counts(name, splits)
     order = list(EXIT_CODES)
     findings.sort(key=lambda f: (order.index(f.severity), list(KINDS).index(f.kind)))
@@ -211,17 +227,17 @@ def check_data(
 
 def _open(spec: str, manual_dir, data_dir):
     """Name, split -> PairSource with nothing left out, and what the listing itself has to say."""
-    spec, name = str(spec), str(spec).partition("/")[0]
+    name = str(spec).partition("/")[0]
+    spec = str(spec) if name in DATA_SETS else manifest_in(str(spec)) or str(spec)
+    if manual_dir is not None:
+        return name, *_listed(layout_of(spec).listing([manual_dir]))
     if spec.lower().endswith(MANIFEST_SUFFIXES):
         return spec, *_listed(read_listing(spec, strict=False))
-    if manual_dir is not None:
-        if name not in LAYOUTS:
-            raise UserError(f"{spec} is no published data set: --manual-dir goes with one of {', '.join(LAYOUTS)}")
-        return name, *_listed(LAYOUTS[name].listing([manual_dir]))
     from c2f_jax.data.prepared import is_prepared, open_prepared
 
     if is_prepared(spec):
-        splits = list(open_prepared(spec).info.splits)
+        builder = open_prepared(spec)
+        name, splits = builder.name, list(builder.info.splits)
     elif name == "spoken_scenes":
         from c2f_jax.data.spoken_scenes.source import prepared_builder
 
@@ -236,7 +252,7 @@ def _open(spec: str, manual_dir, data_dir):
     notes = [
         ("left out", item, reason) for source in sources.values() for item, reason in source.bad_items.reasons.items()
     ]
-    return spec, sources, notes
+    return name if name in LAYOUTS else spec, sources, notes
 
 
 def _listed(listing: Listing):
@@ -285,6 +301,8 @@ def _recording_facts(source: PairSource, index: int, max_seconds: float) -> _Fac
     if np.abs(wave).max() < 1e-3:
         problems.append(("silence", f"peak {np.abs(wave).max():.1e} of full scale"))
     seconds = len(wave) / SAMPLE_RATE
+    if seconds < VERY_SHORT:
+        problems.append(("very short", f"{seconds:.2f} s"))
     if seconds > max_seconds:
         problems.append(("over-long", f"{seconds:.1f} s"))
     return _Facts(tuple(problems), seconds=seconds, content=hashlib.sha1(encoded).digest())
@@ -326,7 +344,7 @@ def _summary(source: PairSource, seconds: np.ndarray, usable: list) -> dict:
 
 
 def _duplicates(sources, facts, what: str) -> list[Finding]:
-    """Items of equal content or look; in two splits they are a leak. Pictures of one image_id are no duplicates."""
+    """Items of equal content or look; in two splits they are a leak."""
     findings, name_of = [], _NAME_OF[what]
     seen: dict[bytes, list] = collections.defaultdict(list)
     for split, source in sources.items():
@@ -347,7 +365,7 @@ def _duplicates(sources, facts, what: str) -> list[Finding]:
             if split != other_split:
                 kind, detail = "split leak", f"also in {other_split}: "
             elif what == "picture" and source.image_ids[index] == source.image_ids[other]:
-                continue
+                kind = "repeated picture"
             first = name_of(sources[other_split], other)
             findings.append(
                 Finding(kind, name_of(source, index), detail + first, split, (what, index), (other_split, first))
@@ -384,14 +402,24 @@ def _shared_ids(sources) -> list[Finding]:
     return findings
 
 
+def _odd_numbers(sources) -> list[Finding]:
+    """Pictures with another number of recordings than three quarters of all; nothing where there is no such number."""
+    counts = {s: np.bincount(source.image_index, minlength=source.num_images) for s, source in sources.items()}
+    number, pictures = collections.Counter(np.concatenate([*counts.values()]).tolist()).most_common(1)[0]
+    if pictures < 0.75 * sum(map(len, counts.values())):
+        return []
+    return [
+        Finding("number of captions", sources[split].image_name(row), f"{found} where most have {number}", split,
+                ("picture", row))
+        for split, of_split in counts.items() for row, found in enumerate(of_split.tolist()) if found != number
+    ]  # fmt: skip
+
+
 def _differing_counts(name: str, splits) -> list[Finding]:
     published = LAYOUTS[name].published if name in LAYOUTS else {}
-    findings = []
-    for split, (pictures, recordings) in published.items():
-        for what, expected in (("pictures", pictures), ("recordings", recordings)):
-            found = splits.get(split, {what: 0})[what]
-            if expected is not None and split in splits and found != expected:
-                findings.append(
-                    Finding("count differs", f"{split}, {what}", f"{found:,}, published {expected:,}", split)
-                )
-    return findings
+    return [
+        Finding("count differs", f"{split}, {what}", f"{splits[split][what]:,}, published {expected:,}", split)
+        for split, numbers in published.items()
+        for what, expected in zip(("pictures", "recordings"), numbers, strict=True)
+        if split in splits and expected is not None and splits[split][what] != expected
+    ]

@@ -5,7 +5,7 @@ from html import escape
 import numpy as np
 
 from c2f_jax.data.audio import decode_audio
-from c2f_jax.data.check import ERROR, KINDS, NOTE, WARNING, Report
+from c2f_jax.data.check import ERROR, KINDS, NOTE, WARNING, Report, captions_of
 from c2f_jax.data.images import open_rgb
 from c2f_jax.data.pairs import PairSource
 from c2f_jax.errors import BadFileError
@@ -54,11 +54,13 @@ def write_check_page(path, report: Report) -> None:
 
 
 def _table(report: Report) -> str:
-    heads = "".join(f'<th scope="col">{name}</th>' for name in ("pictures", "recordings", "usable", "hours", "seconds"))
+    names = ("pictures", "recordings", "usable", "a picture", "hours", "seconds")
+    heads = "".join(f'<th scope="col">{name}</th>' for name in names)
     rows = ""
     for split, about in report.splits.items():
         low, middle, high = (about["seconds"][key] for key in ("min", "median", "max"))
-        cells = [f"{about[key]:,}" for key in ("pictures", "recordings", "usable")] + [f"{about['hours']:.1f}"]
+        cells = [f"{about[key]:,}" for key in ("pictures", "recordings", "usable")]
+        cells += [captions_of(about), f"{about['hours']:.1f}"]
         cells.append(f"{middle:.2f}<small>{low:.2f}\u2009…\u2009{high:.2f}</small>")
         numbers = "".join(f"<td>{cell}</td>" for cell in cells)
         rows += f'<tr><th scope="row">{escape(split)}</th>{numbers}</tr>'

@@ -37,6 +37,8 @@ def open_rgb(data: bytes | str, size: int, *, reduce: bool = True, name: str | N
     """The whole picture, RGB, as `decode_image` reads it; reduce decodes large JPEGs at 2 * size or more."""
     name = name or (data if isinstance(data, str) else "image")
     encoded = data if isinstance(data, bytes) else read_bytes(data)
+    if not encoded:
+        raise BadFileError(f"{name}: the file is empty", "zero length")
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
@@ -45,7 +47,9 @@ def open_rgb(data: bytes | str, size: int, *, reduce: bool = True, name: str | N
                 )
             if reduce:
                 image.draft(image.mode, (2 * size, 2 * size))
-            return _to_rgb(ImageOps.exif_transpose(image))
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)  # a copy would cost as much as decoding
+            return _to_rgb(image)
     except BadFileError:
         raise
     except Exception as e:  # Pillow's plugins raise nearly anything on damaged files

@@ -6,8 +6,8 @@ about the listing itself (captions without a picture, stray files, pictures with
 
 import csv
 import dataclasses
-import io
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
@@ -131,11 +131,15 @@ def _json(path, key: str) -> list[dict]:
     """The list of dicts under `key` of a JSON file."""
     try:
         entries = json.loads(read_bytes(str(path)))[key]
-        if isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries):
-            return entries
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f"{path}: not the JSON that was published ({type(e).__name__}: {e}); get it again") from e
-    raise UserError(f"{path}: expected a list of objects under {key!r}; get the file again")
+    return _dicts(entries, f"{path}, under {key!r}")
+
+
+def _dicts(values, where: str) -> list[dict]:
+    if isinstance(values, list) and all(isinstance(value, dict) for value in values):
+        return values
+    raise UserError(f"{where}: expected a list of objects; get the file again")
 
 
 def _value(entry: dict, key: str, where: str) -> str:
@@ -145,8 +149,11 @@ def _value(entry: dict, key: str, where: str) -> str:
     return value
 
 
-def _strays(folder, listed: set[str]) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.name not in listed)
+def _note_strays(listing: Listing, folder, also_listed: Sequence = ()) -> None:
+    """Notes the files below a folder of recordings (on this machine: a bucket is not walked) that nothing names."""
+    listed = {row["audio"] for row in listing.rows} | set(map(str, also_listed))
+    below = (os.path.join(place, name) for place, _, names in os.walk(str(folder)) for name in names)
+    listing.notes += [("stray file", path, "no recording of the listing") for path in sorted(set(below) - listed)]
 
 
 # Flickr8k Audio
@@ -160,16 +167,16 @@ def _read_flickr8k_audio(parts: dict[str, epath.Path]) -> Listing:
     speaker_file = order.parent / "wav2spk.txt"
     pairs = (line.split() for _, line in _lines(speaker_file)) if speaker_file.exists() else ()
     speakers = {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
-    listed, spoken = set(), set()
+    unused, spoken = [], set()
     for number, line in _lines(order):
         fields = line.split()
         if len(fields) != 3 or not fields[2].lstrip("#").isdigit():
             listing.notes.append(("unreadable line", f"{order}:{number}", f"expected WAV JPG #K, found {line!r}"))
             continue
         audio, image, which = fields[0], fields[1], int(fields[2].lstrip("#"))
-        listed.add(audio)
         spoken.add(image)
         if image not in splits:
+            unused.append(wavs / audio)
             listing.notes.append(("in no split", str(wavs / audio), f"{image} is in none of the lists of pictures"))
             continue
         listing.add(
@@ -188,9 +195,7 @@ def _read_flickr8k_audio(parts: dict[str, epath.Path]) -> Listing:
         picture = image.lower().endswith((".jpg", ".jpeg", ".png"))
         kind, detail = ("picture without caption", "no recording") if picture else ("stray file", "not a picture")
         listing.notes.append((kind, str(pictures / image), detail))
-    if wavs.exists():
-        for name in _strays(wavs, listed):
-            listing.notes.append(("stray file", str(wavs / name), f"not in {order.name}"))
+    _note_strays(listing, wavs, unused)
     return listing
 
 
@@ -199,7 +204,7 @@ def _flickr8k_splits(path, listing: Listing) -> dict[str, str]:
     names = {"train": "train", "dev": "validation", "val": "validation", "test": "test"}
     if path.suffix == ".json":
         entries = _json(path, "images")
-        named = [(_value(e, "filename", f"{path}, image {k}"), e.get("split")) for k, e in enumerate(entries)]
+        named = [(_value(e, "filename", f"{path}, image {k}"), str(e.get("split"))) for k, e in enumerate(entries)]
     else:
         named = []
         for name in ("train", "dev", "test"):
@@ -220,13 +225,14 @@ def _flickr8k_captions(path) -> dict[str, dict[int, str]]:
         return captions
     if path.suffix == ".json":
         for entry in _json(path, "images"):
-            sentences = entry.get("sentences") or []
-            captions[entry.get("filename", "")] = {k: str(s.get("raw", "")) for k, s in enumerate(sentences)}
+            sentences = _dicts(entry.get("sentences") or [], f"{path}, sentences")
+            captions[_value(entry, "filename", str(path))] = {k: str(s.get("raw", "")) for k, s in enumerate(sentences)}
     elif path.name == "captions.txt":
-        lines = csv.reader(io.StringIO("\n".join(line for _, line in _lines(path))))
-        for row in list(lines)[1:]:
-            # Captions with a comma are not always quoted: what follows the first comma is the caption.
-            captions[row[0]][len(captions[row[0]])] = ",".join(row[1:])
+        for _, line in _lines(path)[1:]:
+            # Line by line, or one stray quote would swallow what follows it. Captions with a comma are not always
+            # quoted: what follows the first comma is the caption.
+            image, *text = next(csv.reader([line]))
+            captions[image][len(captions[image])] = ",".join(text)
     else:
         for _, line in _lines(path):
             name, _, text = line.partition("\t")
@@ -272,7 +278,9 @@ FLICKR8K_AUDIO = Layout(
 
 def _read_spoken_coco(parts: dict[str, epath.Path]) -> Listing:
     listing = Listing("spoken_coco")
-    path, pictures = parts["listing"], parts["pictures"].parent
+    path, recordings = parts["listing"], parts["recordings"].parent
+    # Downloaded archives are unpacked apart, so the two years need not lie in one folder.
+    pictures = {"train2014": parts["pictures"].parent, "val2014": parts["pictures of val2014"].parent}
     names = {"train": "train", "restval": "train", "val": "validation", "test": "test"}
     if "ksplit" in path.name:
         sources = [(path.parent / f"SpokenCOCO_ksplit_{name}.json", name) for name in ("train", "val", "test")]
@@ -284,36 +292,43 @@ def _read_spoken_coco(parts: dict[str, epath.Path]) -> Listing:
                 f"{KARPATHY}) beside them, or SpeechCLIP's SpokenCOCO_ksplit_train.json, _val.json and _test.json"
             )
         sources = [(path.parent / f"SpokenCOCO_{name}.json", name) for name in ("train", "val")]
-        karpathy = [(entry.get("filename"), entry.get("split")) for entry in _json(parts["splits"], "images")]
+        listed = enumerate(_json(parts["splits"], "images"))
+        karpathy = [(_value(e, "filename", f"{parts['splits']}, image {k}"), str(e.get("split"))) for k, e in listed]
         split_of = {file: names.get(split) for file, split in karpathy}
         place_of = {file: place for place, (file, _) in enumerate(karpathy)}
-    entries = []
+    entries, unused = [], []
     for file, name in sources:
         for number, entry in enumerate(_json(file, "data")):
             where = f"{file}, entry {number}"
             image = _value(entry, "image", where)
+            captions = _dicts(entry.get("captions") or [], f"{where}, captions")
             split = names[name] if split_of is None else split_of.get(image.rpartition("/")[2])
             if split is None:
                 listing.notes.append(("in no split", image, f"not in {parts['splits'].name} ({where})"))
+                unused += [recordings / str(caption.get("wav")) for caption in captions]
                 continue
-            entries.append((entry, image, split, where))
+            if image.partition("/")[0] not in pictures:
+                raise UserError(f"{where}: expected a picture below {' or '.join(pictures)}, found {image!r}")
+            entries.append((captions, image, split, where))
     if place_of is not None:
         # Karpathy's order, which the five folds of a thousand test pictures are cut from.
         entries.sort(key=lambda item: place_of[item[1].rpartition("/")[2]])
-    for entry, image, split, where in entries:
-        captions = entry.get("captions") or []
+        for file in sorted(place_of.keys() - {image.rpartition("/")[2] for _, image, *_ in entries}):
+            listing.notes.append(("picture without caption", file, f"in {parts['splits'].name}, but no recording"))
+    for captions, image, split, where in entries:
         if not captions:
             listing.notes.append(("picture without caption", image, f"no recording ({where})"))
         for number, caption in enumerate(captions):
             listing.add(
-                image=pictures / image,
-                audio=path.parent / _value(caption, "wav", f"{where}, caption {number}"),
+                image=pictures[image.partition("/")[0]] / image,
+                audio=recordings / _value(caption, "wav", f"{where}, caption {number}"),
                 split=split,
                 image_id=image.rpartition("/")[2].rpartition(".")[0],
                 caption=str(caption.get("text") or ""),
                 speaker=caption.get("speaker") or "",
                 where=f"{where}, caption {number}",
             )
+    _note_strays(listing, parts["recordings"], unused)
     return listing
 
 
@@ -332,6 +347,7 @@ SPOKEN_COCO = Layout(
             "https://data.csail.mit.edu/placesaudio/SpokenCOCO.tar.gz",
             64,
         ),
+        Part("recordings", ("SpokenCOCO/wavs", "wavs"), "https://data.csail.mit.edu/placesaudio/SpokenCOCO.tar.gz", 64),
         Part("pictures", ("train2014",), "http://images.cocodataset.org/zips/train2014.zip", 13.5),
         Part("pictures of val2014", ("val2014",), "http://images.cocodataset.org/zips/val2014.zip", 6.6),
         Part("splits", ("dataset_coco.json", "dataset.json"), KARPATHY, 0.04, optional=True),
@@ -368,6 +384,7 @@ def _read_places_audio(parts: dict[str, epath.Path]) -> Listing:
                 speaker=entry.get("speaker") or "",
                 where=where,
             )
+    _note_strays(listing, parts["recordings"])
     return listing
 
 
@@ -401,3 +418,10 @@ PLACES_AUDIO = Layout(
 )
 
 LAYOUTS = {layout.name: layout for layout in (FLICKR8K_AUDIO, SPOKEN_COCO, PLACES_AUDIO)}
+
+
+def layout_of(spec: str) -> Layout:
+    """The layout that a folder of downloaded parts goes with; `UserError` for what is no published data set."""
+    if spec not in LAYOUTS:
+        raise UserError(f"{spec} is no published data set: --manual-dir goes with one of {', '.join(LAYOUTS)}")
+    return LAYOUTS[spec]

@@ -1,7 +1,7 @@
 """Training and evaluation batches as NumPy dicts, decoded ahead of the step by threads.
 
 Training: the step alone determines the batch, so a run resumes by starting at its step, and rows of all processes
-concatenated are the batch of one process. Evaluation: everything once, in order, in fixed shapes.
+concatenated are the batch of one process. Evaluation: everything once, in few shapes.
 """
 
 import functools
@@ -239,29 +239,32 @@ def empty_image(source: PairSource, size: int) -> np.ndarray:
 def speech_batches(
     source: PairSource, *, batch_size: int, seconds_max: float, threads: int = 4, prefetch: int = 4
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every recording once, in order, whole but for what exceeds seconds_max; all batches of one shape.
+    """Every recording once, by length where it is known, whole but for what exceeds seconds_max.
 
         waveform float32 (n, S) or speech_tokens float16 (n, T, C), speech_lengths int32 (n,), index int32 (n,),
         valid bool (n,)
-    S = seconds_max at 16 kHz. Rows that only fill the last batch, and unreadable recordings, have valid = False; an
-    unreadable one is silence of a legal length.
+    S is the smallest of seconds_max / 4, / 2 and / 1 at 16 kHz that holds the batch: three shapes to compile, little
+    padding where most recordings are far shorter than the longest. Rows that only fill the last batch, and unreadable
+    recordings, have valid = False; an unreadable one is silence of a legal length.
     """
-    samples = round(seconds_max * SAMPLE_RATE)
+    shapes = [round(seconds_max * SAMPLE_RATE / part) for part in (4, 2, 1)]
 
     def load(rows: np.ndarray) -> dict[str, np.ndarray]:
-        batch = empty_speech(source, len(rows), samples)
-        longest = _longest(batch)
-        valid = np.ones(len(rows), bool)
-        for out, index in enumerate(rows):
-            speech = load_speech(source, int(index))
-            if speech is None:
-                valid[out] = False
-                batch["speech_lengths"][out] = min(MIN_SAMPLES, longest)
-            else:
+        speeches = [load_speech(source, int(index)) for index in rows]
+        needed = max((len(speech) for speech in speeches if speech is not None), default=0)
+        # What was read decides, not the length that a manifest states.
+        for samples in shapes:
+            batch = empty_speech(source, len(rows), samples)
+            if needed <= (longest := _longest(batch)):
+                break
+        batch["speech_lengths"][:] = min(MIN_SAMPLES, longest)
+        for out, speech in enumerate(speeches):
+            if speech is not None:
                 _put_speech(batch, out, speech[:longest])
-        return {**batch, "valid": valid}
+        return {**batch, "valid": np.array([speech is not None for speech in speeches])}
 
-    return _in_order(len(source), batch_size, load, threads, prefetch)
+    known = np.where(source.num_samples < 0, shapes[-1], source.num_samples)
+    return _everything(np.argsort(known, kind="stable"), batch_size, load, threads, prefetch)
 
 
 def image_batches(
@@ -280,10 +283,10 @@ def image_batches(
         images = np.stack([black if image is None else image for image in images])
         return {_image_name(source): images, "valid": valid}
 
-    return _in_order(source.num_images, batch_size, load, threads, prefetch)
+    return _everything(np.arange(source.num_images), batch_size, load, threads, prefetch)
 
 
-def _in_order(count: int, batch_size: int, load, threads: int, prefetch: int) -> Iterator[dict[str, np.ndarray]]:
+def _everything(order, batch_size: int, load, threads: int, prefetch: int) -> Iterator[dict[str, np.ndarray]]:
     import grain
 
     if batch_size < 1:
@@ -291,12 +294,12 @@ def _in_order(count: int, batch_size: int, load, threads: int, prefetch: int) ->
 
     def load_batch(number: int) -> dict[str, np.ndarray]:
         rows = np.arange(number * batch_size, (number + 1) * batch_size)
-        index = np.minimum(rows, count - 1).astype(np.int32)
+        index = order[np.minimum(rows, len(order) - 1)].astype(np.int32)
         batch = load(index)
-        return {**batch, "index": index, "valid": batch["valid"] & (rows < count)}
+        return {**batch, "index": index, "valid": batch["valid"] & (rows < len(order))}
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, 1) if threads else 0)
-    return iter(grain.MapDataset.range(-(-count // batch_size)).map(load_batch).to_iter_dataset(options))
+    return iter(grain.MapDataset.range(-(-len(order) // batch_size)).map(load_batch).to_iter_dataset(options))
 
 
 def _longest(batch: dict[str, np.ndarray]) -> int:

@@ -13,9 +13,11 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+from etils import epath
+
 from c2f_jax.data.audio import read_bytes
 from c2f_jax.data.layouts import Listing
-from c2f_jax.data.pairs import SAMPLE_RATE, BadItems, PairSource, Recording
+from c2f_jax.data.pairs import MANIFEST_SUFFIXES, SAMPLE_RATE, BadItems, PairSource, Recording
 from c2f_jax.errors import UserError
 
 REQUIRED = ("image", "audio", "split")
@@ -97,6 +99,15 @@ def load_manifest(path: str, split: str, *, max_bad_share: float = 0.01) -> Mani
     bad_items.add_all({name: f"no such file ({where})" for where, name in missing.items()})
     rows = [row for row in rows if row["where"] not in missing]
     return ManifestSource(path, split, rows, bad_items)
+
+
+def manifest_in(folder: str) -> str | None:
+    """The path of the manifest.jsonl or manifest.csv that a folder holds; None where there is none."""
+    paths = (epath.Path(folder) / f"manifest{suffix}" for suffix in MANIFEST_SUFFIXES)
+    try:
+        return next((str(path) for path in paths if path.exists()), None)
+    except (OSError, ValueError):  # no name that a folder can have
+        return None
 
 
 def read_listing(path: str, *, strict: bool = True) -> Listing:

@@ -138,6 +138,15 @@ class PairSource(abc.ABC):
         return image if isinstance(image, str) else f"{self.name}, {self.split}, image {self.image_id(row)}"
 
 
+def make_data_set(spec: str, data_dir: str | None = None) -> None:
+    """Makes `spoken_scenes` in data_dir where it is not there; other data sets are made by `c2f data prepare` alone."""
+    name, _, config = str(spec).partition("/")
+    if name == "spoken_scenes":
+        from c2f_jax.data.spoken_scenes.source import prepared_builder
+
+        prepared_builder(config, data_dir)
+
+
 def _spoken_scenes(config: str, split: str, data_dir: str | None, max_bad_share: float) -> PairSource:
     from c2f_jax.data.prepared import PreparedSource
     from c2f_jax.data.spoken_scenes.source import prepared_builder

@@ -2,10 +2,8 @@
 
 import os
 
-from etils import epath
-
-from c2f_jax.data.layouts import LAYOUTS
-from c2f_jax.data.manifest import read_listing
+from c2f_jax.data.layouts import LAYOUTS, layout_of
+from c2f_jax.data.manifest import manifest_in, read_listing
 from c2f_jax.data.pairs import MANIFEST_SUFFIXES
 from c2f_jax.errors import UserError
 
@@ -41,7 +39,7 @@ def prepare(
     """
     import tensorflow_datasets as tfds
 
-    spec = _manifest_of(str(spec))
+    spec = _manifest_of(str(spec), manual_dir)
     if spec.partition("/")[0] == "spoken_scenes":
         from c2f_jax.data.spoken_scenes.source import prepared_builder
 
@@ -67,9 +65,12 @@ def dry_run(spec: str, *, manual_dir: str | None = None, data_dir: str | None = 
 
     Nothing is written or fetched. Raises `UserError` for an unknown name and a manifest that cannot be read.
     """
-    spec = _manifest_of(str(spec))
+    spec = _manifest_of(str(spec), manual_dir)
     lines = [spec]
     if spec.partition("/")[0] == "spoken_scenes":
+        from c2f_jax.data.spoken_scenes.source import known_config
+
+        known_config(spec.partition("/")[2])
         return f"{spec} is made on this machine and needs no files"
     if spec in LAYOUTS:
         layout, folders = LAYOUTS[spec], [manual_dir] if manual_dir else []
@@ -102,12 +103,13 @@ def dry_run(spec: str, *, manual_dir: str | None = None, data_dir: str | None = 
     return "\n".join(lines)
 
 
-def _manifest_of(spec: str) -> str:
+def _manifest_of(spec: str, manual_dir: str | None) -> str:
+    if manual_dir is not None:
+        layout_of(spec)
     if spec in LAYOUTS or spec.partition("/")[0] == "spoken_scenes" or spec.lower().endswith(MANIFEST_SUFFIXES):
         return spec
-    for suffix in MANIFEST_SUFFIXES:
-        if (epath.Path(spec) / f"manifest{suffix}").exists():
-            return str(epath.Path(spec) / f"manifest{suffix}")
+    if path := manifest_in(spec):
+        return path
     raise UserError(
         f"{spec!r}: give one of {', '.join(LAYOUTS)}, spoken_scenes, a manifest (a file that ends in "
         f"{' or '.join(MANIFEST_SUFFIXES)}), or a folder that holds manifest.jsonl"

@@ -4,12 +4,12 @@ import functools
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from c2f_jax.data import loader
 from c2f_jax.data.features import open_features, shard_exists, start_cache, write_shard
 from c2f_jax.data.pairs import SAMPLE_RATE
+from c2f_jax.distributed import wait_for_all
 from c2f_jax.models import IMAGE_TOWERS, create_tower
 from c2f_jax.models.published import choose_layer
 from c2f_jax.pretrained.weights import bare_tower, load_weights, open_card, tower_inputs
@@ -63,8 +63,7 @@ def extract_features(
                 items = list(_run(functools.partial(apply, params), blocks[number], read, batch_size, bar))
                 shape = items[0][1].shape[1:] if items else _token_shape(apply, params, attributes["name"], side)
                 write_shard(output, _shard_name(source, is_image, number), items, shape)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("c2f_jax features")
+    wait_for_all()
     return open_features(output)
 
 

@@ -4,14 +4,21 @@ from c2f_jax.data.spoken_scenes import speech
 from c2f_jax.errors import UserError
 
 
+def known_config(config: str) -> str:
+    """The name of a configuration, "default" for none given; `UserError` listing all for an unknown one."""
+    from c2f_jax.data.spoken_scenes.builder import SpokenScenes
+
+    if config and config not in SpokenScenes.builder_configs:
+        known = ", ".join(SpokenScenes.builder_configs)
+        raise UserError(f"spoken_scenes has no configuration {config!r}; it has {known}")
+    return config or "default"
+
+
 def prepared_builder(config: str = "", data_dir: str | None = None):
     """The TFDS builder of `spoken_scenes`, its data made first when they are not in data_dir; once made they stay."""
     from c2f_jax.data.spoken_scenes.builder import SpokenScenes
 
-    config = config or "default"
-    if config not in SpokenScenes.builder_configs:
-        known = ", ".join(SpokenScenes.builder_configs)
-        raise UserError(f"spoken_scenes has no configuration {config!r}; it has {known}")
+    config = known_config(config)
 
     def open_builder():
         return SpokenScenes(config=config, data_dir=data_dir, file_format="array_record")

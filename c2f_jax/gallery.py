@@ -11,8 +11,9 @@ from c2f_jax.data.audio import decode_audio
 from c2f_jax.data.images import decode_image
 from c2f_jax.data.pairs import SAMPLE_RATE, is_data_set, load_pairs
 from c2f_jax.errors import UserError
-from c2f_jax.evaluate import encode_image, encode_speech, load_trained, match
+from c2f_jax.evaluate import LENGTH_BUCKETS, encode_image, encode_speech, load_trained, matcher
 from c2f_jax.models import Encoded
+from c2f_jax.parallel import round_up_rows, split_rows
 from c2f_jax.retrieval.figures import results_png
 from c2f_jax.retrieval.index import AUDIO_SUFFIXES, IMAGE_SUFFIXES, GalleryIndex, list_media
 from c2f_jax.retrieval.report import Example, picture, recording, write_search_page
@@ -109,15 +110,16 @@ def search(
     cosine, coarse = coarse_top_k(queries.embedding, items.embeddings, max(k, top))
     score = experiment.eval.score
     fine = None
-    if experiment.method.sim_weight:
+    if experiment.method.has_sim(number):
         logits = rerank(
-            functools.partial(match, experiment.model, params),
+            matcher(experiment.model, params),
             queries.tokens,
             items.tokens,
             coarse[:, :k],
             direction="s2i" if kind == "image" else "i2s",
             speech_lengths=queries.lengths if kind == "image" else items.lengths,
-            pair_chunk=experiment.eval.pair_batch_size,
+            pair_chunk=round_up_rows(params, experiment.eval.pair_batch_size),
+            length_buckets=LENGTH_BUCKETS,
         )
         values = fine_scores(cosine[:, :k], logits, float(experiment.model.apply({"params": params}, method="tau")))[
             score
@@ -171,17 +173,17 @@ def _decode(experiment, kind, file):
 
 def _encode(experiment, params, kind, decoded):
     """Encode items in fixed-size batches: Encoded with numpy leaves."""
-    size, parts = min(experiment.eval.batch_size, len(decoded)), []
+    size, parts = round_up_rows(params, min(experiment.eval.batch_size, len(decoded))), []
     samples = round(experiment.data.max_seconds * SAMPLE_RATE)
     for start in range(0, len(decoded), size):
         chunk = decoded[start : start + size]
         filled = chunk + [chunk[-1]] * (size - len(chunk))
         if kind == "image":
-            encoded = encode_image(experiment.model, params, np.stack(filled))
+            encoded = encode_image(experiment.model, params, split_rows(params, np.stack(filled)))
         else:
             waveform = np.stack([np.pad(wave, (0, samples - len(wave))) for wave in filled])
             lengths = np.array([len(wave) for wave in filled], np.int32)
-            encoded = encode_speech(experiment.model, params, waveform, lengths)
+            encoded = encode_speech(experiment.model, params, *split_rows(params, (waveform, lengths)))
         kept = len(chunk)
         parts.append(jax.tree.map(lambda x, kept=kept: np.asarray(x)[:kept], encoded))
     return Encoded(*(np.concatenate(leaves).astype(leaves[0].dtype) for leaves in zip(*parts, strict=True)))
