@@ -112,6 +112,8 @@ def _parser():
         metavar="DATA",
         help="evaluate afterwards on these too: protocols, or other data sets and manifests (their test split)",
     )
+    by_voice = {"action": "store_true", "help": "voices heard in training and others apart, on all pictures"}
+    train.add_argument("--by-voice", **by_voice)
     _distributed_arguments(train)
 
     evaluate = add(
@@ -127,9 +129,7 @@ def _parser():
     how.add_argument(
         "--protocol", help="flickr8k_1k, spoken_coco_5k, spoken_coco_1k_5fold, places_1k or mteb, with its own data set"
     )
-    how.add_argument(
-        "--by-voice", action="store_true", help="voices heard in training and others apart, on all pictures"
-    )
+    how.add_argument("--by-voice", **by_voice)
     evaluate.add_argument("--k", type=int, help="candidates that SIM re-ranks; the run's value by default")
     evaluate.add_argument("--score", help="ranking of the fine stage: sic, sim, sum, prob or joint")
 
@@ -255,8 +255,8 @@ def _train(args, overrides):
     from c2f_jax.retrieval.evaluation import format_table
     from c2f_jax.train import PREEMPTED_EXIT_CODE, Preempted, train_and_evaluate
 
-    if several and args.zero_shot:
-        raise UserError("--zero-shot is for one process: run `c2f evaluate` with --data or --protocol afterwards")
+    if several and (args.zero_shot or args.by_voice):
+        raise UserError("--zero-shot and --by-voice are for one process: run `c2f evaluate` afterwards")
     for target in args.zero_shot:
         _open_target(create_experiment(config), target)  # before the training: a misspelt one is not found hours later
     try:
@@ -267,6 +267,8 @@ def _train(args, overrides):
     if result is not None:
         print(format_table(result))
         print(f"\nresults page: {page}")
+        if args.by_voice:
+            _evaluate_by_voice(create_experiment(config), args.workdir, "best", None)
         for target in args.zero_shot:
             print(f"\nzero-shot: {target}")
             _evaluate_on(create_experiment(config), args.workdir, "best", target)

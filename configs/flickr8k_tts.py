@@ -1,13 +1,13 @@
 """Flickr8k's photographs with synthetic speech: a frozen Whisper and frozen image tokens, C2F trained on top.
 
-    c2f train --config=configs/flickr8k_tts.py:path/to/data --workdir=runs/flickr8k_tts
-    c2f evaluate --workdir=runs/flickr8k_tts --by-voice
+    c2f train --config=configs/flickr8k_tts.py:path/to/data --workdir=runs/flickr8k_tts --by-voice
 
 ``path/to/data`` holds three things: ``flickr8k_tts/manifest.jsonl``, the photographs' tokens in
 ``flickr8k_tts/features/effnet_lite0_tokens.npz``, and the published files of Whisper's encoder in
 ``weights/whisper-tiny.en-encoder``.
-The first run writes Whisper's tokens of all recordings to ``runs/features`` (1.3 GB); later ones read them. The values
-are untuned. The speech is synthetic: numbers cannot be compared with those of Flickr8k Audio.
+The first run writes Whisper's tokens of all recordings to ``runs/features`` (1.3 GB); later ones read them.
+``--by-voice`` reports voices heard in training and others apart. The speech is synthetic: numbers cannot be compared
+with those of Flickr8k Audio.
 """
 
 from ml_collections import ConfigDict
@@ -26,21 +26,23 @@ def get_config(arg=""):
     config.data.bucket_seconds = (3.6, 6.4)
     config.data.max_seconds = 12.0
     config.batch_size = 128
-    config.steps = 800
+    config.steps = 900
     config.log_every = 20
-    config.eval_every = config.checkpoint_every = 200
+    config.eval_every = config.checkpoint_every = 450
     config.queue_size = 1024
 
-    head = {"width": 192, "heads": 4, "mlp_ratio": 3.0, "dropout_rate": 0.1, "token_dropout": 0.1}
+    # One caption a photograph is little: 5,253 pairs are learnt by heart without dropout of this size.
+    head = {"width": 192, "heads": 4, "mlp_ratio": 3.0, "dropout_rate": 0.2, "token_dropout": 0.2}
     speech = {"name": "published", "weights": f"{arg}/weights/whisper-tiny.en-encoder", "frozen": "tower"}
-    config.model.speech = ConfigDict(speech | {"layer": "last", "pool": 4, "depth": 2} | head)
+    config.model.speech = ConfigDict(speech | {"layer": "last", "pool": 8, "depth": 2} | head)
     config.model.image = ConfigDict({"name": "tokens", "depth": 1} | head)
-    config.model.multimodal = ConfigDict({"width": 128, "depth": 2, "heads": 4, "mlp_ratio": 2.0, "dropout_rate": 0.1})
+    config.model.multimodal = ConfigDict({"width": 128, "depth": 2, "heads": 4, "mlp_ratio": 2.0, "dropout_rate": 0.2})
 
     config.method.momentum = 0.98
-    config.method.warm_up_steps = 600
+    config.method.warm_up_steps = 450
     config.method.alpha_ramp_steps = 100
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 60
     config.optimizer.weight_decay = 0.1
     config.eval.k = 64

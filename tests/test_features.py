@@ -225,10 +225,9 @@ def get_config():
     assert (tmp_path / "cache" / "test-speech-00000.npy").exists()
     first = json.loads((run / "eval" / f"{data.name}-test.json").read_text())
     # The same command goes on, with the frozen network from its weights; evaluation reads the cache.
-    assert main(["train", f"--config={config}", f"--workdir={run}", *flags, "--config.steps=4"]) == 0
+    assert main(["train", f"--config={config}", f"--workdir={run}", *flags, "--config.steps=4", "--by-voice"]) == 0
     assert main(["evaluate", f"--workdir={run}", "--step=latest"]) == 0
     assert first["split"] == "test"
-    assert main(["evaluate", f"--workdir={run}", "--by-voice"]) == 0
     voices = json.loads((run / "eval" / f"{data.name}-test-voices.json").read_text())
     counts = {name: result["queries"] for name, result in voices.items()}
     assert counts["heard"]["speech_to_image"] == 4 and counts["unheard"]["speech_to_image"] == 2
