@@ -2,8 +2,8 @@
 
     c2f train --config=configs/spoken_scenes.py --workdir=runs/spoken_scenes
 
-``--config=configs/spoken_scenes.py:simple`` is a minute's run on scenes of two objects, small enough for
-``c2f ablate``. ``--config=configs/spoken_scenes.py:runlocal`` shrinks everything to a run of seconds, for tests.
+``--config=configs/spoken_scenes.py:simple`` is a run of few minutes with small encoders on scenes of two objects, meant
+for ``c2f ablate``. ``--config=configs/spoken_scenes.py:runlocal`` shrinks everything to a run of seconds, for tests.
 """
 
 from c2f_jax.config import default_config
@@ -31,14 +31,17 @@ def get_config(arg=""):
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 80
     if arg == "simple":
-        # One minute: small enough for experiments of many runs.
+        # Small enough for experiments of many runs.
         config.data.name = "spoken_scenes/simple"
-        config.steps = 240
-        config.eval_every = config.checkpoint_every = 240
+        config.steps = 600
+        config.eval_every = config.checkpoint_every = 600
         config.data.bucket_seconds = (2.2,)
-        config.method.warm_up_steps = 80
+        config.method.warm_up_steps = 400
         config.method.alpha_ramp_steps = 80
         config.optimizer.warmup_steps = 40
+        for part in (config.model.speech, config.model.image):
+            part.width, part.depth = 64, 2
+        config.model.multimodal.width = 64
     if arg == "runlocal":
         config.data.name = "spoken_scenes/tiny"
         config.batch_size = 16
