@@ -196,8 +196,9 @@ def main():
         for name, values in rates.items():
             wall, core = (statistics.median(column) for column in zip(*values, strict=True))
             print(f"{name:16} {wall:8.1f} examples/s  {core:8.1f} a core second  {wall / base:5.2f} x")
-        print(padding(np.asarray(pairs.num_samples), options.seconds, options.batch_size))
-        if not options.manifest:
+        if options.manifest:
+            print(padding(np.asarray(pairs.num_samples), options.seconds, options.batch_size))
+        else:  # what is made for the timing is too little for lengths to be chosen
             print(padding((seconds_like_flickr8k(np.random.default_rng(0), 30_000) * RATE).astype(int), 8.0, 256))
 
 
