@@ -45,5 +45,5 @@ def get_config(arg=""):
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 60
     config.optimizer.weight_decay = 0.1
-    config.eval.k = 64
+    config.eval.k = 32
     return config
