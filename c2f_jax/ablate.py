@@ -34,6 +34,11 @@ ROWS = {
     "noisy, without distillation": MINED | {"data.shuffled_share": "noise"},
     "noisy, with distillation": FULL | {"data.shuffled_share": "noise"},
 }
+# Row -> the row that it is compared with, seed by seed.
+COMPARED_WITH = dict(zip(list(ROWS)[1:5], list(ROWS)[:4], strict=True)) | {
+    "noisy, without distillation": "+ queue-mined negatives",
+    "noisy, with distillation": "noisy, without distillation",
+}
 METRICS = [(d, m) for d in ("speech_to_image", "image_to_speech") for m in ("R@1", "R@10")]
 
 
@@ -49,7 +54,8 @@ def ablate(config, workdir, *, seeds=3, noise=0.3, rows=None):
       rows: names of ``ROWS`` to run; None for all.
 
     Returns:
-      The table as Markdown: mean over seeds with a 95 % t interval.
+      Two tables as Markdown, means over seeds with 95 % t intervals: every row, and its differences from the row that
+      it adds an idea to.
     """
     unknown = sorted(set(rows or ()) - set(ROWS))
     if unknown:
@@ -75,7 +81,7 @@ def ablate(config, workdir, *, seeds=3, noise=0.3, rows=None):
                 _, _, result, _ = train_and_evaluate(row_values, run)
                 stored.write_text(json.dumps(result))
             table.setdefault(row, []).append(json.loads(stored.read_text()))
-            markdown = format_rows(table)
+            markdown = f"{format_rows(table)}\n{format_differences(table)}"
             (epath.Path(workdir) / "table.md").write_text(markdown)
     (epath.Path(workdir) / "table.json").write_text(json.dumps(summarise(table), indent=2) + "\n")
     return markdown
@@ -125,15 +131,40 @@ def summarise(table):
 
 def format_rows(table):
     """Markdown: one line for each row and stage."""
-    lines = ["| | stage | " + " | ".join(f"{'s2i' if d.startswith('s') else 'i2s'} {m}" for d, m in METRICS) + " |"]
-    lines.append("|" + "---|" * (len(METRICS) + 2))
+    lines = [_header(), "|" + "---|" * (len(METRICS) + 2)]
     for row, stages in summarise(table).items():
         for stage, values in stages.items():
-            cells = [
-                f"{mean:.1f} ± {half:.1f}" if half is not None else f"{mean:.1f}" for mean, half, _ in values.values()
-            ]
-            lines.append(f"| {row} | {stage} | " + " | ".join(cells) + " |")
+            lines.append(f"| {row} | {stage} | " + " | ".join(_cell(value) for value in values.values()) + " |")
     return "\n".join(lines) + "\n"
+
+
+def format_differences(table):
+    """Markdown: each row minus the one in ``COMPARED_WITH``, seed by seed, since rows of a seed start alike.
+
+    A fine ranking is compared with the fine one of the other row, or with its coarse one where it has no other.
+    """
+    lines = [_header("compared with")]
+    for row, other in COMPARED_WITH.items():
+        pairs = list(zip(table.get(row, ()), table.get(other, ()), strict=False))
+        for stage in ("coarse", "fine"):
+            if pairs and all(stage in result for result, _ in pairs):
+                cells = [
+                    _cell(_interval([a[stage][d][m] - b.get(stage, b["coarse"])[d][m] for a, b in pairs]), signed=True)
+                    for d, m in METRICS
+                ]
+                lines.append(f"| {row} | {stage} | {other} | " + " | ".join(cells) + " |")
+    return "\n".join([lines[0], "|" + "---|" * (len(METRICS) + 3), *lines[1:]]) + "\n"
+
+
+def _header(*columns):
+    names = [f"{'s2i' if d.startswith('s') else 'i2s'} {m}" for d, m in METRICS]
+    return "| | stage | " + " | ".join([*columns, *names]) + " |"
+
+
+def _cell(interval, signed=False):
+    mean, half, _ = interval
+    text = f"{mean:+.1f}" if signed else f"{mean:.1f}"
+    return text if half is None else f"{text} ± {half:.1f}"
 
 
 def _interval(values):

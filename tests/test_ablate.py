@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from c2f_jax.ablate import ROWS, ablate, format_rows, row_config, summarise
+from c2f_jax.ablate import ROWS, ablate, format_differences, format_rows, row_config, summarise
 from c2f_jax.errors import UserError
 from c2f_jax.experiment import create_experiment, load_saved_config
 from c2f_jax.main import load_config
@@ -55,6 +55,21 @@ def test_table_has_student_intervals():
     np.testing.assert_allclose([mean, half], [12.0, 4.3027 * 2 / np.sqrt(3)], rtol=1e-4)
     assert values == [10.0, 12.0, 14.0]
     assert "| row | coarse | 12.0 ± 5.0 | 24.0 ± 9.9 | 12.0 ± 5.0 | 24.0 ± 9.9 |" in format_rows(table)
+
+
+def test_differences_are_paired_by_seed():
+    def result(coarse, fine=None):
+        stages = {"coarse": coarse} | ({} if fine is None else {"fine": fine})
+        values = {stage: {"R@1": value, "R@10": 50.0} for stage, value in stages.items()}
+        return {stage: {"speech_to_image": v, "image_to_speech": v} for stage, v in values.items()}
+
+    # Seeds differ far more than the rows of one seed.
+    table = {"+ embedding queue": [result(v) for v in (10.0, 30.0, 50.0)],
+             "+ SIM": [result(11.0, 12.0), result(32.0, 33.0), result(53.0, 54.0)]}
+    lines = format_differences(table).splitlines()
+    half = 4.3027 / np.sqrt(3)  # of the differences 1, 2, 3
+    assert f"| + SIM | coarse | + embedding queue | +2.0 ± {half:.1f} | +0.0 ± 0.0 |" in lines[2]
+    assert f"| + SIM | fine | + embedding queue | +3.0 ± {half:.1f} |" in lines[3] and len(lines) == 4
 
 
 def test_runs_are_kept_and_taken_again(config, tmp_path, monkeypatch):
