@@ -16,8 +16,8 @@ from c2f_jax.models import Encoded
 from c2f_jax.parallel import round_up_rows, split_rows
 from c2f_jax.retrieval.figures import results_png
 from c2f_jax.retrieval.index import AUDIO_SUFFIXES, IMAGE_SUFFIXES, GalleryIndex, list_media
+from c2f_jax.retrieval.ranking import coarse_top_k, fine_scores, rerank
 from c2f_jax.retrieval.report import Example, picture, recording, write_search_page
-from c2f_jax.retrieval.search import coarse_top_k, fine_scores, rerank
 
 
 def build_index(workdir, gallery=None, *, kind="image", split=None, step="best", trained=None):

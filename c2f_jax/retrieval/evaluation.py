@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from c2f_jax.errors import UserError
-from c2f_jax.retrieval import recall, search
+from c2f_jax.retrieval import ranking, recall
 
 SCORES = ("sic", "sim", "sum", "prob", "joint")
 DIRECTIONS = {"s2i": "speech_to_image", "i2s": "image_to_speech"}
@@ -40,7 +40,7 @@ def evaluate_retrieval(
     k: int,
     tau: float,
     score: str = "joint",
-    pair_chunk: int = search.PAIR_CHUNK,
+    pair_chunk: int = ranking.PAIR_CHUNK,
     length_buckets: int = 1,
     resamples: int = recall.RESAMPLES,
     seed: int = 0,
@@ -51,7 +51,7 @@ def evaluate_retrieval(
     right answers, any number for a query; a query with none is left out and counted.
     speech_tokens (R, T, W), speech_lengths (R,), image_tokens (M, P, W): host arrays for the fine stage, and
     match_fn(speech_tokens, speech_lengths, image_tokens) -> (b, 2). Without match_fn only the coarse stage is reported.
-    k candidates are re-ranked by `score`, one of search.fine_scores; all five are reported.
+    k candidates are re-ranked by `score`, one of ranking.fine_scores; all five are reported.
 
     Result: "coarse" and "fine", each {"speech_to_image": {"R@1": %, "R@1_interval": [lo, hi], ...}, "image_to_speech":
     {...}, "mean_recall": %}; "fine_scores", the same for each score; "difference", fine - coarse with paired intervals;
@@ -73,9 +73,9 @@ def evaluate_retrieval(
         queries, query_ids = queries[rows], query_ids[rows]
 
         start = time.perf_counter()
-        cosine, coarse = search.coarse_top_k(queries, gallery, max(k, 10))
+        cosine, coarse = ranking.coarse_top_k(queries, gallery, max(k, 10))
         hits = gallery_ids[coarse] == query_ids[:, None]
-        rank = search.first_relevant_rank(queries, gallery, query_ids, gallery_ids)
+        rank = ranking.first_relevant_rank(queries, gallery, query_ids, gallery_ids)
         # The list decides wherever it reaches, so that ranks and lists never differ by a rounding.
         rank = np.where(hits.any(1), hits.argmax(1) + 1, np.maximum(rank, hits.shape[1] + 1))
         seconds[f"coarse_{direction}"] = time.perf_counter() - start
@@ -84,7 +84,7 @@ def evaluate_retrieval(
         if match_fn is not None:
             start = time.perf_counter()
             lengths = np.asarray(speech_lengths)[rows] if direction == "s2i" else speech_lengths
-            match_logits = search.rerank(
+            match_logits = ranking.rerank(
                 match_fn,
                 tokens[direction][rows],
                 tokens[other],
@@ -94,7 +94,7 @@ def evaluate_retrieval(
                 pair_chunk=pair_chunk,
                 length_buckets=length_buckets,
             )
-            for name, values in search.fine_scores(cosine[:, :k], match_logits, tau).items():
+            for name, values in ranking.fine_scores(cosine[:, :k], match_logits, tau).items():
                 ranked[name] = _reordered(coarse, hits, rank, values)
             seconds[f"fine_{direction}"] = time.perf_counter() - start
 
@@ -179,7 +179,7 @@ def _check(tables, k, score, match_fn, speech_tokens, speech_lengths, image_toke
     for (embeddings, ids), kind in zip(tables.values(), ("speech", "image"), strict=True):
         if embeddings.ndim != 2 or ids.shape != embeddings.shape[:1]:
             raise UserError(f"{kind}_embeddings must be (rows, D), one id a row; got {embeddings.shape}, {ids.shape}.")
-        search.check_finite(f"{kind}_embeddings", embeddings)
+        ranking.check_finite(f"{kind}_embeddings", embeddings)
         norms = np.linalg.norm(embeddings, axis=1)
         if np.any(np.abs(norms - 1.0) > 0.02):
             row = int(np.argmax(np.abs(norms - 1.0)))
@@ -207,11 +207,11 @@ def _check(tables, k, score, match_fn, speech_tokens, speech_lengths, image_toke
 def _reordered(coarse, hits, rank, values):
     """Lists, hits and first ranks after the leading candidates were put in order of their values."""
     order = np.tile(np.arange(coarse.shape[1]), (len(coarse), 1))
-    order[:, : values.shape[1]] = search.fine_order(values)
+    order[:, : values.shape[1]] = ranking.fine_order(values)
     return (
         np.take_along_axis(coarse, order, 1),
         np.take_along_axis(hits, order, 1),
-        search.fine_ranks(rank, values, hits[:, : values.shape[1]]),
+        ranking.fine_ranks(rank, values, hits[:, : values.shape[1]]),
     )
 
 

@@ -1,4 +1,4 @@
-"""Search in two stages: coarse by cosine (SIC), fine by the multimodal encoder (SIM). Fixed shapes, bounded memory.
+"""Ranking in two stages: coarse by cosine (SIC), fine by the multimodal encoder (SIM). Fixed shapes, bounded memory.
 
 Coarse tie rule: among equal scores the item that comes first in the gallery ranks first. Fine tie rule: among equal
 scores the earlier coarse place. So a matcher without an opinion leaves the coarse ranking as it was, k = 1 gives the
