@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,20 @@ from c2f_jax.models.layers import fold_keys
 from c2f_jax.momentum import update_momentum
 
 NEGATIVE_POOLS = ("batch", "global", "queue")
+
+
+class Rows(NamedTuple):
+    """This device's rows of the global batch.
+
+    Attributes:
+      ids: (n,) int32 image ids.
+      index: (n,) int32 rows in the global batch.
+      keys: (n,) typed PRNG keys, one for each (seed, step, global row): all draws come from them.
+    """
+
+    ids: jax.Array
+    index: jax.Array
+    keys: jax.Array
 
 
 @dataclass(frozen=True)
@@ -113,11 +128,10 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
 
     Source: C2F, as specified in sections "SIC", "SIM" and "momentum distillation"; ALBEF, algorithm 1.
     """
-    n = batch["image_id"].shape[0]
-    rows = axis_index(axis_name) * n + jnp.arange(n)
     ids = batch["image_id"]
-    # One key for each global row: dropout, then the image and the speech negative.
-    keys = objectives.row_keys(jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step), rows)
+    index = axis_index(axis_name) * ids.shape[0] + jnp.arange(ids.shape[0])
+    step_key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    rows = Rows(ids, index, objectives.row_keys(step_key, index))
     alpha = objectives.alpha_at(state.step - method.warm_up_steps, method.alpha, method.alpha_ramp_steps)
 
     # 1. Momentum forward: no gradient, no dropout.
@@ -128,7 +142,7 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
     def loss_fn(trained):
         params = merge_params(trained, state.frozen)
         # 2. Online forward.
-        speech, image = encode(model, params, batch, fold_keys(keys, 0))
+        speech, image = encode(model, params, batch, fold_keys(rows.keys, 0))
         tau = model.apply({"params": params}, method="tau")
 
         # 3. Banks: the global batch first, then the queue.
@@ -147,7 +161,7 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
         # 4. SIC with identity targets, softened by momentum distillation.
         logits_s2i = objectives.similarity_logits(speech.embedding, bank_image, tau)
         logits_i2s = objectives.similarity_logits(image.embedding, bank_speech, tau)
-        hard, keep = objectives.identity_targets(ids, bank_ids, rows, valid, method.id_policy)
+        hard, keep = objectives.identity_targets(ids, bank_ids, index, valid, method.id_policy)
         targets_s2i = targets_i2s = hard
         if momentum is not None and method.alpha:
             soft = [
@@ -164,17 +178,15 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
         # 5. and 6. Hard negatives and SIM.
         sim, sim_metrics = sim_stage(
             params,
-            state,
+            state.token_queue,
+            rows,
             (speech, image),
             momentum,
             (logits_s2i, logits_i2s),
-            ids,
-            rows,
             tau,
-            keys,
-            model,
-            method,
-            axis_name,
+            model=model,
+            method=method,
+            axis_name=axis_name,
         )
         return method.sic_weight * sic + method.sim_weight * sim, (metrics | sim_metrics, momentum, global_ids)
 
@@ -209,9 +221,22 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
     return state, {name: _average(value, axis_name) for name, value in metrics.items()}
 
 
-def sim_stage(params, state, online, momentum, logits, ids, rows, tau, keys, model, method, axis_name):
-    """Stages 5 and 6: mine hard negatives, match 3n pairs. Returns L_SIM and its metrics (values, valid)."""
-    n = ids.shape[0]
+def sim_stage(params, token_queue, rows, online, momentum, logits, tau, *, model, method, axis_name):
+    """Stages 5 and 6: mine hard negatives, match 3n pairs.
+
+    Args:
+      params: of the whole model.
+      token_queue: EmbeddingQueue with token sequences; read for "queue" negatives alone.
+      rows: Rows.
+      online, momentum: (speech, image), each Encoded of ``rows``; ``momentum`` is read for "queue" negatives alone.
+      logits: SIC logits (s2i, i2s) whose first N columns are the global batch.
+      tau: temperature.
+      model, method, axis_name: as in ``train_step``.
+
+    Returns:
+      L_SIM, and its metrics: name -> (values, valid).
+    """
+    n = rows.ids.shape[0]
     speech, image = candidates = online
     if method.negatives == "queue":
         # The queue holds momentum tokens. With online tokens in the positives and in the batch's candidates, the
@@ -219,13 +244,11 @@ def sim_stage(params, state, online, momentum, logits, ids, rows, tau, keys, mod
         candidates = [o._replace(tokens=m.tokens) for o, m in zip(online, momentum, strict=True)]
     # 5. Hard negatives, drawn with probability softmax(SIC similarity), never of the same id.
     pool_speech, pool_image, scores, pool_ids, pool_valid = negative_pool(
-        state.token_queue, *candidates, logits, ids, rows, tau, method.negatives, axis_name
+        token_queue, rows, *candidates, logits, tau, method.negatives, axis_name
     )
-    image_index, image_valid = objectives.sample_hard_negatives(
-        fold_keys(keys, 1), scores[0], ids, pool_ids, pool_valid
-    )
-    speech_index, speech_valid = objectives.sample_hard_negatives(
-        fold_keys(keys, 2), scores[1], ids, pool_ids, pool_valid
+    (image_index, image_valid), (speech_index, speech_valid) = (
+        objectives.sample_hard_negatives(fold_keys(rows.keys, site), s, rows.ids, pool_ids, pool_valid)
+        for site, s in zip((1, 2), scores, strict=True)
     )
 
     # 6. SIM over the 3n pairs.
@@ -239,14 +262,14 @@ def sim_stage(params, state, online, momentum, logits, ids, rows, tau, keys, mod
     )
     if method.negatives == "queue":
         # As in a negative pair, one side of a positive is the momentum encoder's: which one is drawn for each row.
-        from_momentum = jax.vmap(jax.random.bernoulli)(fold_keys(keys, 6))
+        from_momentum = jax.vmap(jax.random.bernoulli)(fold_keys(rows.keys, 6))
         pair_speech = _replace_rows(pair_speech, from_momentum, candidates[0])
         pair_image = _replace_rows(pair_image, ~from_momentum, candidates[1])
-    pair_keys = jnp.concatenate([fold_keys(keys, site) for site in (3, 4, 5)])
+    pair_keys = jnp.concatenate([fold_keys(rows.keys, site) for site in (3, 4, 5)])
     sim_logits = model.apply({"params": params}, pair_speech, pair_image, pair_keys, method="match")
     sim_rows = objectives.sim_loss(sim_logits, labels)
     correct = (jnp.argmax(sim_logits, axis=-1) == labels).astype(jnp.float32)
-    from_queue = (image_index >= pool_ids.shape[0] - state.token_queue.size).astype(jnp.float32)
+    from_queue = (image_index >= pool_ids.shape[0] - token_queue.size).astype(jnp.float32)
     metrics = {
         "sim_loss": (sim_rows, valid),
         "sim_accuracy": (correct, valid),
@@ -264,24 +287,24 @@ def encode(model, params, batch, keys=None):
     return speech, model.apply(variables, image_input(batch), keys, method="encode_image")
 
 
-def negative_pool(token_queue, speech, image, logits, ids, rows, tau, pool, axis_name):
+def negative_pool(token_queue, rows, speech, image, logits, tau, pool, axis_name):
     """Candidates for SIM's hard negatives, with the SIC logits that they are drawn by.
 
     Args:
       token_queue: EmbeddingQueue with token sequences; read for "queue" alone.
-      speech, image: Encoded of this device's batch: candidates by their tokens, queries by their embeddings.
+      rows: Rows.
+      speech, image: Encoded of ``rows``: candidates by their tokens, queries by their embeddings.
       logits: SIC logits (s2i, i2s) whose first N columns are the global batch.
-      ids, rows: identities and global rows of this device's batch.
       tau, pool, axis_name: temperature, one of ``NEGATIVE_POOLS``, device axis.
 
     Returns:
       speech and image candidates (Encoded without embeddings, leaves (C, ...)), logits (s2i, i2s) each (n, C),
       ids (C,), valid (C,). "batch": C = n, "global": C = N, "queue": C = N + token queue slots.
     """
-    n = ids.shape[0]
-    speech_pool, image_pool, pool_ids = _without_embedding(speech), _without_embedding(image), ids
+    n = rows.ids.shape[0]
+    speech_pool, image_pool, pool_ids = _without_embedding(speech), _without_embedding(image), rows.ids
     if pool == "batch":
-        own = tuple(jax.lax.dynamic_slice_in_dim(x, rows[0], n, axis=1) for x in logits)
+        own = tuple(jax.lax.dynamic_slice_in_dim(x, rows.index[0], n, axis=1) for x in logits)
         return speech_pool, image_pool, own, pool_ids, jnp.ones((n,), bool)
     # Gathered with gradient: a negative on another device trains the encoders as one on this device would.
     speech_pool, image_pool, pool_ids = all_gather((speech_pool, image_pool, pool_ids), axis_name)

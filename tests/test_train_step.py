@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from c2f_jax.models import Encoded, create_model, momentum_subset
 from c2f_jax.objectives import row_keys, sample_hard_negatives, similarity_logits
 from c2f_jax.parallel import DataParallel
 from c2f_jax.train_state import create_train_state
-from c2f_jax.train_step import MethodConfig, encode, negative_pool, sim_stage, train_step
+from c2f_jax.train_step import MethodConfig, Rows, encode, negative_pool, sim_stage, train_step
 
 N, STEPS = 8, 3
 BASE = {"queue_size": 0, "token_queue_size": 0, "dropout_rate": 0.0, "alpha_ramp_steps": 0}
@@ -172,16 +171,14 @@ def mine(pool, devices, token_queue, speech, image, ids):
 
     def on_device(speech, image, ids):
         axis = "devices"
-        rows = axis_index(axis) * ids.shape[0] + jnp.arange(ids.shape[0])
+        index = axis_index(axis) * ids.shape[0] + jnp.arange(ids.shape[0])
+        rows = Rows(ids, index, row_keys(jax.random.key(5), index))
         logits = (
             similarity_logits(speech.embedding, all_gather(image.embedding, axis), 0.2),
             similarity_logits(image.embedding, all_gather(speech.embedding, axis), 0.2),
         )
-        _, images, scores, pool_ids, valid = negative_pool(
-            token_queue, speech, image, logits, ids, rows, 0.2, pool, axis
-        )
-        keys = row_keys(jax.random.key(5), rows)
-        columns, legal = sample_hard_negatives(keys, scores[0], ids, pool_ids, valid)
+        _, images, scores, pool_ids, valid = negative_pool(token_queue, rows, speech, image, logits, 0.2, pool, axis)
+        columns, legal = sample_hard_negatives(rows.keys, scores[0], ids, pool_ids, valid)
         return columns, pool_ids[columns], images.tokens[columns], scores[0], legal
 
     split = lambda x: x.reshape(devices, x.shape[0] // devices, *x.shape[1:])  # noqa: E731
@@ -193,6 +190,11 @@ def random_encoded(rng, rows, length):
     z = rng.normal(size=(rows, 6)).astype(np.float32)
     z /= np.linalg.norm(z, axis=1, keepdims=True)
     return Encoded(*map(jnp.asarray, (z, rng.normal(size=(rows, length, 3)).astype(np.float32), np.full(rows, length))))
+
+
+def eight_rows():
+    index = jnp.arange(8)
+    return Rows(index, index, row_keys(jax.random.key(1), index))
 
 
 @pytest.fixture(scope="module")
@@ -233,9 +235,7 @@ def test_batch_pool_keeps_to_its_own_device(mining):
 def test_queue_pool_pads_a_shorter_bucket_to_the_length_of_the_queue(mining):
     token_queue, speech, image = mining
     logits = (jnp.zeros((8, 8)),) * 2
-    speeches, images, *_ = negative_pool(
-        token_queue, speech, image, logits, jnp.arange(8), jnp.arange(8), 0.2, "queue", None
-    )
+    speeches, images, *_ = negative_pool(token_queue, eight_rows(), speech, image, logits, 0.2, "queue", None)
     assert speeches.tokens.shape == (19, 6, 3) and images.tokens.shape == (19, 5, 3)
     assert speeches.lengths.tolist() == [4] * 8 + [6] * 7 + [0] * 4
     np.testing.assert_array_equal(speeches.tokens[:8, :4], speech.tokens)
@@ -258,11 +258,9 @@ def test_every_pair_with_queue_negatives_has_one_online_and_one_momentum_side(mi
             seen.extend([np.asarray(speech.tokens), np.asarray(image.tokens)])
             return jnp.zeros((24, 2))
 
-    ids = rows = jnp.arange(8)
-    state, logits = SimpleNamespace(token_queue=token_queue), (jnp.zeros((8, 8)),) * 2
     sim_stage(
-        {}, state, (speech, image), momentum, logits, ids, rows, 0.2, row_keys(jax.random.key(1), rows), Matcher(),
-        MethodConfig(negatives="queue"), None,
+        {}, token_queue, eight_rows(), (speech, image), momentum, (jnp.zeros((8, 8)),) * 2, 0.2,
+        model=Matcher(), method=MethodConfig(negatives="queue"), axis_name=None,
     )  # fmt: skip
     sides = [(known[a[0].tobytes()], known[b[0].tobytes()]) for a, b in zip(*seen, strict=True)]
     assert all(set(pair) == {"online", "momentum"} for pair in sides), sides
