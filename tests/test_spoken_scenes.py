@@ -15,7 +15,7 @@ import soundfile
 from PIL import Image
 
 from c2f_jax.data.pairs import load_pairs
-from c2f_jax.data.spoken_scenes import scenes, source, speech
+from c2f_jax.data.spoken_scenes import builder, scenes, source, speech
 from c2f_jax.errors import UserError
 
 OPPOSITE = {"above": "below", "below": "above", "left": "right", "right": "left"}
@@ -53,7 +53,23 @@ def test_every_caption_tells_the_whole_scene():
     for scene in described:
         for _ in range(3):
             sentence = scenes.caption(scene, rng)
-            assert facts_told(sentence) == scene.key(), sentence
+            assert facts_told(sentence) == scene.facts(), sentence
+
+
+def test_captions_of_a_crowded_scene_tell_each_pair_of_neighbours():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        scene = scenes.draw_crowded_scene(rng)
+        told = [facts_told(scenes.caption(scene, rng)) for _ in range(60)]
+        assert frozenset().union(*told) == scene.facts() and {len(facts) for facts in told} == {1}
+
+
+def test_no_caption_of_a_crowded_scene_is_true_of_another_one_to_be_ranked():
+    config = builder.SpokenScenes.builder_configs["crowded"]
+    seen = set()
+    test = builder.distinct_scenes(config, "test", np.random.default_rng(0), seen)
+    assert len(test) == len(seen) == 500
+    assert max(Counter(fact for scene in test for fact in scene.facts()).values()) == 1
 
 
 def test_captions_vary():
@@ -74,12 +90,12 @@ def test_scenes_have_the_stated_make_up():
     assert {o.colour for o in seen} == set(scenes.COLOURS) and {o.shape for o in seen} == set(scenes.SHAPES)
 
 
-def test_key_ignores_the_order_of_telling():
+def test_facts_ignore_the_order_of_telling():
     a, b, c = (scenes.SceneObject("small", colour, "star") for colour in ("red", "blue", "green"))
-    assert scenes.Scene((a, b), ("above",)).key() == scenes.Scene((b, a), ("below",)).key()
-    assert scenes.Scene((a, b), ("above",)).key() != scenes.Scene((b, a), ("above",)).key()
-    assert scenes.Scene((a, b, c), ("left", "below")).key() == scenes.Scene((a, c, b), ("below", "left")).key()
-    assert scenes.Scene((a, b, c), ("left", "below")).key() != scenes.Scene((b, a, c), ("right", "below")).key()
+    assert scenes.Scene((a, b), ("above",)).facts() == scenes.Scene((b, a), ("below",)).facts()
+    assert scenes.Scene((a, b), ("above",)).facts() != scenes.Scene((b, a), ("above",)).facts()
+    assert scenes.Scene((a, b, c), ("left", "below")).facts() == scenes.Scene((a, c, b), ("below", "left")).facts()
+    assert scenes.Scene((a, b, c), ("left", "below")).facts() != scenes.Scene((b, a, c), ("right", "below")).facts()
 
 
 @pytest.mark.parametrize("relation", list(OPPOSITE))
@@ -106,6 +122,15 @@ def test_no_object_leaves_the_picture_or_touches_another():
             assert (place - radius >= 0).all() and (place + radius <= 64).all()
             for other, other_radius in zip(places[:i], radii[:i], strict=True):
                 assert np.linalg.norm(place - other) > 0.99 * (radius + other_radius)
+
+
+def test_the_objects_of_a_crowded_scene_stay_in_their_quarters():
+    rng = np.random.default_rng(0)
+    reach = 1.1 * max(scenes.RADII.values())
+    for _ in range(200):
+        places = scenes._grid_layout(rng)
+        for (x, y), (left, top) in zip(places, [(0, 0), (32, 0), (0, 32), (32, 32)], strict=True):
+            assert left <= x - reach and x + reach <= left + 32 and top <= y - reach and y + reach <= top + 32
 
 
 def test_every_shape_can_be_told_from_every_other():

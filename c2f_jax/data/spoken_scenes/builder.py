@@ -15,11 +15,15 @@ SPLITS = ("train", "validation", "test")
 
 @dataclasses.dataclass(kw_only=True)
 class SpokenScenesConfig(tfds.core.BuilderConfig):
-    """How many scenes and how many spoken captions of each, by split; simple scenes have two objects without sizes."""
+    """How many scenes and how many spoken captions of each, by split.
+
+    Simple scenes have two objects without sizes; crowded ones four, of which a caption tells two.
+    """
 
     images: dict[str, int] = dataclasses.field(default_factory=dict)
     captions: dict[str, int] = dataclasses.field(default_factory=dict)
     simple: bool = False
+    crowded: bool = False
     seed: int = 0
 
 
@@ -46,6 +50,14 @@ class SpokenScenes(tfds.core.GeneratorBasedBuilder):
             captions={"train": 4, "validation": 2, "test": 2},
             simple=True,
             seed=2,
+        ),
+        SpokenScenesConfig(
+            name="crowded",
+            description="10,000 scenes of four objects, captions of two; 250 for validation, 500 for testing.",
+            images={"train": 10000, "validation": 250, "test": 500},
+            captions={"train": 2, "validation": 4, "test": 4},
+            crowded=True,
+            seed=3,
         ),
         SpokenScenesConfig(
             name="tiny",
@@ -77,11 +89,11 @@ class SpokenScenes(tfds.core.GeneratorBasedBuilder):
         rng = np.random.default_rng([config.seed, 0])
         seen: set[frozenset] = set()
         return {
-            split: self._generate_examples(split, _distinct_scenes(config.images[split], rng, seen, config.simple))
+            split: self._generate_examples(split, distinct_scenes(config, split, rng, seen))
             for split in reversed(SPLITS)
         }  # the small splits first: what fails, fails early
 
-    def _generate_examples(self, split: str, described: list[scenes.Scene]):
+    def _generate_examples(self, split: str, described: list):
         config = self.builder_config
         seed = [config.seed, 1 + SPLITS.index(split)]
         count = config.captions[split]
@@ -99,18 +111,24 @@ class SpokenScenes(tfds.core.GeneratorBasedBuilder):
         self.info.metadata[split] = {"captions": count, "samples": lengths}
 
 
-def _distinct_scenes(count: int, rng: np.random.Generator, seen: set[frozenset], simple: bool) -> list[scenes.Scene]:
-    """Scenes that differ from each other and from all seen ones, which they join."""
-    drawn = []
-    while len(drawn) < count:
-        scene = scenes.draw_scene(rng, simple=simple)
-        if scene.key() not in seen:
-            seen.add(scene.key())
-            drawn.append(scene)
+def distinct_scenes(config: SpokenScenesConfig, split: str, rng: np.random.Generator, seen: set[frozenset]) -> list:
+    """Scenes that differ from each other and from all seen ones, which they join.
+
+    No caption of a crowded scene is true of another one of its split, but for training.
+    """
+    drawn, told = [], set()
+    while len(drawn) < config.images[split]:
+        scene = scenes.draw_crowded_scene(rng) if config.crowded else scenes.draw_scene(rng, simple=config.simple)
+        facts = scene.facts()
+        if facts in seen or (config.crowded and split != "train" and facts & told):
+            continue
+        seen.add(facts)
+        told |= facts
+        drawn.append(scene)
     return drawn
 
 
-def _plan(scene: scenes.Scene, rng: np.random.Generator, split: str, count: int) -> list[dict]:
+def _plan(scene: scenes.Scene | scenes.CrowdedScene, rng: np.random.Generator, split: str, count: int) -> list[dict]:
     """What is said about a scene and how: `count` utterances by different speakers."""
     plan: list[dict] = []
     while len(plan) < count:

@@ -1,10 +1,12 @@
-"""Scenes of two or three coloured shapes: the description, the picture and the sentence that tells them.
+"""Scenes of coloured shapes: the description, the picture and the sentence that tells them.
 
 A scene is objects plus the relations of the first object to each other one, "a small red circle above a large blue
-square". Everything is a function of a NumPy generator; only NumPy and Pillow are needed.
+square", and is told completely. A crowded scene has four objects in two rows and two columns, and a caption tells two
+neighbours of them. Everything is a function of a NumPy generator; only NumPy and Pillow are needed.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -52,7 +54,7 @@ class Scene:
     objects: tuple[SceneObject, ...]
     relations: tuple[str, ...]
 
-    def key(self) -> frozenset:
+    def facts(self) -> frozenset:
         """The scene whatever the order of telling: the set of (first, "above" or "left", second)."""
         facts = []
         for relation, other in zip(self.relations, self.objects[1:], strict=True):
@@ -63,6 +65,18 @@ class Scene:
         return frozenset(facts)
 
 
+@dataclasses.dataclass(frozen=True)
+class CrowdedScene:
+    """Four different objects: upper left, upper right, lower left, lower right."""
+
+    objects: tuple[SceneObject, SceneObject, SceneObject, SceneObject]
+
+    def facts(self) -> frozenset:
+        """The four pairs of neighbours, (first, "above" or "left", second)."""
+        a, b, c, d = self.objects
+        return frozenset({(a, "left", b), (c, "left", d), (a, "above", c), (b, "above", d)})
+
+
 def draw_scene(rng: np.random.Generator, *, simple: bool = False) -> Scene:
     """A random scene: three times out of four two objects, else three, one beside and one above or below the first.
 
@@ -70,20 +84,24 @@ def draw_scene(rng: np.random.Generator, *, simple: bool = False) -> Scene:
     """
     count = 2 if simple or rng.random() < 3 / 4 else 3
     sizes = ("",) if simple else ("small", "large")
-    objects: list[SceneObject] = []
-    while len(objects) < count:
-        candidate = SceneObject(_pick(rng, sizes), _pick(rng, tuple(COLOURS)), _pick(rng, SHAPES))
-        if candidate not in objects:
-            objects.append(candidate)
+    objects = _draw_objects(rng, count, sizes)
     if count == 2:
         relations = (_pick(rng, tuple(OPPOSITE)),)
     else:
         relations = tuple(rng.permutation([_pick(rng, ("above", "below")), _pick(rng, ("left", "right"))]).tolist())
-    return Scene(tuple(objects), relations)
+    return Scene(objects, relations)
 
 
-def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One of several sentences that each name every size, colour, shape and relation of the scene."""
+def draw_crowded_scene(rng: np.random.Generator) -> CrowdedScene:
+    """A random scene of four objects."""
+    return CrowdedScene(_draw_objects(rng, 4, ("small", "large")))
+
+
+def caption(scene: Scene | CrowdedScene, rng: np.random.Generator) -> str:
+    """One of several sentences that name every size, colour, shape and relation, of a crowded scene those of a pair."""
+    if isinstance(scene, CrowdedScene):
+        first, relation, second = _pick(rng, sorted(scene.facts()))
+        scene = Scene((first, second), (relation,))
     first, *others = (_noun_phrase(o, rng) for o in scene.objects)
     facts = list(zip(scene.relations, others, strict=True))
     if len(facts) == 1:
@@ -100,10 +118,10 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     return f"{other} {_words(OPPOSITE[relation], rng)} {first}, which is {_words(second_relation, rng)} {second}"
 
 
-def draw_picture(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+def draw_picture(scene: Scene | CrowdedScene, rng: np.random.Generator) -> np.ndarray:
     """The scene as a picture, uint8 (64, 64, 3), with jittered places, sizes, hues and rotation on a mottled grey."""
     radii = [RADII[o.size] * rng.uniform(0.9, 1.1) for o in scene.objects]
-    centres = _layout(scene, radii, rng)
+    centres = _grid_layout(rng) if isinstance(scene, CrowdedScene) else _layout(scene, radii, rng)
     scale = _SUPERSAMPLE
     canvas = Image.fromarray(_background(rng)).resize((PIXELS * scale,) * 2, Image.Resampling.BICUBIC)
     brush = ImageDraw.Draw(canvas)
@@ -115,7 +133,17 @@ def draw_picture(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     return np.clip(pixels + rng.normal(0, 3, pixels.shape), 0, 255).astype(np.uint8)
 
 
-def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+def _draw_objects(rng: np.random.Generator, count: int, sizes: tuple[str, ...]) -> tuple[SceneObject, ...]:
+    """Different objects."""
+    objects: list[SceneObject] = []
+    while len(objects) < count:
+        candidate = SceneObject(_pick(rng, sizes), _pick(rng, tuple(COLOURS)), _pick(rng, SHAPES))
+        if candidate not in objects:
+            objects.append(candidate)
+    return tuple(objects)
+
+
+def _pick(rng: np.random.Generator, options: Sequence):
     return options[rng.integers(len(options))]
 
 
@@ -145,6 +173,12 @@ def _layout(scene: Scene, radii: list[float], rng: np.random.Generator) -> np.nd
         low, high = (places - reach).min(0), (places + reach).max(0)
         room = np.maximum(PIXELS - (high - low), 0)
     return places - low + rng.uniform(0, 1, 2) * room
+
+
+def _grid_layout(rng: np.random.Generator) -> np.ndarray:
+    """Centres (4, 2) in pixels of a crowded scene's objects, jittered in their quarters of the picture."""
+    quarters = np.array([(1, 1), (3, 1), (1, 3), (3, 3)]) * PIXELS / 4
+    return quarters + rng.uniform(-2.5, 2.5, (4, 2))
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:
