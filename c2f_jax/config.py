@@ -64,7 +64,7 @@ def default_config():
     config.method.sic_weight = 1.0
     config.method.sim_weight = 1.0
     config.method.negatives = "global"
-    config.method.mining_ramp_steps = 0
+    config.method.mining_tau = placeholder(float)
     config.method.warm_up_steps = 0
     config.method.min_tau = 0.001
     config.method.max_tau = 0.5

@@ -55,9 +55,9 @@ class MethodConfig:
       sic_weight, sim_weight: L = sic_weight L_SIC + sim_weight L_SIM; sim_weight = 0 skips SIM altogether.
       negatives: pool of SIM's hard negatives: "batch" (own device), "global" (all devices) or "queue" (all devices and
         the token queue).
-      mining_ramp_steps: steps after the warm-up over which mining hardens: negatives are drawn with probability
-        ~ exp(r cosine / tau) and r grows from 0, any negative, to 1, ALBEF's; 0 for 1 throughout. A matcher that starts
-        from nothing learns nothing from negatives that SIC cannot tell from the right ones either.
+      mining_tau: temperature T of hard-negative mining, probability ~ exp(cosine / T); None for tau, as in ALBEF. A
+        larger one draws easier negatives: a matcher that starts from nothing learns nothing from those that SIC, whose
+        tau falls as it learns, cannot tell from the right ones either.
       warm_up_steps: steps of plain in-batch contrastive learning before the whole method (``warm_up``); 0 for
         pretrained encoders. Encoders that start from nothing change so fast that momentum keys lag behind, queued
         embeddings are told from fresh ones by their age alone, and hard negatives mean nothing yet.
@@ -71,7 +71,7 @@ class MethodConfig:
     sic_weight: float = 1.0
     sim_weight: float = 1.0
     negatives: str = "global"
-    mining_ramp_steps: int = 0
+    mining_tau: float | None = None
     warm_up_steps: int = 0
     min_tau: float = 0.001
     max_tau: float = 0.5
@@ -98,9 +98,10 @@ class MethodConfig:
             raise UserError("method.sic_weight and method.sim_weight must not be negative")
         if queue_size < 0 or token_queue_size < 0:
             raise UserError(f"queue_size={queue_size}, token_queue_size={token_queue_size}: sizes are 0 or more")
-        for name in ("warm_up_steps", "mining_ramp_steps"):
-            if getattr(self, name) < 0:
-                raise UserError(f"method.{name}={getattr(self, name)}: 0 or more is expected")
+        if self.warm_up_steps < 0:
+            raise UserError(f"method.warm_up_steps={self.warm_up_steps}: 0 or more is expected")
+        if self.mining_tau is not None and not self.mining_tau > 0:
+            raise UserError(f"method.mining_tau={self.mining_tau}: a temperature above 0, or None for tau, is expected")
         if self.momentum is None and (queue_size or token_queue_size or self.alpha):
             raise UserError(
                 "method.momentum=None trains without a momentum model, which the queue and distillation need: "
@@ -137,9 +138,7 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
     index = axis_index(axis_name) * ids.shape[0] + jnp.arange(ids.shape[0])
     step_key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     rows = Rows(ids, index, objectives.row_keys(step_key, index))
-    full_step = state.step - method.warm_up_steps
-    alpha = objectives.linear_ramp(full_step, method.alpha, method.alpha_ramp_steps)
-    hardness = objectives.linear_ramp(full_step, 1.0, method.mining_ramp_steps)
+    alpha = objectives.alpha_at(state.step - method.warm_up_steps, method.alpha, method.alpha_ramp_steps)
 
     # 1. Momentum forward: no gradient, no dropout.
     momentum = None
@@ -191,7 +190,6 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
             momentum,
             (logits_s2i, logits_i2s),
             tau,
-            hardness,
             model=model,
             method=method,
             axis_name=axis_name,
@@ -229,7 +227,7 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
     return state, {name: _average(value, axis_name) for name, value in metrics.items()}
 
 
-def sim_stage(params, token_queue, rows, online, momentum, logits, tau, hardness, *, model, method, axis_name):
+def sim_stage(params, token_queue, rows, online, momentum, logits, tau, *, model, method, axis_name):
     """Stages 5 and 6: mine hard negatives, match 3n pairs.
 
     Args:
@@ -239,7 +237,6 @@ def sim_stage(params, token_queue, rows, online, momentum, logits, tau, hardness
       online, momentum: (speech, image), each Encoded of ``rows``; ``momentum`` is read for "queue" negatives alone.
       logits: SIC logits (s2i, i2s) whose first N columns are the global batch.
       tau: temperature.
-      hardness: r in [0, 1], see ``MethodConfig.mining_ramp_steps``.
       model, method, axis_name: as in ``train_step``.
 
     Returns:
@@ -251,11 +248,12 @@ def sim_stage(params, token_queue, rows, online, momentum, logits, tau, hardness
         # The queue holds momentum tokens. With online tokens in the positives and in the batch's candidates, the
         # matcher would learn which encoder made the tokens of a pair instead of what they say.
         candidates = [o._replace(tokens=m.tokens) for o, m in zip(online, momentum, strict=True)]
-    # 5. Hard negatives, drawn with probability softmax(hardness cosine / tau), never of the same id.
+    # 5. Hard negatives, drawn with probability softmax(cosine / mining temperature), never of the same id.
     pool_speech, pool_image, scores, pool_ids, pool_valid = negative_pool(
         token_queue, rows, *candidates, logits, tau, method.negatives, axis_name
     )
-    scores = [s * hardness for s in scores]
+    if method.mining_tau is not None:
+        scores = [s * (tau / method.mining_tau) for s in scores]
     (image_index, image_valid), (speech_index, speech_valid) = (
         objectives.sample_hard_negatives(fold_keys(rows.keys, site), s, rows.ids, pool_ids, pool_valid)
         for site, s in zip((1, 2), scores, strict=True)

@@ -222,9 +222,9 @@ def test_alpha_one_with_momentum_equal_to_online_has_no_gradient(case):
 
 
 def test_alpha_ramps_linearly_then_stays():
-    found = [float(objectives.linear_ramp(jnp.asarray(s), 0.4, 8)) for s in range(12)]
+    found = [float(objectives.alpha_at(jnp.asarray(s), 0.4, 8)) for s in range(12)]
     np.testing.assert_allclose(found, [0.4 * min(1, s / 8) for s in range(12)], rtol=1e-6)
-    assert float(objectives.linear_ramp(jnp.asarray(0), 0.4, 0)) == pytest.approx(0.4)
+    assert float(objectives.alpha_at(jnp.asarray(0), 0.4, 0)) == pytest.approx(0.4)
 
 
 # Hard negatives.

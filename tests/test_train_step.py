@@ -241,7 +241,7 @@ def test_queue_pool_pads_a_shorter_bucket_to_the_length_of_the_queue(mining):
     np.testing.assert_array_equal(speeches.tokens[:8, :4], speech.tokens)
 
 
-def pairs_matched(token_queue, online, momentum, logits, hardness, negatives):
+def pairs_matched(token_queue, online, momentum, logits, method):
     """The first token of the speech and of the image of each of the 24 pairs that ``sim_stage`` matches."""
     seen = []
 
@@ -251,8 +251,8 @@ def pairs_matched(token_queue, online, momentum, logits, hardness, negatives):
             return jnp.zeros((24, 2))
 
     sim_stage(
-        {}, token_queue, eight_rows(), online, momentum, logits, 0.2, hardness,
-        model=Matcher(), method=MethodConfig(negatives=negatives), axis_name=None,
+        {}, token_queue, eight_rows(), online, momentum, logits, 0.2,
+        model=Matcher(), method=method, axis_name=None,
     )  # fmt: skip
     return [(a[0].tobytes(), b[0].tobytes()) for a, b in zip(*seen, strict=True)]
 
@@ -267,22 +267,23 @@ def test_every_pair_with_queue_negatives_has_one_online_and_one_momentum_side(mi
                             ("momentum", (momentum[0].tokens, momentum[1].tokens)),
                             ("momentum", (entries["speech_tokens"], entries["image_tokens"]))):
         known |= {np.asarray(row)[0].tobytes(): name for tokens in sequences for row in tokens}
-    pairs = pairs_matched(token_queue, (speech, image), momentum, (jnp.zeros((8, 8)),) * 2, 1.0, "queue")
+    pairs = pairs_matched(token_queue, (speech, image), momentum, (jnp.zeros((8, 8)),) * 2,
+                          MethodConfig(negatives="queue"))
     sides = [(known[a], known[b]) for a, b in pairs]
     assert all(set(pair) == {"online", "momentum"} for pair in sides), sides
     assert len(set(sides[:8])) == 2, "both kinds of positives occur"
 
 
-@pytest.mark.parametrize("hardness, likest_of_all", [(0.0, False), (1.0, True)])
-def test_mining_hardens_from_any_negative_to_the_likest(mining, hardness, likest_of_all):
+@pytest.mark.parametrize("mining_tau, likest_alone", [(None, True), (0.2, True), (50.0, False)])
+def test_a_high_temperature_of_mining_draws_easier_negatives(mining, mining_tau, likest_alone):
     token_queue, speech, image = mining
     likest = (np.arange(8) + 3) % 8  # by far, of each row in both directions
     logits = jnp.zeros((8, 8)).at[np.arange(8), likest].set(100.0)
-    pairs = pairs_matched(token_queue, (speech, image), None, (logits, logits), hardness, "global")
+    pairs = pairs_matched(token_queue, (speech, image), None, (logits, logits), MethodConfig(mining_tau=mining_tau))
     number = {np.asarray(row)[0].tobytes(): i for x in (speech, image) for i, row in enumerate(x.tokens)}
     negatives = [number[b] for _, b in pairs[8:16]] + [number[a] for a, _ in pairs[16:]]
     hits = np.mean(np.array(negatives) == np.tile(likest, 2))
-    assert hits == 1.0 if likest_of_all else hits < 0.6
+    assert hits == 1.0 if likest_alone else hits < 0.6
 
 
 def test_batch_pool_drops_rows_whose_device_holds_no_other_picture():

@@ -70,14 +70,14 @@ def distillation_targets(momentum_logits, targets, valid, alpha):
     return jax.lax.stop_gradient(alpha * pseudo + (1.0 - alpha) * targets)
 
 
-def linear_ramp(step, value, ramp_steps):
-    """A weight that grows linearly: value min(1, step / ramp_steps); ramp_steps = 0 means no ramp.
+def alpha_at(step, alpha, ramp_steps):
+    """The distillation weight, ramped linearly: alpha min(1, step / ramp_steps); ramp_steps = 0 means no ramp.
 
-    Source: ALBEF ramps the distillation weight over the first epoch.
+    Source: ALBEF ramps over the first epoch.
 
-    >>> [round(float(linear_ramp(s, 0.4, 100)), 2) for s in (0, 50, 200)]
+    >>> [round(float(alpha_at(s, 0.4, 100)), 2) for s in (0, 50, 200)]
     [0.0, 0.2, 0.4]
     """
     if ramp_steps == 0:
-        return jnp.asarray(value, jnp.float32)
-    return value * jnp.minimum(1.0, jnp.asarray(step, jnp.float32) / ramp_steps)
+        return jnp.asarray(alpha, jnp.float32)
+    return alpha * jnp.minimum(1.0, jnp.asarray(step, jnp.float32) / ramp_steps)
