@@ -292,7 +292,7 @@ def test_a_directory_that_cannot_be_written_is_one_clear_error(tmp_path):
 
 
 def test_unknown_names(data_dir):
-    with pytest.raises(UserError, match="no configuration 'huge'; it has default, simple, tiny"):
+    with pytest.raises(UserError, match="no configuration 'huge'; it has default, simple, crowded, tiny"):
         load_pairs("spoken_scenes/huge", "train", data_dir)
     with pytest.raises(UserError, match="no split 'dev'"):
         load_pairs("spoken_scenes/tiny", "dev", data_dir)
