@@ -3,9 +3,11 @@
     python benchmarks/encoders.py                       # CPU: HuBERT base and ViT-B/16 against transformers
     python benchmarks/encoders.py --large               # GPU, bf16: HuBERT large, ViT-L/14, ViT-g/14, share of the peak
 
-Random weights. CPU: float32, 8 utterances of 4 s and 16 images of 224 x 224, PyTorch eager and torch.compile with the
-same number of threads, in processes of their own, one after the other. Prints one JSON line a measurement: the median
-of ``--repeats`` runs after one to compile, and the fastest and slowest. FLOPs are XLA's own count of the program.
+Random weights. CPU: float32, 8 utterances of 4 s and 16 images of 224 x 224, PyTorch eager and torch.compile, each
+library in a process of its own on the same cores. All begin at the waveform or the uint8 pixels and end with the last
+layer norm, without dropout; ours also masks by the lengths. Prints one JSON line a measurement: the median of
+``--repeats`` runs after one to compile, and the fastest and slowest. FLOPs are XLA's count of the program before it is
+compiled, which leaves out cuDNN's attention.
 """
 
 import argparse
@@ -83,36 +85,44 @@ def measure_jax(case, batch, repeats, dtype, attention):
         return jnp.sum(jnp.square(tower.apply(params, *given)[0].astype(jnp.float32)))
 
     for what, function in (("forward", lambda p, *x: tower.apply(p, *x)[0]), ("forward+backward", jax.grad(loss))):
-        compiled = jax.jit(function).lower(params, *given).compile()
-        cost = compiled.cost_analysis()
-        flops = (cost[0] if isinstance(cost, list) else cost).get("flops", 0.0)
+        lowered = jax.jit(function).lower(params, *given)
+        flops, compiled = lowered.cost_analysis()["flops"], lowered.compile()
         run = lambda compiled=compiled: jax.block_until_ready(compiled(params, *given))  # noqa: E731
         yield what, timed(run, repeats), flops, jax.devices()[0].device_kind
 
 
 def measure_torch(case, batch, repeats, compiled):
-    """The same for transformers' model on the CPU."""
+    """The same for transformers' model on the CPU, from the same inputs to the same last layer."""
     import torch
     import transformers
 
+    from c2f_jax.models.vision import CLIP_MEAN, CLIP_STD
+
     torch.manual_seed(0)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    given = inputs(case, batch)
+    given = torch.from_numpy(inputs(case, batch)[0])
     if case == "hubert_base":
-        model, x = transformers.HubertModel(transformers.HubertConfig()), torch.from_numpy(given[0])
+        model = transformers.HubertModel(transformers.HubertConfig())
+        encode = lambda wave: model(wave).last_hidden_state  # noqa: E731
     else:
-        model = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(patch_size=16))
-        x = torch.from_numpy(given[0]).permute(0, 3, 1, 2).float() / 255.0
+        config = transformers.CLIPVisionConfig(patch_size=16)
+        model = transformers.CLIPVisionModelWithProjection(config).vision_model
+        mean, std = (torch.tensor(value).view(3, 1, 1) for value in (CLIP_MEAN, CLIP_STD))
+
+        def encode(image):
+            x = (image.permute(0, 3, 1, 2).float() / 255.0 - mean) / std
+            return model.post_layernorm(model(x).last_hidden_state)
+
     model.eval()
-    call = torch.compile(model) if compiled else model
+    call = torch.compile(encode) if compiled else encode
 
     def forward():
         with torch.no_grad():
-            call(x)
+            call(given)
 
     def backward():
         model.zero_grad()
-        call(x).last_hidden_state.square().sum().backward()
+        call(given).square().sum().backward()
 
     yield "forward", timed(forward, repeats), None, "CPU"
     yield "forward+backward", timed(backward, repeats), None, "CPU"
@@ -135,6 +145,8 @@ def main():
                 command = [sys.executable, __file__, f"--only={library}", f"--repeats={args.repeats}", "--cases", case]
                 subprocess.run([*command, f"--threads={args.threads}"], env=environment, check=True)
         return
+    if args.only:  # before either library counts the cores
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     for case in cases:
         batch = {"hubert": 8, "vit": 16}[case.partition("_")[0]] * (4 if args.large else 1)
         dtype = "bfloat16" if args.large else "float32"

@@ -123,6 +123,19 @@ def test_shards_with_an_index_are_one_model(published, tmp_path):
     assert [s["file"] for s in card["source"]] == sorted(shards)
 
 
+def test_a_damaged_index_a_short_configuration_and_an_unwritable_output_are_named(published, tmp_path):
+    folder, _ = published
+    with pytest.raises(UserError, match="README.md cannot be written"):
+        convert([folder], folder / "README.md")
+    (folder / "config.json").write_text('{"model_type": "whisper"}')
+    with pytest.raises(UserError, match="Hugging Face Whisper: config.json has no d_model"):
+        convert([folder], tmp_path / "out")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match="index.json: not an index of shards .*weight_map"):
+        convert([folder], tmp_path / "out")
+
+
 def write_torch(path, stored):
     """A file in PyTorch's zip format; ``stored`` holds arrays as tensors and any other picklable objects."""
     arrays = []

@@ -30,12 +30,15 @@ def convert(sources, output, *, normalise=None, licence=None):
       The card.
 
     Raises:
-      UserError: files that cannot be read, or tensors that are missing, unused or misshaped, all listed.
+      UserError: files that cannot be read or written, or tensors that are missing, unused or misshaped, all listed.
     """
     if (Path(output) / "params").exists():
         raise UserError(f"{output} holds converted weights already: remove it or give another --output")
     card, params = read_published(sources, normalise=normalise, licence=licence)
-    save_weights(output, card, params)
+    try:
+        save_weights(output, card, params)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written ({error})") from error
     return card
 
 
@@ -50,15 +53,12 @@ def read_published(sources, *, normalise=None, licence=None):
         tensors |= _visual_encoder_names(found)
         settings |= says
     layout, prefix = find_layout(tensors)
-    tower, preprocessing = describe(
-        layout,
-        tensors,
-        prefix,
-        _json(folder / "config.json"),
-        _json(folder / "preprocessor_config.json"),
-        settings,
-        normalise,
-    )
+    config, processor = _json(folder / "config.json"), _json(folder / "preprocessor_config.json")
+    try:
+        tower, preprocessing = describe(layout, tensors, prefix, config, processor, settings, normalise)
+    except KeyError as error:
+        place = "config.json" if config else "the file"
+        raise UserError(f"{layout.name}: {place} has no {error.args[0]}, which it is published with") from error
     params = convert_tensors(layout, prefix, tensors, tower_shapes(tower, preprocessing))
     card = {
         "layout": layout.name,

@@ -31,7 +31,7 @@ def weight_files(source):
     """The weight files of a path as published: a file, or a folder with one, or with shards and their index.
 
     Raises:
-      UserError: nothing there, or several to choose from.
+      UserError: nothing there, several to choose from, or a damaged index.
     """
     source = Path(source)
     if source.is_file():
@@ -43,7 +43,11 @@ def weight_files(source):
             return [source / name]
         index = source / f"{name}.index.json"
         if index.exists():
-            return [source / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            try:
+                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise UserError(f"{index}: not an index of shards ({error!r}); download it again") from error
+            return [source / shard for shard in shards]
     found = sorted(p for p in source.iterdir() if p.suffix in WEIGHT_SUFFIXES)
     if len(found) != 1:
         listed = ", ".join(p.name for p in found) or "none"
