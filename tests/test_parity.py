@@ -119,13 +119,13 @@ def assert_close(found, expected, tolerance=TOLERANCE):
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
 
 
-def assert_hidden_states_agree(found, expected, until=None):
+def assert_hidden_states_agree(found, expected, until=None, tolerance=TOLERANCE):
     """All hidden states; ``until`` bounds the compared time steps of each example."""
     assert len(found) == len(expected)
     for ours_, theirs in zip(found, expected, strict=True):
         for row in range(len(ours_)):
             stop = None if until is None else int(until[row])
-            assert_close(ours_[row, :stop], theirs[row, :stop])
+            assert_close(ours_[row, :stop], theirs[row, :stop], tolerance)
 
 
 def waveforms(*lengths, size=None, seed=0):
@@ -193,9 +193,11 @@ def test_wav2vec2_unpadded(name, values):
     tokens, frames, hidden = jax.jit(module.apply)({"params": params}, wave, lengths)
     assert frames.tolist() == [(6000 - 400) // 320 + 1] * 2
     assert_close(tokens, expected.last_hidden_state)
+    # 48 residuals add up to entries beyond 20; float32 alone is 1.0e-4 away from PyTorch in float64 there.
+    tolerance = 2e-4 if values == XLARGE else TOLERANCE
     # transformers 5 gives the last hidden state of pre-norm models without their final norm, earlier versions with it.
     last = len(hidden) - module.pre_norm
-    assert_hidden_states_agree(hidden[:last], expected.hidden_states[:last])
+    assert_hidden_states_agree(hidden[:last], expected.hidden_states[:last], tolerance=tolerance)
 
 
 def padded_waveforms():

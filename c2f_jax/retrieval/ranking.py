@@ -153,6 +153,8 @@ def fine_scores(cosine, match_logit, tau: float) -> dict[str, np.ndarray]:
     with SIC as the noise: the best match logit is log p(s,i) - log[p(s) q(i|s) + p(i) q(s|i)]
     = log p(i|s)/p(i) - cosine / tau - log[1/Z(s) + 1/Z(i)], the residual that SIC left. Alone it ranks by what SIC did
     not know; cosine / tau added, it is the posterior log-odds log p(i|s)/p(i), up to a constant where Z varies little.
+    Negatives mined at a temperature T above tau leave the residual over cosine / T, which repeats part of what the
+    cosine knows; the sum then pools two estimates of the same log-odds, SIC's and SIM's.
 
     >>> {name: float(value) for name, value in fine_scores(0.5, 0.0, tau=0.1).items()}
     {'sic': 0.5, 'sim': 0.0, 'sum': 0.5, 'prob': 0.5, 'joint': 5.0}
