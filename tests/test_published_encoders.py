@@ -11,7 +11,7 @@ from c2f_jax.errors import UserError
 from c2f_jax.models import create_model, create_tower
 from c2f_jax.models.c2f import merge_params, split_params
 from c2f_jax.models.layers import Attention
-from c2f_jax.models.published import choose_layer, pool_tokens
+from c2f_jax.models.published import PublishedImage, choose_layer, pool_tokens
 from c2f_jax.models.vision import cubic_weights, resize_positions
 from c2f_jax.models.wav2vec2 import normalise_waveform, span_mask
 from c2f_jax.optimizer import OptimizerConfig, create_optimizer
@@ -200,6 +200,19 @@ def test_masking_and_layer_drop_act_in_training_only_and_per_example():
     np.testing.assert_allclose(part, training[1:3], atol=1e-5)
     quiet = create_tower(TOWER)
     np.testing.assert_allclose(quiet.apply(variables, *inputs)[0], still, atol=1e-5)
+
+
+def test_masked_tokens_say_nothing_in_training_alone():
+    tokens = np.random.default_rng(0).normal(size=(2, 6, 9)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(1), 2)
+    encoder = PublishedImage(width=12, depth=1, heads=2, token_mask=0.5)
+    variables = encoder.init(jax.random.key(0), tokens)
+    moved = jax.jacobian(lambda x: jnp.sum(encoder.apply(variables, x, keys)[0][:, 0] ** 2, axis=-1))(tokens)
+    silent = ~np.any(np.asarray(moved), axis=(0, 3))  # (n, T): tokens that the [CLS] does not depend on
+    np.testing.assert_array_equal(silent, span_mask(jax.vmap(jax.random.fold_in, (0, None))(keys, 4), 6, 0.5, 1))
+    assert 0 < silent.sum() < silent.size
+    whole = PublishedImage(width=12, depth=1, heads=2).apply(variables, tokens)[0]
+    np.testing.assert_array_equal(encoder.apply(variables, tokens)[0], whole)
 
 
 def test_positions_for_another_resolution():

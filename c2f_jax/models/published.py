@@ -16,6 +16,7 @@ from c2f_jax.models.layers import (
     prepend_cls,
     sinusoidal_positions,
 )
+from c2f_jax.models.wav2vec2 import span_mask
 
 FROZEN = ("tower", "conv", "none")
 
@@ -62,7 +63,9 @@ class PublishedEncoder(TransformerEncoder):
       width: W of the tokens; those of the network are normalised and projected to it.
       depth: of the small transformer with its learnt [CLS]. With depth 0 there is neither: tokens are the network's,
         the first one its summary ([CLS], or the mean of all).
-      token_dropout: share of the network's tokens that are set to 0 in training, width for width.
+      token_dropout: share of the entries of the network's tokens that are set to 0 in training.
+      token_mask: share of the tokens that are set to 0 as a whole in training, as if a word or a part of the picture had
+        been missed.
       others: as in ``TransformerEncoder``.
     """
 
@@ -73,6 +76,7 @@ class PublishedEncoder(TransformerEncoder):
     width: int = 256
     depth: int = 2
     token_dropout: float = 0.0
+    token_mask: float = 0.0
 
     def _features(self, keys, given, *lengths):
         """Tokens (n, T, C) of the network or of the cache, and their lengths."""
@@ -105,6 +109,9 @@ class PublishedEncoder(TransformerEncoder):
             return jnp.concatenate([mean[:, None].astype(tokens.dtype), tokens], axis=1), lengths + 1
         x = nn.LayerNorm(dtype=self.dtype, name="input_norm")(tokens)
         x = dropout(x, self.token_dropout, fold_keys(keys, self.depth + 2))
+        if keys is not None and self.token_mask:
+            masked = span_mask(fold_keys(keys, self.depth + 3), x.shape[1], self.token_mask, 1)
+            x = jnp.where(masked[..., None], 0, x)
         x = nn.Dense(self.width, dtype=self.dtype, name="input")(x)
         if positions:
             x = x + sinusoidal_positions(x.shape[1], self.width).astype(self.dtype)
