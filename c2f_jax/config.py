@@ -139,10 +139,14 @@ def _set_published_encoders(config, size, finetuned):
     config.data.bucket_seconds = (3.2, 4.8, 6.4)
     config.data.threads = 16
     config.model.dtype = "bfloat16"
-    config.model.remat = finetuned
+    config.model.remat = True
     head = {"width": 768, "heads": 12, "dropout_rate": 0.1}
     speech = head | {"name": "published", "weights": f"weights/hubert_{size}", "depth": 2}
-    speech |= {"frozen": "conv", "layer": "last"} if finetuned else {"frozen": "tower", "layer": "weighted_sum"}
+    if finetuned:  # layer drop and masking are off, and can be given on the command line
+        speech |= {"frozen": "conv", "layer": "last"}
+        speech["tower"] = {"layer_drop": 0.0, "mask_time": 0.0, "mask_channels": 0.0}
+    else:
+        speech |= {"frozen": "tower", "layer": "weighted_sum"}
     config.model.speech = ConfigDict(speech)
     image = head | {"name": "published", "weights": "weights/blip2", "frozen": "tower", "depth": 1}
     config.model.image = ConfigDict(image)

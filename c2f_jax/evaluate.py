@@ -21,6 +21,7 @@ from c2f_jax.experiment import create_experiment, example_batch, load_saved_conf
 from c2f_jax.models import Encoded
 from c2f_jax.models.c2f import image_input, merge_params, speech_input, split_params
 from c2f_jax.parallel import replicate, round_up_rows, split_rows
+from c2f_jax.pretrained.features import check_features
 from c2f_jax.pretrained.weights import check_weights, load_published
 from c2f_jax.retrieval.evaluation import evaluate_retrieval
 from c2f_jax.retrieval.figures import learning_curves_png, results_png
@@ -273,6 +274,7 @@ def load_trained(workdir, *, step="best", experiment=None):
     trained, _ = split_params(shapes, model.frozen)
     params, progress = checkpoints.restore_params(number, trained)
     check_weights(workdir, experiment.weights)
+    check_features(experiment)
     _, frozen = split_params(load_published(model, experiment.weights, batch), model.frozen)
     return experiment, replicate(merge_params(params, frozen)), number, progress["history"]
 

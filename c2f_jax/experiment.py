@@ -305,6 +305,11 @@ def _check_features(experiment):
             raise UserError(f"model.{part}.name='tokens' reads a feature cache: give data.{part}_features")
         if path is not None and not published:
             raise UserError(f"data.{part}_features needs model.{part}.name 'published' or 'tokens'")
+        if path is not None and encoder.tower is not None and path.endswith(".npz"):
+            raise UserError(
+                f"data.{part}_features={path} holds tokens of another tool: model.{part}.name='tokens' reads them, "
+                "without weights; the cache of a network is a folder"
+            )
         if path is not None and encoder.tower is not None and encoder.frozen != "tower":
             raise UserError(f"data.{part}_features needs a frozen network: set model.{part}.frozen='tower'")
     for part, varied in (("speech", "recordings"), ("image", "pictures")):

@@ -11,11 +11,13 @@ layers, and BLIP-2's 32 query tokens of each picture, cached once (0.39 GB). ``b
 HuBERT's transformer trained too. ``light``: small encoders that start from nothing and need no weights; expect far
 lower numbers.
 
-Not run yet. Estimates from XLA's FLOP counts (HuBERT base 95 GFLOP, large 243 GFLOP for 6.4 s; BLIP-2 538 GFLOP a
-picture) at 40 % of a GPU's 989 TFLOP/s in bf16, HuBERT alone, a backward pass as two forward ones and one recomputed:
-batch 256, 50,000 steps take 50 min frozen and 4 h fine-tuned (base), 2.2 h and 11 h (large, both counting the momentum
-model's forward pass once more where HuBERT is trained). Weights, gradients, Adam's two moments and the momentum copy of
-a fine-tuned HuBERT take 1.9 GB (base) and 6.3 GB (large) in float32; activations come on top.
+Not run yet. Estimates for ``base``, ``large``, ``base_finetuned`` and ``large_finetuned``, from XLA's FLOP count of a
+whole step on 6.4 s of speech, 406, 556, 650 and 1,325 GFLOP a pair, at 40 % of a GPU's 989 TFLOP/s in bf16: batch 256,
+50,000 steps take 3.7, 5.0, 5.8 and 11.9 h. Reading must keep up with 1,000, 700, 600 and 300 recordings a second, of
+which one core decodes 2,700 as WAV. Parameters, gradients, Adam's two moments, the momentum copy and frozen weights
+take 1.5, 2.4, 2.9 and 7.3 GB in float32; activations are counted from the largest arrays: 20 to 30 GB in bf16, in
+HuBERT's first convolution and in the multimodal encoder, whose blocks are recomputed in the backward pass.
+The cache of BLIP-2's tokens takes 4.3 PFLOP (538 GFLOP a picture), half a minute at 40 % of 495 TFLOP/s (TF32).
 ``light``: 0.23 TFLOP a step of 96, 12,000 steps, 7.6 h on two cores if they reach 0.1 TFLOP/s, reading not counted;
 parameters, Adam's moments, momentum copy and queue take 0.04 GB.
 """

@@ -11,7 +11,8 @@ The argument names the encoders as in configs/flickr8k_audio.py: ``base``, ``lar
 ``light`` (no weights).
 
 Not run yet. A step costs what it costs in configs/flickr8k_audio.py, where the estimates of time and memory stand; the
-cache of BLIP-2's tokens takes 66 PFLOP, 3 minutes at 40 % of 989 TFLOP/s; ``light`` takes five times as many steps.
+cache of BLIP-2's tokens takes 66 PFLOP, 6 minutes at 40 % of 495 TFLOP/s (TF32); ``light`` takes five times as many
+steps.
 """
 
 from c2f_jax.config import data_set_config

@@ -109,6 +109,27 @@ def test_a_stopped_extraction_goes_on_and_a_finished_one_does_nothing(data, cach
 def test_a_cache_of_another_kind_is_refused(data, cache):
     with pytest.raises(UserError, match="layer: 'last' there, '1' wanted"):
         extract(data, cache, layer="1")
+    others = load_pairs(f"{data}/manifest.jsonl", "train")
+    others.recording_key = lambda row: f"other{row}.wav"
+    with pytest.raises(UserError, match="features of other data, such as train0.wav in train-speech-00000"):
+        extraction.extract_features(str(data / "whisper"), [others], cache, max_seconds=1.0)
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ({"layer": "weighted_sum"}, "layer='weighted_sum': one of last, all, 0, 1, 2 is expected"),
+        ({"batch_size": 0}, "a batch size of 0"),
+        ({"max_seconds": 0.0}, "0.0 s at most"),
+    ],
+)
+def test_a_mistaken_option_leaves_no_cache_behind(data, tmp_path, option, message):
+    with pytest.raises(UserError, match=message):
+        extract(data, tmp_path / "new", **option)
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError, match="file cannot be written"):
+        extract(data, tmp_path / "file")
 
 
 def test_all_layers(data, tmp_path):
@@ -228,6 +249,13 @@ def get_config():
     assert main(["train", f"--config={config}", f"--workdir={run}", *flags, "--config.steps=4", "--by-voice"]) == 0
     assert main(["evaluate", f"--workdir={run}", "--step=latest"]) == 0
     assert first["split"] == "test"
+    # A cache that has been replaced by one of another network is noticed.
+    card = tmp_path / "cache" / "card.json"
+    kept = card.read_text()
+    card.write_text(kept.replace('"last"', '"1"'))
+    assert main(["evaluate", f"--workdir={run}", "--step=latest"]) == 2
+    assert "layer: '1' there, 'last' wanted" in capsys.readouterr().err
+    card.write_text(kept)
     voices = json.loads((run / "eval" / f"{data.name}-test-voices.json").read_text())
     counts = {name: result["queries"] for name, result in voices.items()}
     assert counts["heard"]["speech_to_image"] == 4 and counts["unheard"]["speech_to_image"] == 2
@@ -270,6 +298,33 @@ def test_configurations_that_contradict_themselves(changes, message):
             config.data[name] = value
     with pytest.raises(UserError, match=message):
         create_experiment(config)
+
+
+def test_attributes_that_a_configuration_changes_are_the_cache_s_too(data, tmp_path):
+    from ml_collections import ConfigDict
+
+    config = load_config(f"{ROOT}/configs/spoken_scenes.py")
+    config.data.speech_features = str(tmp_path / "cache")
+    small = {"width": 8, "depth": 1, "heads": 2}
+    speech = small | {"name": "published", "weights": f"{data}/whisper", "tower": {"pad": True}}
+    config.model.speech = ConfigDict(speech)
+    ((weights, path, options),) = extraction._caches(create_experiment(config))
+    assert weights == f"{data}/whisper" and path == str(tmp_path / "cache")
+    assert options == {"layer": "last", "max_seconds": config.data.max_seconds, "pad": True}
+    config.data.speech_features = f"{data}/tokens.npz"
+    with pytest.raises(UserError, match="holds tokens of another tool: model.speech.name='tokens' reads them"):
+        create_experiment(config)
+
+
+def test_cached_items_of_a_prepared_set_are_not_read(tiny_data_dir, tmp_path, monkeypatch):
+    pairs = load_pairs("spoken_scenes/tiny", "test", tiny_data_dir)
+    tokens = np.ones((2, 3), np.float16)
+    write_shard(tmp_path, "test-speech-00000", [(pairs.recording_key(1), tokens)], (3,))
+    (tmp_path / "card.json").write_text("{}")
+    pairs.speech_features = open_features(tmp_path)
+    monkeypatch.setattr(pairs, "recording", lambda index: pytest.fail("the recording was read"))
+    np.testing.assert_array_equal(loader.load_speech(pairs, 1), tokens)
+    assert pairs.recording_key(1).startswith("spoken_scenes/tiny/"), "caches of two prepared sets do not mix"
 
 
 @pytest.mark.parametrize("size", [(300, 200), (200, 301), (123, 124), (64, 64)])
@@ -317,4 +372,7 @@ def test_shipped_configurations_of_published_sets_build_their_model(name, arg):
     trained, frozen = split_params(shapes, model.frozen)
     assert set(frozen["image_encoder"]) == {"tower"} and "tower" not in trained["image_encoder"]
     assert ("tower" in trained["speech_encoder"]) == arg.endswith("finetuned")
+    if arg.endswith("finetuned"):
+        masked = load_config(f"{ROOT}/configs/{name}.py:{arg}", ["--config.model.speech.tower.mask_time=0.05"])
+        assert masked.model.speech.tower.mask_time == 0.05
     assert set(frozen["speech_encoder"]["tower"]) >= {"conv"}

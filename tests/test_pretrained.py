@@ -98,15 +98,17 @@ def test_missing_unused_and_misshaped_tensors_are_all_listed(published, tmp_path
     del tensors["model.encoder.layers.0.fc1.bias"]
     tensors["model.encoder.extra"] = np.zeros(3, np.float32)
     tensors["model.encoder.layers.1.fc2.weight"] = np.zeros((8, 13), np.float32)
+    tensors["model.encoder.layers.1.fc2.bias"] = np.zeros((2, 4), np.float32)  # as many entries, another shape
     tensors["model.decoder.anything"] = np.zeros(3, np.float32)  # the half that is known and not needed
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(UserError) as error:
         convert([folder], tmp_path / "out")
     message = str(error.value)
-    assert "3 tensors do not fit" in message and "decoder" not in message
+    assert message.startswith(f"{folder}: ") and "4 tensors do not fit" in message and "decoder" not in message
     assert "missing: model.encoder.layers.0.fc1.bias" in message
     assert "unused: model.encoder.extra (3,)" in message
     assert "misshaped: model.encoder.layers.1.fc2.weight (8, 13)" in message
+    assert "misshaped: model.encoder.layers.1.fc2.bias (2, 4)" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -121,19 +123,55 @@ def test_shards_with_an_index_are_one_model(published, tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     card = convert([folder], tmp_path / "out")
     assert [s["file"] for s in card["source"]] == sorted(shards)
+    with pytest.raises(UserError, match="holds model.encoder.conv1.bias, which another file given holds too"):
+        convert([folder / "model-00001-of-00002.safetensors"] * 2, tmp_path / "twice")
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match="lacks model-00002-of-00002.safetensors, which model.safetensors.index.json"):
+        convert([folder], tmp_path / "incomplete")
 
 
 def test_a_damaged_index_a_short_configuration_and_an_unwritable_output_are_named(published, tmp_path):
     folder, _ = published
     with pytest.raises(UserError, match="README.md cannot be written"):
         convert([folder], folder / "README.md")
-    (folder / "config.json").write_text('{"model_type": "whisper"}')
-    with pytest.raises(UserError, match="Hugging Face Whisper: config.json has no d_model"):
-        convert([folder], tmp_path / "out")
+    for config, message in (
+        ('{"model_type": "whisper"}', "Hugging Face Whisper: config.json has no d_model"),
+        (json.dumps(WHISPER | {"d_model": None}), "Hugging Face Whisper: config.json has no d_model"),
+        ("[]", "config.json: values by name are expected"),
+        ("{", "config.json: not JSON"),
+    ):
+        (folder / "config.json").write_text(config)
+        with pytest.raises(UserError, match=message):
+            convert([folder], tmp_path / "out")
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(UserError, match="index.json: not an index of shards .*weight_map"):
         convert([folder], tmp_path / "out")
+
+
+def test_the_normalisation_flag_is_for_networks_that_have_one(published, tmp_path):
+    folder, _ = published
+    with pytest.raises(UserError, match="--normalise is for wav2vec 2.0, HuBERT and WavLM; Hugging Face Whisper"):
+        convert([folder], tmp_path / "out", normalise=True)
+
+
+def test_hub_ids_need_the_client_and_a_network(tmp_path, monkeypatch, published):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match=r"owner/name: no such path; hub ids need the extra: pip install"):
+        convert(["owner/name"], "out")
+    hub = types.ModuleType("huggingface_hub")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+
+    def no_network(*_, **__):
+        raise ConnectionError("Name or service not known")
+
+    hub.snapshot_download = no_network
+    with pytest.raises(UserError, match=r"owner/name: neither a local path nor a hub id .*Name or service not known"):
+        convert(["owner/name"], "out")
+    hub.snapshot_download = lambda source, allow_patterns: published[0]
+    card = convert(["owner/name"], "out")
+    assert card["source"][0]["given"] == "owner/name" and card["licence"] == "mit"
 
 
 def write_torch(path, stored):
@@ -346,8 +384,13 @@ def reference_models():
     wave, lengths = parity.waveforms(3000, 3000)
     image = parity.images(32)
     with torch.no_grad():
-        for name, values in (("hubert", parity.TINY_SPEECH), ("wavlm", parity.TINY_WAVLM)):
-            model = parity.speech(name, **values)
+        for name, values in (
+            ("hubert", parity.TINY_SPEECH),
+            ("hubert-large", parity.TINY_SPEECH | parity.LARGE_KIND),
+            ("wav2vec2", parity.TINY_SPEECH),
+            ("wavlm", parity.TINY_WAVLM),
+        ):
+            model = parity.speech(name.removesuffix("-large"), **values)
             yield name, model, (wave, lengths), model(torch.from_numpy(wave)).last_hidden_state
         for name in ("clip", "siglip", "dinov2"):
             model = parity.vision(name, parity.TINY_VISION)
@@ -376,8 +419,13 @@ def test_transformers_checkpoints_on_disk_give_the_same_embeddings(tmp_path):
     for name, model, inputs, expected in reference_models():
         folder = tmp_path / name
         model.save_pretrained(folder)
-        if name in ("hubert", "wavlm"):
+        if len(inputs) == 2:
             (folder / "preprocessor_config.json").write_text(json.dumps({"do_normalize": False}))
+        if name == "wav2vec2":  # as older ones are published
+            import torch
+
+            (folder / "model.safetensors").unlink()
+            torch.save(model.state_dict(), folder / "pytorch_model.bin")
         convert([folder], tmp_path / f"{name}-converted")
         found = embeddings(tmp_path / f"{name}-converted", inputs)[0]
         np.testing.assert_allclose(found, expected.numpy(), atol=1e-4, err_msg=name)
@@ -389,14 +437,15 @@ def test_fairseq_and_lavis_files_give_the_same_embeddings(tmp_path, monkeypatch)
     torch = pytest.importorskip("torch", reason="round trips need the extra `parity`")
     monkeypatch.setitem(architectures.FAIRSEQ_HEADS, 32, 2)
     models = {name: rest for name, *rest in reference_models()}
-    settings = {"hubert": {"task": {"normalize": False}}, "wavlm": {"normalize": False, "max_distance": 12}}
+    settings = dict.fromkeys(("hubert", "hubert-large", "wav2vec2"), {"task": {"normalize": False}})
+    settings["wavlm"] = {"normalize": False, "max_distance": 12}
     path = tmp_path / "speech.pt"
     for name in settings:
         speech, inputs, expected = models[name]
         tensors = fairseq_tensors({k: v.numpy() for k, v in speech.state_dict().items()})
         torch.save({"model": {k: torch.tensor(v) for k, v in tensors.items()}, "cfg": settings[name]}, path)
         card = convert([path], tmp_path / name)
-        assert card["layout"].startswith("fairseq") and card["tower"]["pre_norm"] is False
+        assert card["layout"].startswith("fairseq") and card["tower"]["pre_norm"] is name.endswith("large")
         np.testing.assert_allclose(embeddings(tmp_path / name, inputs)[0], expected.numpy(), atol=1e-4)
     torch.save({"model": {k: torch.tensor(v) for k, v in tensors.items()}}, path)
     with pytest.raises(UserError, match="give --normalise=true or --normalise=false"):
@@ -409,11 +458,20 @@ def test_fairseq_and_lavis_files_give_the_same_embeddings(tmp_path, monkeypatch)
         if name.endswith("qkv.bias"):
             tensors[name][32:64] = 0
     monkeypatch.setattr(architectures, "_lavis", _with_heads(architectures._lavis, 2))
-    torch.save({"model": {k: torch.tensor(v) for k, v in lavis_tensors(tensors).items()}}, tmp_path / "blip2.pth")
-    card = convert([tmp_path / "blip2.pth"], tmp_path / "lavis")
-    assert card["layout"] == "LAVIS BLIP-2" and card["tower"]["projection"] > 0
-    # A bias of the keys shifts all logits of a query alike: the reference's own one changes nothing.
-    np.testing.assert_allclose(embeddings(tmp_path / "lavis", inputs)[0], expected.numpy(), atol=1e-4)
+    tensors = {k: torch.tensor(v) for k, v in lavis_tensors(tensors).items()}
+    torch.save({"model": tensors}, tmp_path / "blip2.pth")
+    # The first stage is published without its frozen ViT, which has a file and names of its own.
+    eva = {k: v for k, v in tensors.items() if k.startswith("visual_encoder.")}
+    torch.save({"model": {k: v for k, v in tensors.items() if k not in eva}}, tmp_path / "stage_1.pth")
+    eva = {k.removeprefix("visual_encoder."): v for k, v in eva.items()}
+    torch.save(eva | {"head.weight": torch.zeros(3, 32)}, tmp_path / "eva_vit_g.pth")
+    for number, files in enumerate((["blip2.pth"], ["stage_1.pth", "eva_vit_g.pth"])):
+        output = tmp_path / f"lavis{number}"
+        card = convert([tmp_path / name for name in files], output)
+        assert card["layout"] == "LAVIS BLIP-2" and card["tower"]["projection"] > 0
+        assert [source["file"] for source in card["source"]] == files
+        # A bias of the keys shifts all logits of a query alike: the reference's own one changes nothing.
+        np.testing.assert_allclose(embeddings(output, inputs)[0], expected.numpy(), atol=1e-4)
 
 
 def _with_heads(describe, heads):

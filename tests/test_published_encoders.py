@@ -213,6 +213,29 @@ def test_masked_tokens_say_nothing_in_training_alone():
     assert 0 < silent.sum() < silent.size
     whole = PublishedImage(width=12, depth=1, heads=2).apply(variables, tokens)[0]
     np.testing.assert_array_equal(encoder.apply(variables, tokens)[0], whole)
+def hidden_states(changes, data=None):
+    """The hidden states in training of ``TOWER`` with some attributes changed."""
+    tower, data = create_tower(TOWER | changes), data or batch()
+    inputs = data["waveform"], data["speech_lengths"]
+    variables = jax.jit(tower.init)(jax.random.key(0), *inputs)
+    return jax.jit(tower.apply)(variables, *inputs, jax.random.split(jax.random.key(1), 4))[2]
+
+
+def test_layer_drop_alone_skips_blocks():
+    for found in hidden_states({"layer_drop": 1.0})[1:]:
+        np.testing.assert_array_equal(found, hidden_states({})[0])
+    some = hidden_states({"layer_drop": 0.5})
+    same = np.array([[np.array_equal(some[k][row], some[k + 1][row]) for row in range(4)] for k in range(2)])
+    assert same.any() and not same.all(), "each example draws for itself"
+
+
+def test_masks_alone_hide_frames_or_channels():
+    # With spans that start everywhere nothing is left of the waveform but its length.
+    for changes in ({"mask_time": 10.0}, {"mask_channels": 10.0}):
+        found, other = hidden_states(changes), hidden_states(changes, batch(seed=1))
+        jax.tree.map(np.testing.assert_array_equal, found, other)
+    frames = hidden_states({"mask_time": 0.5, "mask_time_length": 2})[0]
+    assert np.abs(frames - hidden_states({})[0]).max() > 1e-2
 
 
 def test_positions_for_another_resolution():

@@ -149,22 +149,44 @@ def start_cache(folder, card):
     Raises:
       UserError: a cache of other weights, another layer or preprocessing is there.
     """
-    folder = Path(folder)
-    path = folder / "card.json"
-    if path.exists():
-        found = _read_json(path)
-        differing = [k for k in sorted(found.keys() | card.keys()) if found.get(k) != card.get(k)]
-        if differing:
-            rows = "\n".join(f"  {k}: {found.get(k)!r} there, {card.get(k)!r} wanted" for k in differing)
-            raise UserError(f"{folder} holds features of another kind:\n{rows}\nremove it or name another folder")
+    if has_card(folder, card):
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(path, json.dumps(card, indent=2).encode() + b"\n")
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / "card.json", json.dumps(card, indent=2).encode() + b"\n")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error}): a folder is expected") from error
 
 
-def shard_exists(folder, name):
-    """Whether a shard is finished."""
-    return (Path(folder) / f"{name}.json").exists()
+def has_card(folder, card):
+    """Whether a cache is there; errors as in ``start_cache``."""
+    path = Path(folder) / "card.json"
+    if not path.exists():
+        return False
+    found = _read_json(path)
+    differing = [k for k in sorted(found.keys() | card.keys()) if found.get(k) != card.get(k)]
+    if differing:
+        rows = "\n".join(f"  {k}: {found.get(k)!r} there, {card.get(k)!r} wanted" for k in differing)
+        raise UserError(f"{folder} holds features of another kind:\n{rows}\nremove it or name another folder")
+    return True
+
+
+def shard_exists(folder, name, keys):
+    """Whether a shard of these items is finished; those that could not be read are not in it.
+
+    Raises:
+      UserError: it holds others.
+    """
+    path = Path(folder) / f"{name}.json"
+    if not path.exists():
+        return False
+    others = sorted(set(_read_json(path)["keys"]) - set(keys))
+    if others:
+        raise UserError(
+            f"{folder} holds features of other data, such as {others[0]} in {name}: remove it or name another folder"
+        )
+    return True
 
 
 def write_shard(folder, name, items, shape):

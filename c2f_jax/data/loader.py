@@ -201,21 +201,21 @@ def load_speech(source: PairSource, index: int) -> np.ndarray | None:
     """Recording `index` as `load_wave` gives it, or its tokens (T, C) where the source has speech features."""
     if source.speech_features is None:
         return load_wave(source, index)
-    return _cached(source, source.speech_features, source.recording_key(index), source.recording_name(index))
+    return _cached(source, source.speech_features, source.recording_key(index), lambda: source.recording_name(index))
 
 
 def load_picture(source: PairSource, row: int, size: int) -> np.ndarray | None:
     """Picture `row` as `load_image` gives it, or its tokens (P, C) where the source has image features."""
     if source.image_features is None:
         return load_image(source, row, size, *source.image_resize)
-    return _cached(source, source.image_features, source.image_key(row), source.image_name(row))
+    return _cached(source, source.image_features, source.image_key(row), lambda: source.image_name(row))
 
 
 def _cached(source, features, key, name):
     try:
         return np.array(features.tokens(key))
     except UserError as e:
-        source.bad_items.add(name, str(e))
+        source.bad_items.add(name(), str(e))
         return None
 
 

@@ -49,6 +49,7 @@ class PreparedSource(PairSource):
         )
         # image_index may be changed by the caller (noisy supervision); where a recording is stored may not.
         self._record_of = self.image_index.copy()
+        self._key = f"{builder.info.full_name}/{split}"
 
     def recording(self, index: int) -> Recording:
         """Recording `index`: encoded bytes, caption, speaker."""
@@ -68,6 +69,14 @@ class PreparedSource(PairSource):
     def image_id(self, row: int) -> str:
         """The name of picture `row`, such as test-00007."""
         return self._record(int(row))["image_id"].decode()
+
+    def recording_key(self, index: int) -> str:
+        """What a feature cache calls recording `index`."""
+        return f"{self._key}/{index}"
+
+    def image_key(self, row: int) -> str:
+        """What a feature cache calls picture `row`."""
+        return f"{self._key}/{row}"
 
 
 def is_prepared(path: str) -> bool:

@@ -87,7 +87,7 @@ def _flag(found, given):
             "(fairseq: base models false, large ones true)"
         )
     if None not in (found, given) and bool(found) != given:
-        raise UserError(f"--normalise={given} contradicts the publisher's files, which say {bool(found)}")
+        raise UserError(f"--normalise={given} contradicts the publisher's files, which say {bool(found)}: leave it out")
     return bool(given if found is None else found)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from c2f_jax.errors import UserError
 from c2f_jax.pretrained.architectures import describe
-from c2f_jax.pretrained.names import convert_tensors, find_layout
+from c2f_jax.pretrained.names import FAIRSEQ, WAV2VEC2, convert_tensors, find_layout
 from c2f_jax.pretrained.tensors import read_tensors, sha256, weight_files
 from c2f_jax.pretrained.weights import save_weights, tower_shapes
 
@@ -50,16 +50,19 @@ def read_published(sources, *, normalise=None, licence=None):
     tensors, settings = {}, {}
     for _, file in files:
         found, says = read_tensors(file)
-        tensors |= _visual_encoder_names(found)
+        found = _visual_encoder_names(found)
+        both = sorted(tensors.keys() & found.keys())
+        if both:
+            raise UserError(f"{file} holds {both[0]}, which another file given holds too: leave one of them out")
+        tensors |= found
         settings |= says
-    layout, prefix = find_layout(tensors)
     config, processor = _json(folder / "config.json"), _json(folder / "preprocessor_config.json")
     try:
-        tower, preprocessing = describe(layout, tensors, prefix, config, processor, settings, normalise)
-    except KeyError as error:
-        place = "config.json" if config else "the file"
-        raise UserError(f"{layout.name}: {place} has no {error.args[0]}, which it is published with") from error
-    params = convert_tensors(layout, prefix, tensors, tower_shapes(tower, preprocessing))
+        layout, prefix = find_layout(tensors)
+        tower, preprocessing = _describe(layout, tensors, prefix, config, processor, settings, normalise)
+        params = convert_tensors(layout, prefix, tensors, tower_shapes(tower, preprocessing))
+    except UserError as error:
+        raise UserError(f"{', '.join(map(str, where))}: {error}") from error
     card = {
         "layout": layout.name,
         "tower": tower,
@@ -69,6 +72,16 @@ def read_published(sources, *, normalise=None, licence=None):
         "parameters": int(sum(np.size(x) for x in jax.tree.leaves(params))),
     }
     return card, params
+
+
+def _describe(layout, tensors, prefix, config, processor, settings, normalise):
+    if normalise is not None and layout not in (FAIRSEQ, WAV2VEC2):
+        raise UserError(f"--normalise is for wav2vec 2.0, HuBERT and WavLM; {layout.name} takes none")
+    try:
+        return describe(layout, tensors, prefix, config, processor, settings, normalise)
+    except KeyError as error:
+        place = "config.json" if config else "the file"
+        raise UserError(f"{layout.name}: {place} has no {error.args[0]}, which it is published with") from error
 
 
 def _local(source):
@@ -97,10 +110,16 @@ def _visual_encoder_names(tensors):
 
 
 def _json(path):
+    """The values of a JSON file that are not null; {} where there is no file."""
+    if not path.exists():
+        return {}
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
+        found = json.loads(path.read_text(), object_pairs_hook=lambda pairs: {k: v for k, v in pairs if v is not None})
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); download it again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: values by name are expected, {{...}}; download it again")
+    return found
 
 
 def _licence(folder):

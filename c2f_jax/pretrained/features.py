@@ -1,20 +1,25 @@
 """``c2f features``: run a frozen published network once over a data set and keep its tokens."""
 
+import dataclasses
 import functools
+import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
 from c2f_jax.data import loader
-from c2f_jax.data.features import open_features, shard_exists, start_cache, write_shard
-from c2f_jax.data.pairs import SAMPLE_RATE
+from c2f_jax.data.features import has_card, open_features, shard_exists, start_cache, write_shard
+from c2f_jax.data.pairs import MIN_SAMPLES, SAMPLE_RATE
 from c2f_jax.distributed import wait_for_all
+from c2f_jax.errors import UserError
 from c2f_jax.models import IMAGE_TOWERS, create_tower
 from c2f_jax.models.published import choose_layer
 from c2f_jax.pretrained.weights import bare_tower, load_weights, open_card, tower_inputs
 
 SHARD = 256  # items of a shard: what is lost when a run is stopped
+THREADS = 8  # that decode
 STEP_SECONDS = 0.5  # lengths are padded to multiples of it, so that few programs are compiled
 
 
@@ -39,10 +44,15 @@ def extract_features(
       The FeatureCache.
 
     Raises:
-      UserError: a cache of another kind is there, or too many items cannot be read.
+      UserError: an argument out of range, a cache of another kind is there, or too many items cannot be read.
     """
+    if batch_size < 1 or max_seconds * SAMPLE_RATE < MIN_SAMPLES:
+        raise UserError(f"a batch size of {batch_size} and {max_seconds} s at most: larger numbers are expected")
     card = open_card(weights)
     attributes = bare_tower(card) | tower
+    layers = ("last", "all", *map(str, range(attributes["depth"] + 1)))
+    if layer not in layers:
+        raise UserError(f"layer={layer!r}: one of {', '.join(layers)} is expected (0 is the input of the first block)")
     network = create_tower(attributes, dtype=jax.numpy.dtype(dtype))
     is_image = attributes["name"] in IMAGE_TOWERS
     side = card["preprocessing"].get("image_size", 224)
@@ -52,17 +62,21 @@ def extract_features(
     apply = jax.jit(functools.partial(_tokens, network, layer))
     for source in sources:
         blocks = _blocks(source, is_image)
+        key = source.image_key if is_image else source.recording_key
         mine = range(jax.process_index(), len(blocks), jax.process_count())
-        todo = [number for number in mine if not shard_exists(output, _shard_name(source, is_image, number))]
+        names = {number: _shard_name(source, is_image, number) for number in mine}
+        todo = [n for n in mine if not shard_exists(output, names[n], map(key, map(int, blocks[n])))]
         if todo and params is None:
             params = load_weights(weights, shapes)
+        read = _read_images(source, card) if is_image else _read_waves(source, max_seconds)
         total = sum(len(blocks[number]) for number in todo)
-        with tqdm(total=total, desc=f"features of {source.split}", disable=not todo, unit="", leave=False) as bar:
+        bar = tqdm(total=total, desc=f"features of {source.split}", disable=not todo, unit="", leave=False)
+        with bar, ThreadPoolExecutor(THREADS) as pool:
             for number in todo:
-                read = _read_images(source, card) if is_image else _read_waves(source, max_seconds)
-                items = list(_run(functools.partial(apply, params), blocks[number], read, batch_size, bar))
+                read_items = pool.map(read, map(int, blocks[number]))
+                items = list(_run(functools.partial(apply, params), read_items, batch_size, bar))
                 shape = items[0][1].shape[1:] if items else _token_shape(apply, params, attributes["name"], side)
-                write_shard(output, _shard_name(source, is_image, number), items, shape)
+                write_shard(output, names[number], items, shape)
     wait_for_all()
     return open_features(output)
 
@@ -87,16 +101,42 @@ def prepare_features(experiment, splits):
     Raises:
       UserError: the cache that is there is of other weights, another layer or preprocessing.
     """
+    for weights, path, options in _caches(experiment):
+        sources = [experiment.data.load(split, features=False) for split in splits]
+        extract_features(weights, sources, path, **options)
+
+
+def check_features(experiment):
+    """Compare the caches that are there with the networks of a configuration.
+
+    Raises:
+      UserError: as ``prepare_features``.
+    """
+    for weights, path, options in _caches(experiment):
+        options = {"max_seconds": None} | options
+        layer, max_seconds, card = options.pop("layer"), options.pop("max_seconds"), open_card(weights)
+        has_card(path, cache_card(card, bare_tower(card) | options, layer, max_seconds))
+
+
+def _caches(experiment):
+    """(weights, cache, options of ``extract_features``) of each cache whose network the configuration has."""
     data = experiment.data
     for part, path in (("speech", data.speech_features), ("image", data.image_features)):
         encoder = getattr(experiment.model, f"{part}_encoder")
         if path is None or part not in experiment.weights:
             continue
-        sources = [data.load(split, features=False) for split in splits]
-        layer = "all" if encoder.layer == "weighted_sum" else encoder.layer
-        changes = {} if part == "image" else {"max_seconds": data.max_seconds}
-        pad = {"pad": True} if getattr(encoder.tower, "pad", False) else {}
-        extract_features(experiment.weights[part], sources, path, layer=layer, **changes, **pad)
+        options = {"layer": "all" if encoder.layer == "weighted_sum" else encoder.layer}
+        options |= {} if part == "image" else {"max_seconds": data.max_seconds}
+        weights = experiment.weights[part]
+        yield weights, path, options | _changes(encoder.tower, create_tower(bare_tower(open_card(weights))))
+
+
+def _changes(tower, published):
+    """The attributes that a configuration gives to a network in place of the published ones, as a dict."""
+    names = {f.name for f in dataclasses.fields(tower)} - {"parent", "name", "dtype", "attention", "remat", "vision"}
+    values = {name: getattr(tower, name) for name in sorted(names)}
+    values = {name: value for name, value in values.items() if value != getattr(published, name)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _tokens(network, layer, params, *inputs):
@@ -142,15 +182,14 @@ def _read_images(source, card):
     return read
 
 
-def _run(apply, rows, read, batch_size, bar):
-    """(key, tokens) of all readable rows."""
-    for start in range(0, len(rows), batch_size):
-        chunk = rows[start : start + batch_size]
-        items = [(key, item) for key, item in map(read, map(int, chunk)) if item is not None]
+def _run(apply, items, batch_size, bar):
+    """(key, tokens) of all (key, waveform or image), without those that are None."""
+    while chunk := list(itertools.islice(items, batch_size)):
+        readable = [(key, item) for key, item in chunk if item is not None]
         bar.update(len(chunk))
-        if not items:
+        if not readable:
             continue
-        filled = [item for _, item in items] + [items[-1][1]] * (batch_size - len(items))
+        filled = [item for _, item in readable] + [readable[-1][1]] * (batch_size - len(readable))
         if filled[0].ndim == 1:
             step = round(STEP_SECONDS * SAMPLE_RATE)
             size = -(-max(map(len, filled)) // step) * step
@@ -159,7 +198,7 @@ def _run(apply, rows, read, batch_size, bar):
         else:
             tokens, lengths = apply(np.stack(filled))
         tokens, lengths = np.asarray(tokens), np.asarray(lengths)
-        for (key, _), row, length in zip(items, tokens, lengths, strict=False):
+        for (key, _), row, length in zip(readable, tokens, lengths, strict=False):
             yield key, row[:length]
 
 

@@ -378,13 +378,19 @@ def _sources(layout, path):
 def _arrange(path, value, shape):
     """A published tensor in the axes of the parameter; ValueError where it does not fit."""
     if not path.endswith("kernel"):
+        # Published with or without axes of length 1, and biases of attention not divided into heads.
+        whole = [n for n in shape if n != 1]
+        if [n for n in value.shape if n != 1] not in (whole, [value.size] if path.endswith("bias") else whole):
+            raise ValueError
         return value.reshape(shape)
     if value.ndim == 3:  # convolution: (out, in, time) -> (time, in, out)
         value = value.transpose(2, 1, 0)
         if value.shape != shape:
             raise ValueError
     elif value.ndim == 4:  # patches: (out, in, row, column) -> (row column in, out)
-        value = value.transpose(2, 3, 1, 0)
+        value = value.transpose(2, 3, 1, 0).reshape(-1, value.shape[0])
+        if value.shape != shape:
+            raise ValueError
     elif value.ndim == 2:  # (out, in) -> (in, out)
         inputs = int(np.prod(shape[:-1])) if path.endswith("/out/kernel") else shape[0]
         if value.shape[1] != inputs:

@@ -47,6 +47,9 @@ def weight_files(source):
                 shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise UserError(f"{index}: not an index of shards ({error!r}); download it again") from error
+            gone = [shard for shard in shards if not (source / shard).exists()]
+            if gone:
+                raise UserError(f"{source} lacks {', '.join(gone)}, which {index.name} names: download them too")
             return [source / shard for shard in shards]
     found = sorted(p for p in source.iterdir() if p.suffix in WEIGHT_SUFFIXES)
     if len(found) != 1:
