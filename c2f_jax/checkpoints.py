@@ -121,10 +121,11 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # each reader of a damaged file has errors of its own
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise UserError(
                 f"checkpoint {step} in {self.directory} is damaged or does not fit this configuration "
-                f"({str(error).strip().splitlines()[0][:200]}): use the configuration that it was trained with, or "
-                f"remove {self.directory / str(step)} to go on from an earlier one"
+                f"({reason}): use the configuration that it was trained with, or "
+                f"remove {self.directory / str(step)} to go on from another one, if there is one"
             ) from error
 
     def close(self):
