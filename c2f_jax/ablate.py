@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from c2f_jax.errors import UserError
+from c2f_jax.experiment import create_experiment, save_config
 from c2f_jax.train import train_and_evaluate
 
 PLAIN = {
@@ -43,7 +44,7 @@ METRICS = [(d, m) for d in ("speech_to_image", "image_to_speech") for m in ("R@1
 
 
 def ablate(config, workdir, *, seeds=3, noise=0.3, rows=None):
-    """Train and evaluate every row with every seed; finished runs are taken as they are.
+    """Train and evaluate every row with every seed; finished runs of the same configuration are taken as they are.
 
     Args:
       config: ConfigDict of the whole method with a queue and alpha > 0. ``token_queue_size`` 0 is replaced, in the rows
@@ -67,17 +68,22 @@ def ablate(config, workdir, *, seeds=3, noise=0.3, rows=None):
         )
     if seeds < 2:
         raise UserError(f"--seeds={seeds}: an interval needs at least 2")
+    for row in rows or ROWS:  # all before the first: a row that cannot be trained is not found hours later
+        create_experiment(row_config(config, row, config.seed, noise))
     table = {}
     for seed in range(config.seed, config.seed + seeds):
         for row in rows or ROWS:
             run = _directory(workdir, row, seed)
             stored = run / "result.json"
-            if not stored.exists():
-                row_values = row_config(config, row, seed, noise)
+            row_values = row_config(config, row, seed, noise)
+            start = _directory(workdir, "noisy start" if row_values.data.shuffled_share else "start", seed)
+            if config.method.warm_up_steps:
+                row_values.init_from = str(start)
+            if stored.exists():
+                save_config(row_values, run)  # refuses the result of another configuration
+            else:
                 if config.method.warm_up_steps:
-                    start = _directory(workdir, "noisy start" if row_values.data.shuffled_share else "start", seed)
                     train_and_evaluate(start_config(config, row_values), start, test=False)
-                    row_values.init_from = str(start)
                 _, _, result, _ = train_and_evaluate(row_values, run)
                 stored.write_text(json.dumps(result))
             table.setdefault(row, []).append(json.loads(stored.read_text()))
@@ -105,6 +111,7 @@ def row_config(config, row, seed, noise):
 def start_config(config, row_values):
     """The configuration of the plain in-batch steps that the rows of a seed start from."""
     start = row_values.copy_and_resolve_references()
+    start.init_from = config.init_from
     start.steps = config.method.warm_up_steps
     with start.ignore_type():
         start.update_from_flattened_dict(PLAIN)

@@ -28,24 +28,31 @@ class Checkpoints:
         self.directory = epath.Path(root) / "checkpoints"
         if read_only and not self.directory.exists():
             raise UserError(f"{workdir} holds no checkpoints: give the --workdir of a training run")
+        if self.directory.exists() and not self.directory.is_dir():
+            raise UserError(f"{self.directory} is not a folder: remove it or give another --workdir")
         policies = checkpoint_managers
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(
-                    [
-                        policies.LatestN(1),
-                        policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
-                    ]
+        try:
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=policies.AnyPreservationPolicy(
+                        [
+                            policies.LatestN(1),
+                            policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
+                        ]
+                    ),
+                    best_fn=_score,
+                    create=not read_only,
+                    read_only=read_only,
+                    # Checkpoints written before an evaluation carry no score and must not be taken for the best.
+                    keep_checkpoints_without_metrics=False,
                 ),
-                best_fn=_score,
-                create=not read_only,
-                read_only=read_only,
-                # Checkpoints written before an evaluation carry no score and must not be taken for the best.
-                keep_checkpoints_without_metrics=False,
-            ),
-            item_names=("params", "state", "progress"),
-        )
+                item_names=("params", "state", "progress"),
+            )
+        except ValueError as error:  # the scores of all checkpoints are read here, as JSON
+            raise UserError(
+                f"a score in {self.directory}, <step>/metrics/metrics, is damaged ({error}): remove that step's folder"
+            ) from error
 
     def save(self, step, state, progress, score=None, wait=False):
         """Save in the background; ``score`` (higher is better) makes the step a candidate for the best.
@@ -113,10 +120,12 @@ class Checkpoints:
             raise UserError(f"no checkpoint of step {step} in {self.directory}: there are {self._manager.all_steps()}")
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, KeyError, FileNotFoundError) as error:
+        except Exception as error:  # each reader of a damaged file has errors of its own
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise UserError(
                 f"checkpoint {step} in {self.directory} is damaged or does not fit this configuration "
-                f"({str(error).strip().splitlines()[0][:200]}): use the configuration that it was trained with"
+                f"({reason}): use the configuration that it was trained with, or "
+                f"remove {self.directory / str(step)} to go on from another one, if there is one"
             ) from error
 
     def close(self):

@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from c2f_jax.config import default_config
+from c2f_jax.config_check import check_ranges, flatten, of_type
 from c2f_jax.data.augment import AugmentConfig
 from c2f_jax.data.features import open_features
 from c2f_jax.data.images import RESIZE
@@ -149,15 +150,17 @@ def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
       UserError: naming the value, what is expected and how to mend it.
     """
     plain = json.loads(config.to_json())
+    check_ranges(flatten(plain))
     model = plain.pop("model", None)
-    if model is None:
-        raise UserError("the configuration has no `model` section: see c2f_jax/config.py")
-    method = plain.pop("method", {})
+    method, data = plain.pop("method", {}), plain.pop("data", {})
+    for name, section in (("model", model), ("method", method), ("data", data)):
+        if not isinstance(section, dict):
+            raise UserError(f"the configuration has no section `{name}`: see c2f_jax/config.py")
     half_life = method.pop("momentum_half_life", None)
     if half_life is not None:
         method["momentum"] = momentum_from_half_life(half_life, plain.get("batch_size", 1))
     model, weights, preprocessing = _with_weights(model)
-    data = plain.pop("data", {}) | preprocessing
+    data |= preprocessing
     data["augment"] = _build(AugmentConfig, "data.augment", data.pop("augment", {}))
     data["augment"].check()
     parts = {
@@ -169,19 +172,10 @@ def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
         "weights": weights,
     }
     experiment = _build(Experiment, "the configuration", plain | parts)
-    for name in ("batch_size", "steps", "log_every"):
-        if getattr(experiment, name) < 1:
-            raise UserError(f"{name}={getattr(experiment, name)}: a positive number is expected")
     if experiment.parallel not in MODES:
         raise UserError(f"parallel={experiment.parallel!r}: choose one of {', '.join(MODES)}")
     if experiment.eval.score not in SCORES:
         raise UserError(f"eval.score={experiment.eval.score!r}: choose one of {', '.join(SCORES)}")
-    if experiment.eval.k < 1:
-        raise UserError(f"eval.k={experiment.eval.k}: at least 1 candidate is expected")
-    if not 0.0 <= experiment.data.shuffled_share <= 1.0:
-        raise UserError(f"data.shuffled_share={experiment.data.shuffled_share}: a share from 0 to 1 is expected")
-    if experiment.data.max_padding is not None and not 0.0 < experiment.data.max_padding < 1.0:
-        raise UserError(f"data.max_padding={experiment.data.max_padding}: a share between 0 and 1 is expected")
     if experiment.data.image_resize not in RESIZE:
         raise UserError(f"data.image_resize={experiment.data.image_resize!r}: choose one of {', '.join(RESIZE)}")
     if experiment.data.image_features is None:
@@ -215,17 +209,18 @@ def example_batch(data: DataConfig, raw=()):
 def save_config(config, workdir):
     """Write ``<workdir>/config.json``, or refuse a workdir that holds another experiment.
 
-    ``steps`` and the cadences may change from run to run, so that a run can be prolonged; all else must be equal.
+    ``steps`` and the cadences may change from run to run, so that a run can be prolonged; all else must be equal. A run
+    that ended before its first checkpoint is no experiment yet: its configuration is overwritten.
 
     Raises:
-      UserError: listing the values that differ.
+      UserError: listing the values that differ; or the workdir cannot be written.
     """
     path = epath.Path(workdir) / "config.json"
     free = {"steps", "log_every", "eval_every", "checkpoint_every", "parallel", "data.threads", "data.prefetch"}
     wanted = json.loads(config.to_json())
-    if path.exists():
-        found = _flat(load_saved_config(workdir).to_dict())
-        asked, default = _flat(wanted), _flat(default_config().to_dict())
+    if path.exists() and _has_checkpoint(workdir):
+        found = flatten(load_saved_config(workdir).to_dict())
+        asked, default = flatten(wanted), flatten(default_config().to_dict())
         # A value that the saved file does not know had its default.
         differing = [k for k in sorted(found.keys() | asked.keys()) if found.get(k, default.get(k)) != asked.get(k)]
         differing = [k for k in differing if k not in free]
@@ -236,8 +231,16 @@ def save_config(config, workdir):
                 f"{workdir} holds a run of another configuration:\n{rows}\n"
                 "Give another --workdir, or the same values to go on with that run."
             )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(wanted, indent=2) + "\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(wanted, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written ({error}): give a directory that can") from error
+
+
+def _has_checkpoint(workdir):
+    folder = epath.Path(workdir) / "checkpoints"
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
 
 def load_saved_config(workdir):
@@ -251,7 +254,7 @@ def load_saved_config(workdir):
         raise UserError(f"{workdir} holds no training run (no config.json): give the --workdir of `c2f train`")
     try:
         return ml_collections.ConfigDict(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
+    except (ValueError, AttributeError, OSError) as error:  # not UTF-8, not JSON, not an object of JSON, not a file
         raise UserError(f"{path} is damaged ({error}): restore it or train into another --workdir") from error
 
 
@@ -330,20 +333,17 @@ def _check_image_grid(image, size):
 
 def _build(cls, where, values):
     fields = {f.name: f for f in dataclasses.fields(cls)}
+    if not isinstance(values, dict):
+        raise UserError(f"{where} is {values!r}: a section with the values {', '.join(fields)} is expected")
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise UserError(f"{where} has no {', '.join(unknown)}: its values are {', '.join(fields)}")
     missing = [n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING]
     if missing:
         raise UserError(f"{where} lacks {', '.join(missing)}: see c2f_jax/config.py")
+    for name, value in values.items():
+        kind = fields[name].type
+        if not of_type(value, kind):
+            kind = kind.__name__ if type(kind) is type else kind
+            raise UserError(f"{where}: {name}={value!r} is not of the type {kind}")
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
-def _flat(values, prefix=""):
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat

@@ -83,8 +83,14 @@ def search(
     Returns:
       The path of the page. Answers are printed as they are found.
     """
-    if top < 1 or (k is not None and k < 1):
-        raise UserError(f"--top={top}, --k={k}: at least 1 is expected")
+    for name, value in (("top", top), ("k", k)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name}={value}: at least 1 is expected")
+    page = epath.Path(output or epath.Path(workdir) / "search.html")
+    if page.suffix != ".html":
+        raise UserError(f"--output={output}: the page's file is expected, which ends in .html")
+    if index and (gallery or split):
+        raise UserError("--index is searched as it is: leave out --gallery and --split")
     trained = load_trained(workdir, step=step)
     experiment, params, number, _ = trained
     query_kind, kind = ("image", "speech") if images else ("speech", "image")
@@ -140,7 +146,6 @@ def search(
         examples.append(
             Example(asked, shown[0], unknown[: len(shown[0])], fine=shown[1], fine_hits=unknown[: len(shown[0])])
         )
-    page = epath.Path(output or epath.Path(workdir) / "search.html")
     what = "pictures" if kind == "image" else "recordings"
     searched = f"{len(items.names):,} {what} of {index or gallery or experiment.data.name}"
     write_search_page(page, examples, way="s2i" if kind == "image" else "i2s", gallery=searched)
@@ -191,10 +196,14 @@ def _encode(experiment, params, kind, decoded):
 
 def _spoken(text):
     """A sentence as FLAC bytes in a voice that no training split of spoken_scenes uses."""
-    from c2f_jax.data.spoken_scenes.speech import draw_voice, speak
+    from c2f_jax.data.spoken_scenes.speech import check_installed, draw_voice, speak
 
+    check_installed()
     voice = draw_voice(np.random.default_rng(list(text.encode())), "test")
-    return speak(text, **voice)[0]
+    try:
+        return speak(text, **voice)[0]
+    except RuntimeError as error:
+        raise UserError(f"--say {text!r} cannot be spoken ({error}): give a sentence in English") from error
 
 
 def _media(kind, item, name):

@@ -9,12 +9,46 @@ import sys
 
 from c2f_jax.errors import UserError
 
-EPILOG = """\
+EXAMPLES = {
+    "c2f": """\
 A run from data to pictures:
   c2f train --config=configs/spoken_scenes.py --workdir=runs/scenes
   c2f evaluate --workdir=runs/scenes --split=validation
   c2f search --workdir=runs/scenes --say "a small red circle above a large blue square"
-"""
+c2f COMMAND --help says more of each.""",
+    "train": """\
+  c2f train --config=configs/spoken_scenes.py --workdir=runs/scenes --config.steps=1000
+  c2f train --config=configs/manifest.py:path/to/manifest.jsonl --workdir=runs/mine
+The same command goes on where a run stopped. c2f_jax/config.py lists every value.""",
+    "evaluate": """\
+  c2f evaluate --workdir=runs/scenes --split=validation --k=64
+  c2f evaluate --workdir=runs/scenes --data=path/to/manifest.jsonl
+Writes <workdir>/eval/<data set>-<split>.json, .html and .png.""",
+    "index": """\
+  c2f index --workdir=runs/scenes --gallery=path/to/pictures --output=gallery.npz
+  c2f search --workdir=runs/scenes --index=gallery.npz --audio question.wav""",
+    "search": """\
+  c2f search --workdir=runs/scenes --say "a small red circle" "a big yellow star"
+  c2f search --workdir=runs/scenes --gallery=path/to/pictures --audio question.wav
+  c2f search --workdir=runs/scenes --image picture.jpg""",
+    "ablate": """\
+  c2f ablate --config=configs/spoken_scenes.py:simple --workdir=runs/ablation
+  c2f ablate --config=configs/spoken_scenes.py:simple --workdir=runs/sim --rows "+ embedding queue" "+ SIM"
+Writes <workdir>/table.md and table.json.""",
+    "convert": """\
+  c2f convert path/to/whisper-tiny.en --output=weights/whisper_tiny_en
+  c2f convert facebook/hubert-base-ls960 --output=weights/hubert_base""",
+    "features": """\
+  c2f features --weights=weights/hubert_base --data=path/to/manifest.jsonl --output=features/hubert
+  c2f train --config=... --workdir=... --config.data.speech_features=features/hubert""",
+    "check": """\
+  c2f data check path/to/manifest.jsonl --output=check --fix=clean.jsonl
+  c2f data check flickr8k_audio --manual-dir=downloads""",
+    "prepare": """\
+  c2f data prepare flickr8k_audio --dry-run
+  c2f data prepare flickr8k_audio --manual-dir=downloads
+  c2f data prepare path/to/manifest.jsonl""",
+}
 
 
 def main(argv=None):
@@ -54,6 +88,9 @@ def load_config(path, overrides=()):
     for word in overrides:
         key = word.partition("=")[0].removeprefix("--config.")
         if key not in known:
+            inside = [name for name in known if name.startswith(f"{key}.")]
+            if inside:
+                raise UserError(f"--config.{key} is a section: give a value of it, {', '.join(inside)}")
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean --config.{near[0]}?" if near else f"known keys: {', '.join(known)}"
             raise UserError(f"the configuration has no {key}: {hint}")
@@ -62,17 +99,21 @@ def load_config(path, overrides=()):
 
 def _read_config(path, overrides):
     from absl import flags
-    from ml_collections import config_flags
+    from ml_collections import ConfigDict, config_flags
 
     values, argv = flags.FlagValues(), ["c2f", f"--config={path}", *overrides]
     config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=argv)
     try:
         values(argv)
-        return values["config"].value
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        # What a configuration raises for its argument comes as the text of a traceback, whose last line tells it.
-        reason = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-        raise UserError(f"--config={path}: {reason}") from error
+        config = values["config"].value
+        if not isinstance(config, ConfigDict):
+            raise ValueError(f"get_config returns {type(config).__name__}, a ConfigDict is expected")
+        return config
+    except Exception as error:  # a configuration is a program, which may fail in any way
+        # What it raises for its argument comes as the text of a traceback, whose last line tells it.
+        reason = (str(error).strip() or "no reason given").splitlines()[-1].removeprefix("ValueError: ")
+        kind = "" if isinstance(error, flags.Error | ValueError) else f"{type(error).__name__}: "
+        raise UserError(f"--config={path}: {kind}{reason}") from error
 
 
 def _keys(config, prefix=""):
@@ -86,13 +127,19 @@ def _parser():
     parser = argparse.ArgumentParser(
         prog="c2f",
         description="Speech-image retrieval, coarse to fine: train on spoken captions and pictures, search by voice",
-        epilog=EPILOG,
+        epilog=EXAMPLES["c2f"],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name, run, summary, takes_config=False, to=commands):
-        sub = to.add_parser(name, help=summary, description=summary)
+        sub = to.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"examples:\n{EXAMPLES[name]}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         sub.set_defaults(run=run, parser=sub, takes_config=takes_config)
         return sub
 
@@ -104,7 +151,12 @@ def _parser():
         help="configuration, such as configs/spoken_scenes.py; any value can be changed by --config.KEY=VALUE, "
         "for example --config.optimizer.learning_rate=3e-4",
     )
-    train.add_argument("--workdir", required=True, help="directory of the run, local or gs://; an existing run goes on")
+    train.add_argument(
+        "--workdir",
+        required=True,
+        type=_directory,
+        help="directory of the run, local or gs://; an existing run goes on",
+    )
     train.add_argument(
         "--zero-shot",
         nargs="+",
@@ -119,7 +171,7 @@ def _parser():
     evaluate = add(
         "evaluate", _evaluate, "Coarse and fine retrieval on a split, with intervals, JSON and an HTML page."
     )
-    evaluate.add_argument("--workdir", required=True, help="directory of a training run")
+    evaluate.add_argument("--workdir", required=True, type=_directory, help="directory of a training run")
     evaluate.add_argument("--data", help="another data set or manifest (zero-shot); the run's own by default")
     evaluate.add_argument("--split", help="split; the protocol's, else the run's test split, by default")
     evaluate.add_argument(
@@ -136,7 +188,7 @@ def _parser():
     index = add("index", _index, "Encode a gallery once, to be searched many times.")
     search = add("search", _search, "Search pictures by voice, or recordings by a picture.")
     for sub in (index, search):
-        sub.add_argument("--workdir", required=True, help="directory of a training run")
+        sub.add_argument("--workdir", required=True, type=_directory, help="directory of a training run")
         sub.add_argument(
             "--step", default="best", help="best, latest or the number of a checkpoint (default: %(default)s)"
         )
@@ -162,13 +214,16 @@ def _parser():
     )
     ablate.add_argument("--config", required=True, metavar="FILE[:ARG]", help="configuration that the rows vary")
     ablate.add_argument(
-        "--workdir", required=True, help="directory for all the runs and the table; finished runs are kept"
+        "--workdir",
+        required=True,
+        type=_directory,
+        help="directory for all the runs and the table; finished runs are kept",
     )
     ablate.add_argument("--seeds", type=int, default=3, help="seeds of each row (default: %(default)s)")
     ablate.add_argument(
         "--noise", type=float, default=0.3, help="share of shuffled captions in the noisy rows (default: %(default)s)"
     )
-    ablate.add_argument("--rows", help="comma-separated names, to run some of the rows only")
+    ablate.add_argument("--rows", nargs="+", metavar="ROW", help="names of rows, as the table has them; all by default")
     convert = add(
         "convert", _convert, "Published weights to a folder that model.speech.weights or model.image.weights name."
     )
@@ -227,6 +282,12 @@ def _parser():
     return parser
 
 
+def _directory(text):
+    if not text:  # as from an unset variable of a shell; it would be the current directory
+        raise argparse.ArgumentTypeError("a directory is expected")
+    return text
+
+
 def _distributed_arguments(parser):
     group = parser.add_argument_group(
         "several processes", "On a TPU pod or under Slurm --distributed alone finds its peers; elsewhere name them."
@@ -253,12 +314,17 @@ def _train(args, overrides):
     several = _join_processes(args)
     from c2f_jax.experiment import create_experiment
     from c2f_jax.retrieval.evaluation import format_table
+    from c2f_jax.retrieval.voices import check_voices
     from c2f_jax.train import PREEMPTED_EXIT_CODE, Preempted, train_and_evaluate
 
     if several and (args.zero_shot or args.by_voice):
         raise UserError("--zero-shot and --by-voice are for one process: run `c2f evaluate` afterwards")
+    # Before the training, so that what cannot be evaluated is not found hours later.
     for target in args.zero_shot:
-        _open_target(create_experiment(config), target)  # before the training: a misspelt one is not found hours later
+        _open_target(create_experiment(config), target)
+    if args.by_voice:
+        data = create_experiment(config).data
+        check_voices(data.load(data.test_split, features=False))
     try:
         _, _, result, page = train_and_evaluate(config, args.workdir)
     except Preempted as event:
@@ -435,8 +501,8 @@ def _data_prepare(args, _):
 def _ablate(args, overrides):
     from c2f_jax.ablate import ablate
 
-    rows = args.rows.split(",") if args.rows else None
-    print(ablate(load_config(args.config, overrides), args.workdir, seeds=args.seeds, noise=args.noise, rows=rows))
+    config = load_config(args.config, overrides)
+    print(ablate(config, args.workdir, seeds=args.seeds, noise=args.noise, rows=args.rows))
 
 
 if __name__ == "__main__":

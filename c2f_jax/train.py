@@ -15,7 +15,7 @@ from c2f_jax.data import batch_plan, loader
 from c2f_jax.data.pairs import make_data_set
 from c2f_jax.distributed import first_process_first, wait_for_all
 from c2f_jax.evaluate import data_set_label, encode_split, evaluate_source, retrieve
-from c2f_jax.experiment import create_experiment, example_batch, save_config
+from c2f_jax.experiment import create_experiment, example_batch, load_saved_config, save_config
 from c2f_jax.metrics import Recorder
 from c2f_jax.models.c2f import merge_params, momentum_subset
 from c2f_jax.optimizer import create_optimizer
@@ -54,6 +54,8 @@ def train_and_evaluate(config, workdir, *, devices=None, test=True):
     data = experiment.data
     parallel = DataParallel(experiment.parallel, devices)
     parallel.check_batch_size(experiment.batch_size)
+    if experiment.init_from:
+        load_saved_config(experiment.init_from)  # that there is a run, before data are made and read
     first_process_first(lambda: make_data_set(data.name, data.data_dir))
     prepare_features(experiment, (data.train_split, data.validation_split, *((data.test_split,) if test else ())))
     source, validation = data.load(data.train_split), data.load(data.validation_split)

@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from c2f_jax.data.audio import read_bytes
 from c2f_jax.errors import BadFileError
@@ -52,6 +52,8 @@ def open_rgb(data: bytes | str, size: int, *, reduce: bool = True, name: str | N
             return _to_rgb(image)
     except BadFileError:
         raise
+    except UnidentifiedImageError as e:
+        raise BadFileError(f"{name}: not a picture that can be read; {', '.join(FORMATS)} can", "unreadable") from e
     except Exception as e:  # Pillow's plugins raise nearly anything on damaged files
         kind = "truncated" if "truncated" in str(e) else "unreadable"
         raise BadFileError(f"{name}: not a picture that can be read ({e})", kind) from e

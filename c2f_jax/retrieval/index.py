@@ -50,8 +50,11 @@ class GalleryIndex:
             lengths=self.lengths,
         )
         path = epath.Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(buffer.getvalue())
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(buffer.getvalue())
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error}): give the path of a file") from error
 
     @classmethod
     def load(cls, path):
@@ -66,7 +69,7 @@ class GalleryIndex:
         try:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
                 data, offsets = stored["media"].tobytes(), stored["offsets"]
-                return cls(
+                index = cls(
                     str(stored["kind"]),
                     str(stored["model"]),
                     [str(name) for name in stored["names"]],
@@ -75,10 +78,12 @@ class GalleryIndex:
                     stored["tokens"].astype(np.float32),
                     stored["lengths"],
                 )
-        except (ValueError, KeyError, OSError, EOFError) as error:
-            raise UserError(
-                f"{path} is not an index or is damaged ({error}): make it again with `c2f index`"
-            ) from error
+                rows = {len(x) for x in (index.names, index.media, index.embeddings, index.tokens, index.lengths)}
+                if len(rows) > 1 or offsets[-1] != len(data):
+                    raise ValueError("its parts are of different lengths")
+                return index
+        except Exception as error:  # numpy and zipfile raise nearly anything on damaged files
+            raise UserError(f"{path} is not an index that can be read: make it again with `c2f index`") from error
 
 
 def list_media(folder, suffixes):

@@ -7,6 +7,12 @@ import numpy as np
 from c2f_jax.errors import UserError
 
 
+def check_voices(source):
+    """Raise UserError for a data set that does not name its speakers, as far as its first recording tells."""
+    if not source.recording(0)["speaker"]:
+        raise UserError(_nameless(source))
+
+
 def split_voices(encoded, source, heard):
     """The recordings of an encoded split by voices heard in training and others.
 
@@ -23,10 +29,14 @@ def split_voices(encoded, source, heard):
     """
     speakers = [source.recording(int(row))["speaker"] for row in encoded.recordings]
     if not all(speakers) or not all(heard):
-        raise UserError(f"{source.name} does not name the speaker of each recording, which telling voices apart needs")
+        raise UserError(_nameless(source))
     known = np.array([speaker in heard for speaker in speakers])
     groups = {"heard": np.flatnonzero(known), "unheard": np.flatnonzero(~known)}
     return {name: _rows(encoded, rows) for name, rows in groups.items() if len(rows)}
+
+
+def _nameless(source):
+    return f"{source.name} does not name the speaker of each recording, which --by-voice needs: leave it out"
 
 
 def _rows(encoded, rows):
