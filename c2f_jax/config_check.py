@@ -48,7 +48,10 @@ _RANGES = (
     (
         "a number from 0 on and below 1",
         lambda x: 0 <= x < 1,
-        ["optimizer.b2", *[f"{part}.{name}" for part in _PARTS for name in ("dropout_rate", "token_dropout")]],
+        [
+            "optimizer.b2",
+            *[f"{part}.{name}" for part in _PARTS for name in ("dropout_rate", "token_dropout", "token_mask")],
+        ],
     ),
     ("a number above 0 and below 1", lambda x: 0 < x < 1, ["data.max_padding"]),
     (f"seconds, at least {_LEAST_SECONDS}", lambda x: _LEAST_SECONDS <= x < math.inf, ["data.max_seconds"]),

@@ -64,8 +64,8 @@ class PublishedEncoder(TransformerEncoder):
       depth: of the small transformer with its learnt [CLS]. With depth 0 there is neither: tokens are the network's,
         the first one its summary ([CLS], or the mean of all).
       token_dropout: share of the entries of the network's tokens that are set to 0 in training.
-      token_mask: share of the tokens that are set to 0 as a whole in training, as if a word or a part of the picture had
-        been missed.
+      token_mask: share of the tokens that are set to 0 as a whole in training, as if a part of the sentence or of the
+        picture were missing.
       others: as in ``TransformerEncoder``.
     """
 
