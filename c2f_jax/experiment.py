@@ -210,7 +210,8 @@ def save_config(config, workdir):
     """Write ``<workdir>/config.json``, or refuse a workdir that holds another experiment.
 
     ``steps`` and the cadences may change from run to run, so that a run can be prolonged; all else must be equal. A run
-    that ended before its first checkpoint is no experiment yet: its configuration is overwritten.
+    that ended before its first checkpoint is no experiment yet: its configuration is overwritten, its record of weights
+    (``pretrained.weights.check_weights``) forgotten.
 
     Raises:
       UserError: listing the values that differ; or the workdir cannot be written.
@@ -234,6 +235,8 @@ def save_config(config, workdir):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(wanted, indent=2) + "\n")
+        if not _has_checkpoint(workdir):
+            (path.parent / "weights.json").unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written ({error}): give a directory that can") from error
 

@@ -62,7 +62,7 @@ def test_the_defaults_are_legal_and_ranges_are_of_values_that_there_are():
     create_experiment(changed())
     known = set(flatten(default_config().to_dict()))
     named = {name for _, _, names in _RANGES for name in names}
-    assert {name for name in named - known if not name.endswith("token_dropout")} == set()
+    assert {name for name in named - known if not name.endswith(("token_dropout", "token_mask"))} == set()
 
 
 @pytest.mark.parametrize(
@@ -96,10 +96,15 @@ def test_a_damaged_saved_configuration_is_named(tmp_path, content):
 
 
 def test_a_workdir_is_kept_for_its_configuration_from_the_first_checkpoint_on(tmp_path):
+    weights = tmp_path / "weights.json"
     save_config(changed(seed=1), tmp_path)
+    weights.write_text("{}")
     save_config(changed(seed=2), tmp_path)  # the first run ended before it had anything to keep
+    assert not weights.exists()
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
+    weights.write_text("{}")
     save_config(changed(seed=2, steps=7), tmp_path)
+    assert weights.exists()
     with pytest.raises(UserError, match="seed: 2 there, 3 asked"):
         save_config(changed(seed=3), tmp_path)
 
