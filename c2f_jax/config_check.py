@@ -19,7 +19,7 @@ _RANGES = (
             *["batch_size", "steps", "log_every", "data.image_size", "model.embedding_dim"],
             *["eval.k", "eval.batch_size", "eval.pair_batch_size", "eval.resamples"],
             *["model.speech.mels", "model.speech.hop", "model.image.patch", "model.image.token_pool"],
-            *[f"{part}.{name}" for part in _PARTS for name in ("width", "heads", "pool", "stack")],
+            *[f"{part}.{name}" for part in _PARTS for name in ("width", "heads")],
         ],
     ),
     (

@@ -11,7 +11,7 @@ from c2f_jax.errors import UserError
 from c2f_jax.models import create_model, create_tower
 from c2f_jax.models.c2f import merge_params, split_params
 from c2f_jax.models.layers import Attention
-from c2f_jax.models.published import PublishedImage, choose_layer, pool_tokens, stack_tokens
+from c2f_jax.models.published import PublishedImage, choose_layer, pool_tokens
 from c2f_jax.models.vision import cubic_weights, resize_positions
 from c2f_jax.models.wav2vec2 import normalise_waveform, span_mask
 from c2f_jax.optimizer import OptimizerConfig, create_optimizer
@@ -167,15 +167,6 @@ def test_pooled_tokens_are_means_of_valid_ones():
     assert pool_tokens(tokens, lengths, 1)[0] is tokens
 
 
-def test_stacked_tokens_stand_side_by_side():
-    tokens = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)
-    stacked, lengths = stack_tokens(tokens, np.array([5, 3]), 2)
-    assert stacked.shape == (2, 3, 6) and lengths.tolist() == [3, 2]
-    np.testing.assert_array_equal(stacked[0, 1], tokens[0, 2:4].ravel())
-    np.testing.assert_array_equal(stacked[0, 2], [*tokens[0, 4], 0, 0, 0])
-    np.testing.assert_array_equal(stacked[1, 1], [*tokens[1, 2], 0, 0, 0])
-
-
 def test_normalised_waveform_ignores_the_padding():
     wave = np.random.default_rng(1).normal(3.0, 2.0, (2, 500)).astype(np.float32)
     found = normalise_waveform(wave, np.array([500, 200]))
@@ -222,8 +213,6 @@ def test_masked_tokens_say_nothing_in_training_alone():
     assert 0 < silent.sum() < silent.size
     whole = PublishedImage(width=12, depth=1, heads=2).apply(variables, tokens)[0]
     np.testing.assert_array_equal(encoder.apply(variables, tokens)[0], whole)
-
-
 def hidden_states(changes, data=None):
     """The hidden states in training of ``TOWER`` with some attributes changed."""
     tower, data = create_tower(TOWER | changes), data or batch()

@@ -50,20 +50,6 @@ def pool_tokens(tokens, lengths, size):
     return total / jnp.maximum(jnp.sum(valid, axis=2), 1).astype(x.dtype), (lengths + size - 1) // size
 
 
-def stack_tokens(tokens, lengths, size):
-    """``size`` consecutive tokens side by side: (n, T, W), (n,) -> (n, ceil(T / size), size W), ceil(lengths / size).
-
-    Zeros fill up the last one. It makes the sequence shorter as ``pool_tokens`` does, but keeps what differs between
-    neighbours.
-
-    Source: frame stacking, Sak et al. 2015 ("Fast and Accurate Recurrent Neural Network Acoustic Models").
-    """
-    n, length, width = tokens.shape
-    tokens = jnp.where(length_mask(lengths, length)[..., None], tokens, 0)
-    tokens = jnp.pad(tokens, ((0, 0), (0, -length % size), (0, 0)))
-    return tokens.reshape(n, -1, size * width), (lengths + size - 1) // size
-
-
 class PublishedEncoder(TransformerEncoder):
     """What ``PublishedSpeech`` and ``PublishedImage`` share.
 
@@ -74,7 +60,6 @@ class PublishedEncoder(TransformerEncoder):
       layer: "last", the number of a hidden state (0 is the input of the first block), or "weighted_sum", a learnt
         softmax-weighted sum of all hidden states, equal weights at the start.
       pool: tokens are means over so many consecutive ones.
-      stack: so many consecutive (pooled) tokens become one, side by side.
       width: W of the tokens; those of the network are normalised and projected to it.
       depth: of the small transformer with its learnt [CLS]. With depth 0 there is neither: tokens are the network's,
         the first one its summary ([CLS], or the mean of all).
@@ -88,7 +73,6 @@ class PublishedEncoder(TransformerEncoder):
     frozen: str = "tower"
     layer: str = "last"
     pool: int = 1
-    stack: int = 1
     width: int = 256
     depth: int = 2
     token_dropout: float = 0.0
@@ -117,8 +101,6 @@ class PublishedEncoder(TransformerEncoder):
 
     def _head(self, tokens, lengths, keys, positions):
         tokens, lengths = pool_tokens(tokens, lengths, self.pool)
-        if self.stack > 1:
-            tokens, lengths = stack_tokens(tokens, lengths, self.stack)
         if not self.depth:
             if self.tower is not None and self.tower.summary == "first":
                 return tokens, lengths
