@@ -177,8 +177,10 @@ def test_two_processes_equal_one_device(results, mode, pool):
     for result in found:
         assert result.keys() == expected.keys()
         for name, value in expected.items():
-            # Queued tokens are bfloat16, with rounding steps of 2^-8.
-            tolerance = {"rtol": 2**-7, "atol": 1e-3} if "_tokens" in name else {"rtol": 1e-5, "atol": 1e-5}
+            # Queued tokens are bfloat16, with rounding steps of 2^-8. In a gradient large terms cancel: an entry's
+            # rounding error is of their size, that of the leaf's largest entries, and differs between processors.
+            atol = max(1e-5, 1e-6 * np.abs(value).max(initial=0.0))
+            tolerance = {"rtol": 2**-7, "atol": 1e-3} if "_tokens" in name else {"rtol": 1e-5, "atol": atol}
             np.testing.assert_allclose(result[name], value, **tolerance, err_msg=name)
 
 
