@@ -56,7 +56,7 @@ def sic_loss(logits_s2i, logits_i2s, targets_s2i, targets_i2s, valid):
     Returns:
       (n,) per-row loss, float32.
 
-    Source: C2F, section "speech-image contrastive learning"; METHOD step 7.
+    Source: C2F, section "speech-image contrastive learning".
 
     >>> eye = jnp.eye(2)
     >>> round(float(sic_loss(eye * 0, eye * 0, eye, eye, jnp.ones(2, bool)).mean()), 4)

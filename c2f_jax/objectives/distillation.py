@@ -26,7 +26,7 @@ def identity_targets(ids, bank_ids, pair_columns, bank_valid, policy="multi_posi
     Raises:
       ValueError: unknown policy.
 
-    Source: METHOD step 5; ALBEF's ``multi_positive`` for its retrieval fine-tuning.
+    Source: ALBEF (Li et al. 2021), whose retrieval fine-tuning takes all captions of a picture for positives.
 
     >>> args = jnp.array([7]), jnp.array([7, 7, 3]), jnp.array([0]), jnp.ones(3, bool)
     >>> identity_targets(*args)[0].tolist()

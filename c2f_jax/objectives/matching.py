@@ -56,7 +56,7 @@ def sim_loss(logits, labels):
     Returns:
       (m,) per-pair loss, float32. Average it with ``collectives.masked_mean`` over the valid pairs.
 
-    Source: C2F, section "speech-image matching"; METHOD step 9.
+    Source: C2F, section "speech-image matching".
 
     >>> round(float(sim_loss(jnp.zeros((3, 2)), jnp.array([1, 0, 0])).mean()), 6)
     0.693147
