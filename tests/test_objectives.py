@@ -1,4 +1,4 @@
-"""The objectives against float64 numpy loops, their gradients against central differences, values known in closed form."""
+"""The objectives against float64 numpy loops, finite differences, and values known in closed form."""
 
 import collections
 import math
