@@ -33,10 +33,12 @@ def get_config(arg=""):
 
     # One caption a photograph is little: 5,253 pairs are learnt by heart without dropout of this size.
     head = {"width": 192, "heads": 4, "mlp_ratio": 3.0, "dropout_rate": 0.2, "token_dropout": 0.2, "token_mask": 0.2}
+    head |= {"pooling": "mean"}  # a [CLS] takes twice the steps and ends lower
     speech = {"name": "published", "weights": f"{arg}/weights/whisper-tiny.en-encoder", "frozen": "tower"}
     config.model.speech = ConfigDict(speech | {"layer": "last", "pool": 8, "depth": 2} | head)
     config.model.image = ConfigDict({"name": "tokens", "depth": 1} | head)
-    config.model.multimodal = ConfigDict({"width": 128, "depth": 2, "heads": 4, "mlp_ratio": 2.0, "dropout_rate": 0.2})
+    multimodal = {"width": 128, "depth": 2, "heads": 4, "mlp_ratio": 2.0, "dropout_rate": 0.2, "pooling": "mean"}
+    config.model.multimodal = ConfigDict(multimodal)
 
     config.method.momentum = 0.98
     config.method.warm_up_steps = 700

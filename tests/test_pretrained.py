@@ -93,22 +93,24 @@ def test_command_writes_a_checkpoint_and_a_card(published, tmp_path, capsys):
     assert "holds converted weights already" in capsys.readouterr().err
 
 
-def test_missing_unused_and_misshaped_tensors_are_all_listed(published, tmp_path):
+def test_missing_unused_misshaped_and_damaged_tensors_are_all_listed(published, tmp_path):
     folder, tensors = published
     del tensors["model.encoder.layers.0.fc1.bias"]
     tensors["model.encoder.extra"] = np.zeros(3, np.float32)
     tensors["model.encoder.layers.1.fc2.weight"] = np.zeros((8, 13), np.float32)
     tensors["model.encoder.layers.1.fc2.bias"] = np.zeros((2, 4), np.float32)  # as many entries, another shape
+    tensors["model.encoder.conv1.bias"][0] = np.nan
     tensors["model.decoder.anything"] = np.zeros(3, np.float32)  # the half that is known and not needed
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(UserError) as error:
         convert([folder], tmp_path / "out")
     message = str(error.value)
-    assert message.startswith(f"{folder}: ") and "4 tensors do not fit" in message and "decoder" not in message
+    assert message.startswith(f"{folder}: ") and "5 tensors do not fit" in message and "decoder" not in message
     assert "missing: model.encoder.layers.0.fc1.bias" in message
     assert "unused: model.encoder.extra (3,)" in message
     assert "misshaped: model.encoder.layers.1.fc2.weight (8, 13)" in message
     assert "misshaped: model.encoder.layers.1.fc2.bias (2, 4)" in message
+    assert "damaged: 1 of the 8 entries of model.encoder.conv1.bias are NaN or infinite" in message
     assert not (tmp_path / "out").exists()
 
 

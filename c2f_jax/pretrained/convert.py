@@ -30,7 +30,8 @@ def convert(sources, output, *, normalise=None, licence=None):
       The card.
 
     Raises:
-      UserError: files that cannot be read or written, or tensors that are missing, unused or misshaped, all listed.
+      UserError: files that cannot be read or written, or tensors that are missing, unused, misshaped or damaged,
+        all listed.
     """
     if (Path(output) / "params").exists():
         raise UserError(f"{output} holds converted weights already: remove it or give another --output")

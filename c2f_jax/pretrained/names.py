@@ -318,7 +318,7 @@ def convert_tensors(layout, prefix, tensors, shapes):
       Nested dict of float32 arrays.
 
     Raises:
-      UserError: lists every missing, unused and misshaped tensor.
+      UserError: lists every missing, unused, misshaped and damaged tensor.
     """
     tensors, used = _fold_weight_norm(tensors), set()
     problems = []
@@ -335,6 +335,9 @@ def convert_tensors(layout, prefix, tensors, shapes):
         name, part = known[0]
         used.add(name)
         value = np.asarray(tensors[name]).astype(np.float32)
+        bad = value.size - np.count_nonzero(np.isfinite(value))
+        if bad:
+            problems.append(f"damaged: {bad} of the {value.size} entries of {name} are NaN or infinite")
         try:
             if part:
                 value = np.split(value, 3)[int(part)]
