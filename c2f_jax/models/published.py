@@ -9,11 +9,10 @@ import jax.numpy as jnp
 
 from c2f_jax.errors import UserError
 from c2f_jax.models.layers import (
-    PooledEncoder,
+    TransformerEncoder,
     dropout,
     fold_keys,
     length_mask,
-    mean_token,
     prepend_cls,
     sinusoidal_positions,
 )
@@ -51,7 +50,7 @@ def pool_tokens(tokens, lengths, size):
     return total / jnp.maximum(jnp.sum(valid, axis=2), 1).astype(x.dtype), (lengths + size - 1) // size
 
 
-class PublishedEncoder(PooledEncoder):
+class PublishedEncoder(TransformerEncoder):
     """What ``PublishedSpeech`` and ``PublishedImage`` share.
 
     Attributes:
@@ -63,11 +62,11 @@ class PublishedEncoder(PooledEncoder):
       pool: tokens are means over so many consecutive ones.
       width: W of the tokens; those of the network are normalised and projected to it.
       depth: of the small transformer with its learnt [CLS]. With depth 0 there is neither: tokens are the network's,
-        the first one its summary: [CLS] where it has one and ``pooling`` is "cls", or the mean of all.
+        the first one its summary ([CLS], or the mean of all).
       token_dropout: share of the entries of the network's tokens that are set to 0 in training.
       token_mask: share of the tokens that are set to 0 as a whole in training, as if a part of the sentence or of the
         picture were missing.
-      others: as in ``PooledEncoder``.
+      others: as in ``TransformerEncoder``.
     """
 
     tower: nn.Module | None = None
@@ -104,8 +103,10 @@ class PublishedEncoder(PooledEncoder):
         tokens, lengths = pool_tokens(tokens, lengths, self.pool)
         if not self.depth:
             if self.tower is not None and self.tower.summary == "first":
-                return self._pooled(tokens, lengths), lengths
-            return jnp.concatenate([mean_token(tokens, lengths), tokens], axis=1), lengths + 1
+                return tokens, lengths
+            valid = length_mask(lengths, tokens.shape[1])[..., None]
+            mean = jnp.sum(jnp.where(valid, tokens, 0), axis=1) / jnp.maximum(lengths, 1)[:, None]
+            return jnp.concatenate([mean[:, None].astype(tokens.dtype), tokens], axis=1), lengths + 1
         x = nn.LayerNorm(dtype=self.dtype, name="input_norm")(tokens)
         x = dropout(x, self.token_dropout, fold_keys(keys, self.depth + 2))
         if keys is not None and self.token_mask:
@@ -117,7 +118,7 @@ class PublishedEncoder(PooledEncoder):
         x = prepend_cls(self, dropout(x, self.dropout_rate, fold_keys(keys, self.depth)))
         lengths = lengths + 1
         x = self._transformer()(x, lengths, keys)
-        return self._pooled(x, lengths), lengths
+        return x, lengths
 
 
 class PublishedSpeech(PublishedEncoder):
