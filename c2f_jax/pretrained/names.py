@@ -333,11 +333,11 @@ def convert_tensors(layout, prefix, tensors, shapes):
                 problems.append(f"missing: {prefix}{sources[0][0]} (for {path})")
             return np.zeros(shape.shape, np.float32)
         name, part = known[0]
-        used.add(name)
         value = np.asarray(tensors[name]).astype(np.float32)
         bad = value.size - np.count_nonzero(np.isfinite(value))
-        if bad:
+        if bad and name not in used:  # a tensor may hold three parameters
             problems.append(f"damaged: {bad} of the {value.size} entries of {name} are NaN or infinite")
+        used.add(name)
         try:
             if part:
                 value = np.split(value, 3)[int(part)]
