@@ -115,7 +115,7 @@ class Checkpoints:
 
     def _restore(self, step, **items):
         if step is None:
-            raise UserError(f"{self.directory} holds no finished checkpoint")
+            raise UserError(f"{self.directory} holds no finished checkpoint: train that run until it has one")
         if step not in self._manager.all_steps():
             raise UserError(f"no checkpoint of step {step} in {self.directory}: there are {self._manager.all_steps()}")
         try:
