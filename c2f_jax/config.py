@@ -33,6 +33,7 @@ def default_config():
     config.data.image_resize_side = 0
     config.data.speech_features = placeholder(str)
     config.data.image_features = placeholder(str)
+    config.data.speech_copies = 0
     config.data.bucket_seconds = (4.5,)
     config.data.max_seconds = 5.0
     config.data.max_bad_share = 0.01
@@ -42,7 +43,7 @@ def default_config():
     config.data.max_padding = placeholder(float)
     config.data.augment = ConfigDict(dataclasses.asdict(AugmentConfig()))
 
-    encoder = {"width": 96, "depth": 4, "heads": 4, "mlp_ratio": 4.0, "dropout_rate": 0.0}
+    encoder = {"width": 96, "depth": 4, "heads": 4, "mlp_ratio": 4.0, "dropout_rate": 0.0, "pooling": "cls"}
     config.model = ConfigDict()
     config.model.embedding_dim = 256
     config.model.initial_tau = 0.07
@@ -140,7 +141,7 @@ def _set_published_encoders(config, size, finetuned):
     config.data.threads = 16
     config.model.dtype = "bfloat16"
     config.model.remat = True
-    head = {"width": 768, "heads": 12, "dropout_rate": 0.1}
+    head = {"width": 768, "heads": 12, "dropout_rate": 0.1, "pooling": "cls"}
     speech = head | {"name": "published", "weights": f"weights/hubert_{size}", "depth": 2}
     if finetuned:  # layer drop and masking are off, and can be given on the command line
         speech |= {"frozen": "conv", "layer": "last"}

@@ -37,6 +37,8 @@ class DataConfig:
         image network brings its own.
       speech_features, image_features: feature caches (folders of ``c2f features``, made if the configuration names the
         network's weights) or files of tokens (.npz) to read instead of recordings and pictures.
+      speech_copies: varied copies of each training recording, as augment says, which the network also runs on. Caches
+        of their own beside speech_features hold them, and training draws from the recording and its copies.
       bucket_seconds: training lengths; every batch has one of them and longer recordings are cropped to the longest.
       max_seconds: evaluation length; recordings are taken whole up to it.
       max_bad_share: share of unreadable items above which a run stops.
@@ -58,6 +60,7 @@ class DataConfig:
     image_resize_side: int = 0
     speech_features: str | None = None
     image_features: str | None = None
+    speech_copies: int = 0
     bucket_seconds: tuple[float, ...] = (8.0,)
     max_seconds: float = 20.0
     max_bad_share: float = 0.01
@@ -76,6 +79,11 @@ class DataConfig:
                 path = getattr(self, f"{part}_features")
                 setattr(source, f"{part}_features", None if path is None else open_features(path))
         return source
+
+    def copy_caches(self):
+        """The paths of the caches of speech_copies."""
+        folder = str(self.speech_features).rstrip("/")
+        return [f"{folder}-copy{number}" for number in range(1, self.speech_copies + 1)]
 
 
 @dataclass(frozen=True)
@@ -137,6 +145,8 @@ class Experiment:
             return self.data
         encoders = {"speech_features": self.model.speech_encoder, "image_features": self.model.image_encoder}
         own = {part: None for part, encoder in encoders.items() if getattr(encoder, "tower", None) is not None}
+        if "speech_features" in own:
+            own["speech_copies"] = 0
         return dataclasses.replace(self.data, name=name, **own)
 
 
@@ -318,9 +328,19 @@ def _check_features(experiment):
             )
         if path is not None and encoder.tower is not None and encoder.frozen != "tower":
             raise UserError(f"data.{part}_features needs a frozen network: set model.{part}.frozen='tower'")
-    for part, varied in (("speech", "recordings"), ("image", "pictures")):
-        if getattr(experiment.data, f"{part}_features") is not None and getattr(experiment.data.augment, varied):
-            raise UserError(f"data.augment cannot vary {varied} that data.{part}_features keeps encoded: leave one out")
+    data = experiment.data
+    if data.image_features is not None and data.augment.pictures:
+        raise UserError("data.augment cannot vary pictures that data.image_features keeps encoded: leave one out")
+    if data.speech_copies and not (data.speech_features and data.augment.recordings and "speech" in experiment.weights):
+        raise UserError(
+            f"data.speech_copies={data.speech_copies}: varied recordings that a frozen network has run on need "
+            "data.speech_features, model.speech.weights, and something of recordings in data.augment, such as speed"
+        )
+    if data.speech_features is not None and data.augment.recordings and not data.speech_copies:
+        raise UserError(
+            "data.augment cannot vary recordings that data.speech_features keeps encoded: leave one out, or set "
+            "data.speech_copies"
+        )
 
 
 def _check_image_grid(image, size):

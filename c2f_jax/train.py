@@ -12,6 +12,7 @@ import numpy as np
 
 from c2f_jax.checkpoints import Checkpoints, abstract
 from c2f_jax.data import batch_plan, loader
+from c2f_jax.data.features import open_features
 from c2f_jax.data.pairs import make_data_set
 from c2f_jax.distributed import first_process_first, wait_for_all
 from c2f_jax.evaluate import data_set_label, encode_split, evaluate_source, retrieve
@@ -59,6 +60,7 @@ def train_and_evaluate(config, workdir, *, devices=None, test=True):
     first_process_first(lambda: make_data_set(data.name, data.data_dir))
     prepare_features(experiment, (data.train_split, data.validation_split, *((data.test_split,) if test else ())))
     source, validation = data.load(data.train_split), data.load(data.validation_split)
+    source.speech_copies = [open_features(path) for path in data.copy_caches()]
     batch_plan.check_plan(
         len(source),
         batch_size=experiment.batch_size,

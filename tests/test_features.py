@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from safetensors.numpy import save_file
 from test_pretrained import WHISPER, whisper_tensors
 
 from c2f_jax.data import loader
+from c2f_jax.data.augment import AugmentConfig, augment_wave
 from c2f_jax.data.features import open_features, write_shard
 from c2f_jax.data.images import decode_image
 from c2f_jax.data.pairs import load_pairs
@@ -177,6 +179,49 @@ def test_the_loader_reads_tokens_crops_them_and_names_what_is_missing(data, cach
     )
 
 
+def test_varied_copies_are_the_network_s_tokens_of_varied_recordings(data, cache, tmp_path):
+    train = sources(data)[0]
+    varied = AugmentConfig(speed=0.3, flip=0.5)
+    copies = [
+        extraction.extract_features(
+            str(data / "whisper"), [train], tmp_path / f"copy{copy}", max_seconds=1.0, augment=varied, copy=copy
+        )
+        for copy in (1, 2)
+    ]
+    assert copies[1].card["copy"] == 2 and copies[1].card["augment"]["speed"] == 0.3
+    assert "flip" not in copies[1].card["augment"]
+    wave = augment_wave(loader.load_wave(train, 4), varied, np.random.default_rng((2, 4)))
+    tower = create_tower(bare_tower(open_card(data / "whisper")))
+    wave = wave / np.float32(32768)
+    params = load_weights(data / "whisper")
+    alone, lengths, _ = tower.apply({"params": params}, wave[None], np.array([len(wave)], np.int32))
+    assert len(copies[1].tokens("train4.wav")) == lengths[0]
+    np.testing.assert_allclose(copies[1].tokens("train4.wav"), alone[0], atol=5e-3)
+
+    train.speech_features, train.image_features = open_features(cache), open_features(data / "tokens.npz")
+    train.speech_copies = copies
+    drawn = []
+    options = {"batch_size": 6, "image_size": 8, "bucket_seconds": (1.3,), "seed": 0, "augment": varied}
+    train.image_features = None
+    for start in (0, 10):
+        batches = loader.train_batches(train, start_step=start, threads=0, cache_mib=start, **options)
+        drawn += [batch for _, batch in itertools.islice(batches, 20 - start)]
+    counts = np.zeros(3)
+    lengths = {len(c.tokens("train4.wav")) for c in (*copies, train.speech_features)}
+    assert len(lengths) > 1, "speeds differ"
+    for step, batch in enumerate(drawn[:20]):
+        for row, identity in enumerate(batch["image_id"]):
+            index = int(np.flatnonzero(train.image_ids[train.image_index] == identity)[0])
+            key, length = train.recording_key(index), batch["speech_lengths"][row]
+            given = batch["speech_tokens"][row, :length]
+            same = [np.array_equal(given, c.tokens(key)) for c in (train.speech_features, *copies)]
+            assert sum(same) == 1
+            counts += same
+        if step >= 10:  # a run that starts there draws the same, whether tokens are kept in memory or not
+            np.testing.assert_array_equal(batch["speech_tokens"], drawn[step + 10]["speech_tokens"])
+    assert counts.min() > 25, f"120 draws among three: {counts}"
+
+
 def test_token_files_are_checked(tmp_path):
     with pytest.raises(UserError, match="there are no features"):
         open_features(tmp_path / "nowhere")
@@ -241,9 +286,12 @@ def get_config():
     return config
 """)
     flags, run = overrides(data, tmp_path / "cache"), tmp_path / "run"
+    flags += ["--config.data.speech_copies=1", "--config.data.augment.speed=0.2"]
     assert main(["train", f"--config={config}", f"--workdir={run}", *flags]) == 0
     assert "R@1" in capsys.readouterr().out
     assert (tmp_path / "cache" / "test-speech-00000.npy").exists()
+    copies = sorted(path.name for path in (tmp_path / "cache-copy1").glob("*.npy"))
+    assert copies == ["train-speech-00000.npy"]
     first = json.loads((run / "eval" / f"{data.name}-test.json").read_text())
     # The same command goes on, with the frozen network from its weights; evaluation reads the cache.
     assert main(["train", f"--config={config}", f"--workdir={run}", *flags, "--config.steps=4", "--by-voice"]) == 0
@@ -284,6 +332,7 @@ def get_config():
         ({"speech": {"name": "log_mel", "weights": "x"}}, r"model\.speech\.weights goes with"),
         ({"image": {"name": "tokens"}}, r"model\.image\.name='tokens' reads a feature cache"),
         ({"speech_features": "x"}, r"data\.speech_features needs model\.speech\.name 'published' or 'tokens'"),
+        ({"speech_copies": 1}, "data.speech_copies=1: varied recordings that a frozen network has run on need"),
         ({"image_resize": "crop"}, "data.image_resize='crop': choose one of square, short_side, squash"),
     ],
 )
@@ -308,8 +357,8 @@ def test_attributes_that_a_configuration_changes_are_the_cache_s_too(data, tmp_p
     small = {"width": 8, "depth": 1, "heads": 2}
     speech = small | {"name": "published", "weights": f"{data}/whisper", "tower": {"pad": True}}
     config.model.speech = ConfigDict(speech)
-    ((weights, path, options),) = extraction._caches(create_experiment(config))
-    assert weights == f"{data}/whisper" and path == str(tmp_path / "cache")
+    ((part, weights, path, options),) = extraction._caches(create_experiment(config))
+    assert part == "speech" and weights == f"{data}/whisper" and path == str(tmp_path / "cache")
     assert options == {"layer": "last", "max_seconds": config.data.max_seconds, "pad": True}
     config.data.speech_features = f"{data}/tokens.npz"
     with pytest.raises(UserError, match="holds tokens of another tool: model.speech.name='tokens' reads them"):

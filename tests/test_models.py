@@ -118,6 +118,28 @@ def test_match_reads_only_the_valid_tokens(tiny):
     assert changed.tolist() == [False, True, True], "only pairs whose own length grew see more"
 
 
+def test_mean_pooling_puts_the_mean_of_the_valid_tokens_first(tiny):
+    cls, variables, batch = tiny
+    pooled = create_model(*(part | {"pooling": "mean"} for part in (SPEECH, IMAGE, TOWER)), embedding_dim=6)
+    for method, inputs in (
+        ("encode_speech", (batch["waveform"], batch["speech_lengths"])),
+        ("encode_image", (batch["image"],)),
+    ):
+        plain, found = (m.apply(variables, *inputs, method=method) for m in (cls, pooled))
+        np.testing.assert_array_equal(found.tokens[:, 1:], plain.tokens[:, 1:])
+        for row, length in enumerate(plain.lengths):
+            mean = np.asarray(plain.tokens[row, :length], np.float64).mean(0)
+            np.testing.assert_allclose(found.tokens[row, 0], mean, atol=1e-6)
+            z = mean @ np.asarray(variables["params"][f"{method[7:]}_projection"]["kernel"], np.float64)
+            np.testing.assert_allclose(found.embedding[row], z / np.linalg.norm(z), atol=1e-5)
+    speech = cls.apply(variables, batch["waveform"], batch["speech_lengths"], method="encode_speech")
+    image = cls.apply(variables, batch["image"], method="encode_image")
+    by_cls, by_mean = (m.apply(variables, speech, image, method="match") for m in (cls, pooled))
+    assert np.abs(by_cls - by_mean).max() > 1e-4
+    padded = speech._replace(tokens=jnp.pad(speech.tokens, ((0, 0), (0, 5), (0, 0)), constant_values=9.0))
+    np.testing.assert_allclose(pooled.apply(variables, padded, image, method="match"), by_mean, atol=1e-5)
+
+
 def test_attention_equals_a_loop_over_valid_positions():
     rng = np.random.default_rng(4)
     x, context, lengths = rng.normal(size=(2, 3, 8)), rng.normal(size=(2, 5, 6)), np.array([5, 2], np.int32)
@@ -225,6 +247,7 @@ def test_momentum_subset_is_both_encoders_and_projections(tiny):
         ({"multimodal": {"width": 16, "heads": 3}}, "width 16 is not a multiple of heads 3"),
         ({"multimodal": {"width": 18}}, "width 18 is not a multiple of heads 4"),
         ({"speech": {"name": "log_mel", "heads": 3}}, r"model\.speech: width 128 is not a multiple of heads 3"),
+        ({"multimodal": {"pooling": "max"}}, "model.multimodal.pooling='max': choose one of cls, mean"),
         ({"dtype": "float16"}, "model.dtype='float16': choose one of float32, bfloat16"),
         ({"attention": "flash"}, "model.attention='flash': choose one of xla, cudnn"),
     ],

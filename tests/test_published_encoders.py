@@ -11,7 +11,7 @@ from c2f_jax.errors import UserError
 from c2f_jax.models import create_model, create_tower
 from c2f_jax.models.c2f import merge_params, split_params
 from c2f_jax.models.layers import Attention
-from c2f_jax.models.published import PublishedImage, choose_layer, pool_tokens
+from c2f_jax.models.published import PublishedImage, PublishedSpeech, TimeConvolutions, choose_layer, pool_tokens
 from c2f_jax.models.vision import cubic_weights, resize_positions
 from c2f_jax.models.wav2vec2 import normalise_waveform, span_mask
 from c2f_jax.optimizer import OptimizerConfig, create_optimizer
@@ -165,6 +165,41 @@ def test_pooled_tokens_are_means_of_valid_ones():
     np.testing.assert_allclose(pooled[1, 0], tokens[1, :3].mean(0), atol=1e-6)
     np.testing.assert_allclose(pooled[1, 1], tokens[1, 3], atol=1e-6)
     assert pool_tokens(tokens, lengths, 1)[0] is tokens
+
+
+def test_convolutions_over_time_halve_the_tokens_and_ignore_the_padding():
+    rng = np.random.default_rng(0)
+    x, lengths = rng.normal(size=(2, 13, 8)).astype(np.float32), np.array([13, 6])
+    module = TimeConvolutions(2)
+    variables = module.init(jax.random.key(0), x, lengths)
+    found, found_lengths = module.apply(variables, x, lengths)
+    assert found.shape == (2, 4, 8) and found_lengths.tolist() == [4, 2]
+    spoilt = np.concatenate([x[1:, :6], np.full((1, 9, 8), 7.0, np.float32)], axis=1)
+    np.testing.assert_allclose(module.apply(variables, spoilt, lengths[1:])[0][0, :2], found[1, :2], atol=1e-5)
+
+    params, y = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"]), x[1, :6].astype(float)
+    for block, ends in ((0, [(0, 2), (2, 4), (4, 6)]), (1, [(0, 2), (2, 3)])):
+        normed = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-6)
+        near, kernel = np.pad(normed, ((2, 2), (0, 0))), params[f"conv_{block}"]["kernel"]
+        z = np.stack([sum(near[t + k] @ kernel[k] for k in range(5)) for t in range(len(y))])
+        y = y + 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))  # biases are 0 at the start
+        y = np.stack([y[first:last].mean(0) for first, last in ends])
+    np.testing.assert_allclose(found[1, :2], y, atol=1e-5)
+
+    keys = jax.random.split(jax.random.key(1), 2)
+    rough = TimeConvolutions(2, dropout_rate=0.5)
+    assert np.abs(rough.apply(variables, x, lengths, keys)[0] - found).max() > 0.1
+    np.testing.assert_array_equal(rough.apply(variables, x, lengths)[0], found)
+
+
+def test_the_convolutions_of_an_encoder_stand_before_its_transformer():
+    tokens = np.random.default_rng(0).normal(size=(2, 13, 9)).astype(np.float32)
+    encoder = PublishedSpeech(width=12, depth=1, heads=2, pool=2, conv_blocks=2)
+    variables = encoder.init(jax.random.key(0), tokens, np.array([13, 6]))
+    found, lengths = encoder.apply(variables, tokens, np.array([13, 6]))
+    assert found.shape == (2, 3, 12) and lengths.tolist() == [3, 2], "a [CLS] and ceil(13 / 8)"
+    alone, _ = encoder.apply(variables, tokens[1:, :6], np.array([6]))
+    np.testing.assert_allclose(found[1, :2], alone[0], atol=1e-5)
 
 
 def test_normalised_waveform_ignores_the_padding():

@@ -62,6 +62,11 @@ class AugmentConfig:
             or self.frequency_masks
         )
 
+    def recording_options(self) -> dict:
+        """The values that recordings are varied by, as JSON has them."""
+        values = dataclasses.asdict(self) | {"noise_db": list(self.noise_db)}
+        return {k: v for k, v in values.items() if k not in ("crop_area", "crop_ratio", "flip", "jitter")}
+
     def check(self) -> None:
         """Raises `UserError` for a value out of range."""
         limits = {

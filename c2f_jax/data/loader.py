@@ -53,11 +53,12 @@ def train_batches(
     The batch holds this process's n = batch_size / process_count rows:
         waveform float32 (n, S), speech_lengths int32 (n,), image uint8 (n, H, W, 3), image_id int32 (n,)
     or, from the source's feature caches, speech_tokens float16 (n, T, C) and image_tokens float16 (n, P, C).
-    S is one of bucket_seconds; recordings over the longest bucket are cropped at a place that is a function of
-    (seed, epoch, recording). Damaged items are replaced by other recordings and named in `source.bad_items`.
-    Decoded items are kept in memory up to cache_mib. threads = 0 loads in the caller's thread; their number changes no
-    batch. augment varies pictures and recordings, each by a draw of its own from (seed, epoch, recording). Raises
-    `UserError` for sizes that do not fit together and, while iterating, when too many items are bad.
+    S is one of bucket_seconds; recordings over the longest bucket are cropped at a place that is a function of (seed,
+    epoch, recording). Damaged items are replaced by other recordings and named in `source.bad_items`. With speech
+    copies, each epoch takes one of a recording and its copies, drawn from the same. Decoded items are kept in memory up
+    to cache_mib. threads = 0 loads in the caller's thread; their number changes no batch. augment varies pictures and
+    recordings, each by a draw of its own from (seed, epoch, recording). Raises `UserError` for sizes that do not fit
+    together and, while iterating, when too many items are bad.
     """
     import grain
 
@@ -99,9 +100,9 @@ class _TrainBatch:
         longest = _longest(batch)
         images, batch["image_id"] = [], np.zeros(len(self.rows), np.int32)
         for out, row in enumerate(self.rows):
-            index, speech, image = self._load_row(plan, position, row)
+            index, speech, image = self._load_row(epoch, plan, position, row)
             identity = int(self.source.image_ids[self.source.image_index[index]])
-            if self.augment.recordings:
+            if self.augment.recordings and self.source.speech_features is None:
                 speech = augment_wave(speech, self.augment, np.random.default_rng((self.seed, epoch, index, 1)))
             if self.augment.pictures:
                 rng = np.random.default_rng((self.seed, epoch, index, 2))
@@ -116,7 +117,7 @@ class _TrainBatch:
         batch[_image_name(self.source)] = np.stack(images)
         return step, batch
 
-    def _load_row(self, plan: np.ndarray, position: int, row: int) -> tuple[int, np.ndarray, np.ndarray]:
+    def _load_row(self, epoch: int, plan: np.ndarray, position: int, row: int) -> tuple[int, np.ndarray, np.ndarray]:
         """The planned recording, or instead of a damaged one that of the same row in the next batch, and so on.
 
         When all batches have been tried at this row, the next row is tried; the choice is the same in any process.
@@ -125,7 +126,10 @@ class _TrainBatch:
         for k in range(plan.size):
             index = int(plan[(position + k) % steps, (row + k // steps) % size])
             picture = int(self.source.image_index[index])
-            speech = self.cache.get(("speech", index), functools.partial(load_speech, self.source, index))
+            copies = self.source.speech_copies
+            copy = int(np.random.default_rng((self.seed, epoch, index, 3)).integers(len(copies) + 1)) if copies else 0
+            read = functools.partial(load_speech, self.source, index, copy)
+            speech = self.cache.get(("speech", index, copy), read)
             load = load_whole_image if self.augment.pictures else load_picture
             image = (
                 self.cache.get(("image", picture), functools.partial(load, self.source, picture, self.image_size))
@@ -197,11 +201,15 @@ def _read_image(source: PairSource, row: int, decode) -> np.ndarray | None:
         return None
 
 
-def load_speech(source: PairSource, index: int) -> np.ndarray | None:
-    """Recording `index` as `load_wave` gives it, or its tokens (T, C) where the source has speech features."""
+def load_speech(source: PairSource, index: int, copy: int = 0) -> np.ndarray | None:
+    """Recording `index` as `load_wave` gives it, or its tokens (T, C) where the source has speech features.
+
+    copy 1 and so on are the tokens of its varied copies.
+    """
     if source.speech_features is None:
         return load_wave(source, index)
-    return _cached(source, source.speech_features, source.recording_key(index), lambda: source.recording_name(index))
+    features = source.speech_copies[copy - 1] if copy else source.speech_features
+    return _cached(source, features, source.recording_key(index), lambda: source.recording_name(index))
 
 
 def load_picture(source: PairSource, row: int, size: int) -> np.ndarray | None:

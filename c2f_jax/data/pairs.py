@@ -76,11 +76,13 @@ class PairSource(abc.ABC):
     num_samples:   int32 (M,) length of each recording at 16 kHz, -1 where unknown
     bad_items:     what was left out, and why
     speech_features, image_features: FeatureCache to read tokens from instead of recordings or pictures; None for none
+    speech_copies: FeatureCaches of varied copies of the recordings, that training draws from too
     image_resize:  how pictures become squares, and by way of which size (see `data.images.decode_image`)
     """
 
     speech_features = None
     image_features = None
+    speech_copies = ()
     image_resize = ("square", 0)
 
     def __init__(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from c2f_jax.errors import UserError
 from c2f_jax.models.c2f import C2FModel, Encoded, momentum_subset
 from c2f_jax.models.image import ViTImageEncoder
-from c2f_jax.models.layers import ATTENTION_IMPLEMENTATIONS
+from c2f_jax.models.layers import ATTENTION_IMPLEMENTATIONS, POOLINGS
 from c2f_jax.models.multimodal import MultimodalEncoder
 from c2f_jax.models.published import FROZEN, PublishedImage, PublishedSpeech
 from c2f_jax.models.speech import LogMelSpeechEncoder
@@ -107,4 +107,6 @@ def _encoder(where, registry, attributes, shared, towers=None):
     width, heads = (attributes.get(size, getattr(registry[name], size)) for size in ("width", "heads"))
     if width % heads:
         raise UserError(f"{where}: width {width} is not a multiple of heads {heads}")
+    if attributes.get("pooling", "cls") not in POOLINGS:
+        raise UserError(f"{where}.pooling={attributes['pooling']!r}: choose one of {', '.join(POOLINGS)}")
     return registry[name](**attributes, **shared)

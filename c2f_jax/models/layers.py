@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 ATTENTION_IMPLEMENTATIONS = ("xla", "cudnn")
+POOLINGS = ("cls", "mean")
 ACTIVATIONS = {
     "gelu_tanh": nn.gelu,
     "gelu": functools.partial(nn.gelu, approximate=False),
@@ -288,6 +289,29 @@ class TransformerEncoder(nn.Module):
             name="transformer",
             **attributes,
         )
+
+
+class PooledEncoder(TransformerEncoder):
+    """An encoder whose first output token speaks for all of them: SIC projects it, SIM decides by it.
+
+    Attributes:
+      pooling: what that token is: "cls", the output of the learnt [CLS], as in the paper, or "mean", the mean of all
+        valid outputs, [CLS] among them, which has not to learn first where to look.
+      others: as in ``TransformerEncoder``.
+    """
+
+    pooling: str = "cls"
+
+    def _pooled(self, x, lengths):
+        """(n, T, W) tokens, [CLS] first, (n,) valid ones -> the same with the first one as ``pooling`` says."""
+        return x if self.pooling == "cls" else jnp.concatenate([mean_token(x, lengths), x[:, 1:]], axis=1)
+
+
+def mean_token(tokens, lengths):
+    """(n, T, W), (n,) -> (n, 1, W), the means of the valid tokens."""
+    valid = length_mask(lengths, tokens.shape[1])[..., None]
+    total = jnp.sum(jnp.where(valid, tokens, 0), axis=1, keepdims=True, dtype=jnp.float32)
+    return (total / jnp.maximum(lengths, 1)[:, None, None]).astype(tokens.dtype)
 
 
 def prepend_cls(module, tokens):

@@ -1,17 +1,17 @@
-"""The multimodal encoder: speech tokens attend to themselves, then to image tokens; [CLS] decides match or no match."""
+"""The multimodal encoder: speech tokens attend to themselves, then to image tokens; one token decides on the match."""
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from c2f_jax.models.layers import TransformerEncoder
+from c2f_jax.models.layers import PooledEncoder
 
 
-class MultimodalEncoder(TransformerEncoder):
-    """Cross-attention transformer with the SIM head Linear(2) on its [CLS].
+class MultimodalEncoder(PooledEncoder):
+    """Cross-attention transformer with the SIM head Linear(2) on its first token, the [CLS] or the mean of all.
 
     Attributes:
       width: W inside; tokens of other widths are projected.
-      others: as in ``TransformerEncoder``.
+      others: as in ``PooledEncoder``.
 
     Source: C2F, multimodal encoder; Li et al. 2021 (ALBEF), section 3.1.
     """
@@ -24,4 +24,4 @@ class MultimodalEncoder(TransformerEncoder):
         speech = nn.Dense(self.width, dtype=self.dtype, name="speech_input")(speech_tokens)
         image = nn.Dense(self.width, dtype=self.dtype, name="image_input")(image_tokens)
         x = self._transformer(cross_attention=True)(speech, speech_lengths, keys, image, image_lengths)
-        return nn.Dense(2, name="match_head")(x[:, 0].astype(jnp.float32))
+        return nn.Dense(2, name="match_head")(self._pooled(x, speech_lengths)[:, 0].astype(jnp.float32))

@@ -3,16 +3,19 @@
 A frozen network may also have run before: given its tokens from the feature cache, the encoder leaves it out.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from c2f_jax.errors import UserError
 from c2f_jax.models.layers import (
-    TransformerEncoder,
+    PooledEncoder,
     dropout,
     fold_keys,
     length_mask,
+    mean_token,
     prepend_cls,
     sinusoidal_positions,
 )
@@ -50,7 +53,33 @@ def pool_tokens(tokens, lengths, size):
     return total / jnp.maximum(jnp.sum(valid, axis=2), 1).astype(x.dtype), (lengths + size - 1) // size
 
 
-class PublishedEncoder(TransformerEncoder):
+class TimeConvolutions(nn.Module):
+    """Residual convolutions, each followed by means over two consecutive tokens: x + gelu(conv(norm(x))).
+
+    Attributes:
+      blocks: number of convolutions; a token then stands for 2^blocks.
+      dropout_rate: of the convolutions' outputs.
+      dtype: compute type.
+    """
+
+    blocks: int
+    dropout_rate: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, lengths, keys=None):
+        """(n, T, W) tokens, (n,) valid ones -> (n, ceil(T / 2^blocks), W), (n,)."""
+        for block in range(self.blocks):
+            # Zeros beyond the length, as beyond the array: a row does not depend on the padding.
+            valid = length_mask(lengths, x.shape[1])[..., None]
+            y = jnp.where(valid, nn.LayerNorm(dtype=self.dtype, name=f"norm_{block}")(x), 0)
+            y = nn.gelu(nn.Conv(x.shape[-1], (5,), dtype=self.dtype, name=f"conv_{block}")(y))
+            x = x + dropout(y, self.dropout_rate, fold_keys(keys, block))
+            x, lengths = pool_tokens(x, lengths, 2)
+        return x, lengths
+
+
+class PublishedEncoder(PooledEncoder):
     """What ``PublishedSpeech`` and ``PublishedImage`` share.
 
     Attributes:
@@ -62,11 +91,11 @@ class PublishedEncoder(TransformerEncoder):
       pool: tokens are means over so many consecutive ones.
       width: W of the tokens; those of the network are normalised and projected to it.
       depth: of the small transformer with its learnt [CLS]. With depth 0 there is neither: tokens are the network's,
-        the first one its summary ([CLS], or the mean of all).
+        the first one its summary: [CLS] where it has one and ``pooling`` is "cls", or the mean of all.
       token_dropout: share of the entries of the network's tokens that are set to 0 in training.
       token_mask: share of the tokens that are set to 0 as a whole in training, as if a part of the sentence or of the
         picture were missing.
-      others: as in ``TransformerEncoder``.
+      others: as in ``PooledEncoder``.
     """
 
     tower: nn.Module | None = None
@@ -99,33 +128,47 @@ class PublishedEncoder(TransformerEncoder):
             tokens = choose_layer(hidden, self.layer)  # a cache without layers is of this layer already
         return tokens.astype(self.dtype), lengths
 
+    def _convolved(self, x, lengths, keys):
+        """What stands between projection and transformer: nothing, but for speech with convolutions."""
+        return x, lengths
+
     def _head(self, tokens, lengths, keys, positions):
         tokens, lengths = pool_tokens(tokens, lengths, self.pool)
         if not self.depth:
             if self.tower is not None and self.tower.summary == "first":
-                return tokens, lengths
-            valid = length_mask(lengths, tokens.shape[1])[..., None]
-            mean = jnp.sum(jnp.where(valid, tokens, 0), axis=1) / jnp.maximum(lengths, 1)[:, None]
-            return jnp.concatenate([mean[:, None].astype(tokens.dtype), tokens], axis=1), lengths + 1
+                return self._pooled(tokens, lengths), lengths
+            return jnp.concatenate([mean_token(tokens, lengths), tokens], axis=1), lengths + 1
         x = nn.LayerNorm(dtype=self.dtype, name="input_norm")(tokens)
         x = dropout(x, self.token_dropout, fold_keys(keys, self.depth + 2))
         if keys is not None and self.token_mask:
             masked = span_mask(fold_keys(keys, self.depth + 3), x.shape[1], self.token_mask, 1)
             x = jnp.where(masked[..., None], 0, x)
         x = nn.Dense(self.width, dtype=self.dtype, name="input")(x)
+        x, lengths = self._convolved(x, lengths, fold_keys(keys, self.depth + 4))
         if positions:
             x = x + sinusoidal_positions(x.shape[1], self.width).astype(self.dtype)
         x = prepend_cls(self, dropout(x, self.dropout_rate, fold_keys(keys, self.depth)))
         lengths = lengths + 1
         x = self._transformer()(x, lengths, keys)
-        return x, lengths
+        return self._pooled(x, lengths), lengths
 
 
 class PublishedSpeech(PublishedEncoder):
-    """A published speech network as an encoder; attributes as in ``PublishedEncoder``."""
+    """A published speech network as an encoder.
+
+    Attributes:
+      conv_blocks: of ``TimeConvolutions`` before the transformer. With ``pool`` 4 and two blocks, Whisper's tokens of
+        20 ms become ones of 320 ms, about a word.
+      others: as in ``PublishedEncoder``.
+    """
+
+    conv_blocks: int = 0
 
     def _is_raw(self, speech):
         return speech.ndim == 2
+
+    def _convolved(self, x, lengths, keys):
+        return TimeConvolutions(self.conv_blocks, self.dropout_rate, self.dtype, name="conv")(x, lengths, keys)
 
     @nn.compact
     def __call__(self, speech, lengths, keys=None):

@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from c2f_jax.data import loader
+from c2f_jax.data.augment import augment_wave
 from c2f_jax.data.features import has_card, open_features, shard_exists, start_cache, write_shard
 from c2f_jax.data.pairs import MIN_SAMPLES, SAMPLE_RATE
 from c2f_jax.distributed import wait_for_all
@@ -24,7 +25,17 @@ STEP_SECONDS = 0.5  # lengths are padded to multiples of it, so that few program
 
 
 def extract_features(
-    weights, sources, output, *, layer="last", max_seconds=30.0, batch_size=16, dtype="float32", **tower
+    weights,
+    sources,
+    output,
+    *,
+    layer="last",
+    max_seconds=30.0,
+    batch_size=16,
+    dtype="float32",
+    augment=None,
+    copy=0,
+    **tower,
 ):
     """Write a feature cache, going on where an earlier run stopped.
 
@@ -38,6 +49,8 @@ def extract_features(
       max_seconds: recordings are cut to this length.
       batch_size: rows at once.
       dtype: compute type; tokens are kept as float16.
+      augment: AugmentConfig of how recordings are varied first; None for not at all.
+      copy: number of this varied copy, from which the draws follow: it is the same in any run.
       **tower: changes to the network's attributes, such as ``pad=True``.
 
     Returns:
@@ -57,7 +70,7 @@ def extract_features(
     is_image = attributes["name"] in IMAGE_TOWERS
     side = card["preprocessing"].get("image_size", 224)
     shapes = jax.eval_shape(network.init, jax.random.key(0), *tower_inputs(attributes["name"], side))["params"]
-    start_cache(output, cache_card(card, attributes, layer, max_seconds, dtype))
+    start_cache(output, cache_card(card, attributes, layer, max_seconds, dtype, augment, copy))
     params = None
     apply = jax.jit(functools.partial(_tokens, network, layer))
     for source in sources:
@@ -68,9 +81,10 @@ def extract_features(
         todo = [n for n in mine if not shard_exists(output, names[n], map(key, map(int, blocks[n])))]
         if todo and params is None:
             params = load_weights(weights, shapes)
-        read = _read_images(source, card) if is_image else _read_waves(source, max_seconds)
+        read = _read_images(source, card) if is_image else _read_waves(source, max_seconds, augment, copy)
         total = sum(len(blocks[number]) for number in todo)
-        bar = tqdm(total=total, desc=f"features of {source.split}", disable=not todo, unit="", leave=False)
+        what = f"features of {source.split}" + (f", copy {copy}" if copy else "")
+        bar = tqdm(total=total, desc=what, disable=not todo, unit="", leave=False)
         with bar, ThreadPoolExecutor(THREADS) as pool:
             for number in todo:
                 read_items = pool.map(read, map(int, blocks[number]))
@@ -81,7 +95,7 @@ def extract_features(
     return open_features(output)
 
 
-def cache_card(card, attributes, layer, max_seconds, dtype="float32"):
+def cache_card(card, attributes, layer, max_seconds, dtype="float32", augment=None, copy=0):
     """What a cache says of its origin, and what must be equal for it to be used."""
     found = {
         "tower": attributes,
@@ -92,6 +106,8 @@ def cache_card(card, attributes, layer, max_seconds, dtype="float32"):
     }
     if attributes["name"] not in IMAGE_TOWERS:
         found |= {"max_seconds": max_seconds, "samples_per_token": create_tower(attributes).samples_per_token()}
+    if augment is not None:
+        found |= {"augment": augment.recording_options(), "copy": copy}
     return found
 
 
@@ -101,9 +117,14 @@ def prepare_features(experiment, splits):
     Raises:
       UserError: the cache that is there is of other weights, another layer or preprocessing.
     """
-    for weights, path, options in _caches(experiment):
+    for part, weights, path, options in _caches(experiment):
         sources = [experiment.data.load(split, features=False) for split in splits]
         extract_features(weights, sources, path, **options)
+        if part == "speech":
+            train = [source for source in sources if source.split == experiment.data.train_split]
+            for copy, copy_path in enumerate(experiment.data.copy_caches(), start=1):
+                varied = {"augment": experiment.data.augment, "copy": copy}
+                extract_features(weights, train, copy_path, **varied, **options)
 
 
 def check_features(experiment):
@@ -112,14 +133,14 @@ def check_features(experiment):
     Raises:
       UserError: as ``prepare_features``.
     """
-    for weights, path, options in _caches(experiment):
+    for _, weights, path, options in _caches(experiment):
         options = {"max_seconds": None} | options
         layer, max_seconds, card = options.pop("layer"), options.pop("max_seconds"), open_card(weights)
         has_card(path, cache_card(card, bare_tower(card) | options, layer, max_seconds))
 
 
 def _caches(experiment):
-    """(weights, cache, options of ``extract_features``) of each cache whose network the configuration has."""
+    """(part, weights, cache, options of ``extract_features``) of each cache whose network the configuration has."""
     data = experiment.data
     for part, path in (("speech", data.speech_features), ("image", data.image_features)):
         encoder = getattr(experiment.model, f"{part}_encoder")
@@ -128,7 +149,7 @@ def _caches(experiment):
         options = {"layer": "all" if encoder.layer == "weighted_sum" else encoder.layer}
         options |= {} if part == "image" else {"max_seconds": data.max_seconds}
         weights = experiment.weights[part]
-        yield weights, path, options | _changes(encoder.tower, create_tower(bare_tower(open_card(weights))))
+        yield part, weights, path, options | _changes(encoder.tower, create_tower(bare_tower(open_card(weights))))
 
 
 def _changes(tower, published):
@@ -160,11 +181,13 @@ def _shard_name(source, is_image, number):
     return f"{source.split}-{'image' if is_image else 'speech'}-{number:05d}"
 
 
-def _read_waves(source, max_seconds):
+def _read_waves(source, max_seconds, augment, copy):
     """row -> (key, waveform float32) or (key, None)."""
 
     def read(row):
         wave = loader.load_wave(source, row)
+        if wave is not None and augment is not None:
+            wave = augment_wave(wave, augment, np.random.default_rng((copy, row)))
         wave = None if wave is None else wave[: round(max_seconds * SAMPLE_RATE)] * np.float32(1 / 32768)
         return source.recording_key(row), wave
 
