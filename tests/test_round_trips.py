@@ -91,7 +91,7 @@ def reference_models():
     """Tiny models: (name, model, inputs of ours, tokens of theirs)."""
     torch = pytest.importorskip("torch", reason="round trips need the extra `parity`")
     pytest.importorskip("transformers", reason="round trips need the extra `parity`")
-    import test_parity as parity
+    import parity
 
     wave, lengths = parity.waveforms(3000, 3000)
     image = parity.images(32)
