@@ -27,8 +27,7 @@ _RANGES = (
         lambda x: 0 <= x < math.inf,
         [
             *["seed", "eval_every", "checkpoint_every", "data.threads", "data.prefetch", "data.image_resize_side"],
-            "data.speech_copies",
-            *["optimizer.warmup_steps", "optimizer.weight_decay"],
+            *["data.speech_copies", "optimizer.warmup_steps", "optimizer.weight_decay"],
             *["model.speech.conv_layers", "model.speech.conv_blocks", "model.image.conv_blocks"],
             *[f"{part}.depth" for part in _PARTS],
         ],

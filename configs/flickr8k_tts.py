@@ -36,7 +36,7 @@ def get_config(arg=""):
 
     # One caption a photograph is little: 5,253 pairs are learnt by heart without dropout of this size.
     head = {"width": 192, "heads": 4, "mlp_ratio": 3.0, "dropout_rate": 0.3, "token_dropout": 0.2, "token_mask": 0.3}
-    head |= {"pooling": "mean"}  # a [CLS] takes twice the steps
+    head |= {"pooling": "mean"}  # a [CLS] takes more than twice the steps
     speech = {"name": "published", "weights": f"{arg}/weights/whisper-tiny.en-encoder", "frozen": "tower"}
     config.model.speech = ConfigDict(speech | {"layer": "last", "pool": 4, "conv_blocks": 2, "depth": 2} | head)
     config.model.image = ConfigDict({"name": "tokens", "depth": 1} | head)

@@ -198,11 +198,9 @@ def test_varied_copies_are_the_network_s_tokens_of_varied_recordings(data, cache
     assert len(copies[1].tokens("train4.wav")) == lengths[0]
     np.testing.assert_allclose(copies[1].tokens("train4.wav"), alone[0], atol=5e-3)
 
-    train.speech_features, train.image_features = open_features(cache), open_features(data / "tokens.npz")
-    train.speech_copies = copies
+    train.speech_features, train.speech_copies = open_features(cache), copies
     drawn = []
     options = {"batch_size": 6, "image_size": 8, "bucket_seconds": (1.3,), "seed": 0, "augment": varied}
-    train.image_features = None
     for start in (0, 10):
         batches = loader.train_batches(train, start_step=start, threads=0, cache_mib=start, **options)
         drawn += [batch for _, batch in itertools.islice(batches, 20 - start)]
@@ -332,6 +330,10 @@ def get_config():
         ({"speech": {"name": "log_mel", "weights": "x"}}, r"model\.speech\.weights goes with"),
         ({"image": {"name": "tokens"}}, r"model\.image\.name='tokens' reads a feature cache"),
         ({"speech_features": "x"}, r"data\.speech_features needs model\.speech\.name 'published' or 'tokens'"),
+        (
+            {"speech": {"name": "tokens", "depth": 0, "conv_blocks": 2}},
+            "model.speech.conv_blocks=2 stand under a transformer: depth 0",
+        ),
         ({"speech_copies": 1}, "data.speech_copies=1: varied recordings that a frozen network has run on need"),
         ({"image_resize": "crop"}, "data.image_resize='crop': choose one of square, short_side, squash"),
     ],

@@ -107,6 +107,9 @@ def _encoder(where, registry, attributes, shared, towers=None):
     width, heads = (attributes.get(size, getattr(registry[name], size)) for size in ("width", "heads"))
     if width % heads:
         raise UserError(f"{where}: width {width} is not a multiple of heads {heads}")
+    if name in ("published", "tokens") and attributes.get("conv_blocks") and attributes.get("depth") == 0:
+        blocks = attributes["conv_blocks"]
+        raise UserError(f"{where}.conv_blocks={blocks} stand under a transformer: depth 0 leaves it out")
     if attributes.get("pooling", "cls") not in POOLINGS:
         raise UserError(f"{where}.pooling={attributes['pooling']!r}: choose one of {', '.join(POOLINGS)}")
     return registry[name](**attributes, **shared)
