@@ -188,8 +188,11 @@ def test_varied_copies_are_the_network_s_tokens_of_varied_recordings(data, cache
         )
         for copy in (1, 2)
     ]
-    assert copies[1].card["copy"] == 2 and copies[1].card["augment"]["speed"] == 0.3
-    assert "flip" not in copies[1].card["augment"]
+    assert copies[1].card["copy"] == 2 and copies[1].card["augment.speed"] == 0.3
+    assert "augment.flip" not in copies[1].card, "pictures do not change what a network makes of recordings"
+    with pytest.raises(UserError, match=r"another kind:\n  augment.speed: 0.3 there, 0.2 wanted\nremove it or"):
+        slower = dataclasses.replace(varied, speed=0.2)
+        extract(data, tmp_path / "copy1", augment=slower, copy=1)
     wave = augment_wave(loader.load_wave(train, 4), varied, np.random.default_rng((2, 4)))
     tower = create_tower(bare_tower(open_card(data / "whisper")))
     wave = wave / np.float32(32768)

@@ -107,7 +107,7 @@ def cache_card(card, attributes, layer, max_seconds, dtype="float32", augment=No
     if attributes["name"] not in IMAGE_TOWERS:
         found |= {"max_seconds": max_seconds, "samples_per_token": create_tower(attributes).samples_per_token()}
     if augment is not None:
-        found |= {"augment": augment.recording_options(), "copy": copy}
+        found |= {f"augment.{name}": value for name, value in augment.recording_options().items()} | {"copy": copy}
     return found
 
 
