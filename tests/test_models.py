@@ -1,5 +1,6 @@
 """Encoders and the multimodal encoder: shapes, lengths, independence of padding and of the batch, numpy oracles."""
 
+import functools
 import math
 
 import jax
@@ -11,7 +12,14 @@ import pytest
 from c2f_jax.errors import UserError
 from c2f_jax.models import create_model, momentum_subset
 from c2f_jax.models.image import ViTImageEncoder, patches
-from c2f_jax.models.layers import Attention, Transformer, dropout, fold_keys
+from c2f_jax.models.layers import (
+    Attention,
+    Transformer,
+    dense_dot_general,
+    dot_product_attention,
+    dropout,
+    fold_keys,
+)
 from c2f_jax.models.speech import LogMelSpeechEncoder, log_mel
 
 TOWER = {"width": 16, "depth": 1, "heads": 2}
@@ -159,6 +167,46 @@ def test_attention_equals_a_loop_over_valid_positions():
                 weights = np.array([math.exp(query @ k / math.sqrt(4)) for k in keys])
                 expected += (weights / weights.sum()) @ np.array(values) @ p["out"]["kernel"][h]
             np.testing.assert_allclose(found[n, t], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("with_bias, lengths", [(False, None), (True, None), (True, [5, 2, 1])])
+def test_attention_and_its_gradients_equal_those_of_jax(with_bias, lengths):
+    rng = np.random.default_rng(7)
+    query, bias = rng.normal(size=(3, 4, 2, 8)), rng.normal(size=(3, 2, 4, 5)) if with_bias else None
+    key, value = rng.normal(size=(2, 3, 5, 2, 8))
+    lengths = None if lengths is None else np.array(lengths, np.int32)
+    with jax.enable_x64(True):
+
+        def loss(attend, query, key, value):
+            y = attend(query, key, value)
+            return jnp.sum(jnp.sin(y)), y
+
+        given = tuple(map(jnp.asarray, (query, key, value)))
+        ours = functools.partial(dot_product_attention, bias=bias, lengths=lengths)
+        theirs = functools.partial(jax.nn.dot_product_attention, bias=bias, key_value_seq_lengths=lengths)
+        (_, found), grads = jax.value_and_grad(functools.partial(loss, ours), (0, 1, 2), has_aux=True)(*given)
+        (_, expected), wanted = jax.value_and_grad(functools.partial(loss, theirs), (0, 1, 2), has_aux=True)(*given)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    for a, b in zip(grads, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_attention_to_nothing_is_finite_and_large_logits_do_not_overflow():
+    x = 100 * np.random.default_rng(8).normal(size=(2, 3, 1, 4)).astype(np.float32)
+    value, grad = jax.value_and_grad(lambda x: jnp.sum(dot_product_attention(x, x, x, lengths=jnp.array([0, 3]))))(
+        jnp.asarray(x)
+    )
+    assert np.isfinite(value) and np.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("axis, features", [((2,), (5,)), ((2,), (3, 2)), ((1, 2), (5,))])
+def test_dense_products_are_those_of_lax(axis, features):
+    rng = np.random.default_rng(9)
+    x = rng.normal(size=(2, 3, 4)).astype(np.float32)
+    kernel = rng.normal(size=(*[x.shape[a] for a in axis], *features)).astype(np.float32)
+    dimensions = ((axis, tuple(range(len(axis)))), ((), ()))
+    expected = jax.lax.dot_general(x, kernel, dimensions)
+    np.testing.assert_allclose(dense_dot_general(x, kernel, dimensions), expected, atol=1e-5)
 
 
 def test_patches_are_the_squares_of_the_image_row_by_row():

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from c2f_jax.models.layers import fold_keys
+from c2f_jax.models.layers import Dense, fold_keys
 
 MOMENTUM_MODULES = ("speech_encoder", "image_encoder", "speech_projection", "image_projection")
 
@@ -68,8 +68,8 @@ class C2FModel(nn.Module):
 
     def setup(self):
         # Projection and normalisation in float32 whatever the compute type: similarities are divided by a small tau.
-        self.speech_projection = nn.Dense(self.embedding_dim)
-        self.image_projection = nn.Dense(self.embedding_dim)
+        self.speech_projection = Dense(self.embedding_dim)
+        self.image_projection = Dense(self.embedding_dim)
         self.temperature = Temperature(self.initial_tau)
 
     def encode_speech(self, waveform, lengths, keys=None) -> Encoded:

@@ -5,7 +5,7 @@ import math
 import flax.linen as nn
 import jax.numpy as jnp
 
-from c2f_jax.models.layers import PooledEncoder, dropout, fold_keys, prepend_cls
+from c2f_jax.models.layers import Dense, PooledEncoder, dropout, fold_keys, prepend_cls
 
 
 def patches(x, side):
@@ -46,9 +46,9 @@ class ViTImageEncoder(PooledEncoder):
             for layer in range(layers):
                 channels = self.width // 2 ** (layers - 1 - layer)
                 x = nn.gelu(nn.Conv(channels, (3, 3), strides=(2, 2), dtype=self.dtype, name=f"conv_{layer}")(x))
-            x = nn.Dense(self.width, dtype=self.dtype, name="patch_embedding")(x)
+            x = Dense(self.width, dtype=self.dtype, name="patch_embedding")(x)
         else:
-            x = nn.Dense(self.width, dtype=self.dtype, name="patch_embedding")(patches(x, self.patch))
+            x = Dense(self.width, dtype=self.dtype, name="patch_embedding")(patches(x, self.patch))
         for block in range(self.conv_blocks):
             x = x + nn.gelu(nn.Conv(self.width, (3, 3), dtype=self.dtype, name=f"block_{block}")(x))
         x = x.reshape(n, -1, self.width)

@@ -1,6 +1,7 @@
 """Transformer layers with explicit lengths and per-example dropout keys; one transformer serves all encoders."""
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,13 +95,67 @@ def relative_buckets(length, buckets, distance):
     return (found + half * (relative > 0)).astype(np.int32)
 
 
+def dense_dot_general(x, kernel, dimension_numbers, precision=None, preferred_element_type=None):
+    """``jax.lax.dot_general`` of a dense layer as a product of two matrices, all examples and tokens in one axis.
+
+    XLA on a CPU copies an operand to another layout, as slow as the product itself, for the gradient of a kernel whose
+    input has several leading axes.
+
+    Args:
+      x: (..., C...), contracted over its last axes.
+      kernel: (C..., D...), contracted over its first axes.
+    """
+    (axes, _), _ = dimension_numbers
+    leading, features = x.shape[: x.ndim - len(axes)], kernel.shape[len(axes) :]
+    inputs = math.prod(kernel.shape[: len(axes)])
+    y = jax.lax.dot_general(
+        x.reshape(-1, inputs),
+        kernel.reshape(inputs, -1),
+        (((1,), (0,)), ((), ())),
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )
+    return y.reshape(*leading, *features)
+
+
+Dense = functools.partial(nn.Dense, dot_general=dense_dot_general)
+DenseGeneral = functools.partial(nn.DenseGeneral, dot_general=dense_dot_general)
+
+
+def dot_product_attention(query, key, value, bias=None, lengths=None):
+    """softmax(Q K^T / sqrt(d) + bias) V over the first ``lengths`` of the S keys, logits and softmax in float32.
+
+    Heads stand before the tokens in all products: XLA's products on a CPU are several times slower on the layout of
+    ``jax.nn.dot_product_attention``. The sum of the weights divides the output, not the (T, S) weights.
+
+    Args:
+      query: (n, T, heads, d).
+      key, value: (n, S, heads, d).
+      bias: what broadcasts to (n, heads, T, S), or None.
+      lengths: (n,), or None for all keys. With length 0 the weights are equal.
+
+    Returns:
+      (n, T, heads, d).
+    """
+    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query / math.sqrt(query.shape[-1]), key, value))
+    logits = jnp.einsum("nhtd,nhsd->nhts", query, key, preferred_element_type=jnp.float32)
+    if bias is not None:
+        logits += bias
+    if lengths is not None:
+        logits = jnp.where(length_mask(lengths, key.shape[2])[:, None, None], logits, -1e30)
+    weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
+    attended = jnp.einsum("nhts,nhsd->nhtd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    attended /= jnp.sum(weights, axis=-1, keepdims=True)
+    return jnp.swapaxes(attended, 1, 2).astype(value.dtype)
+
+
 class Attention(nn.Module):
-    """Multi-head attention; the project's one call of ``jax.nn.dot_product_attention``.
+    """Multi-head attention.
 
     Attributes:
       heads: number of heads; divides the width of the queries.
       dtype: compute type; parameters are float32.
-      implementation: "xla", or "cudnn" on a GPU (bf16 only).
+      implementation: "xla" for ``dot_product_attention``, or "cudnn" for JAX's on a GPU (bf16 only).
     """
 
     heads: int
@@ -118,18 +173,19 @@ class Attention(nn.Module):
 
         def heads(name, inputs):
             shape = (self.heads, width // self.heads)
-            return nn.DenseGeneral(shape, dtype=self.dtype, name=name)(inputs)
+            return DenseGeneral(shape, dtype=self.dtype, name=name)(inputs)
 
         # (n, T, heads, W / heads) x (n, S, heads, W / heads) -> (n, T, heads, W / heads)
-        attended = jax.nn.dot_product_attention(
-            heads("query", x),
-            heads("key", context),
-            heads("value", context),
-            None if positions is None else self._gate(x) * positions.astype(self.dtype),
-            key_value_seq_lengths=None if context_lengths is None else context_lengths.astype(jnp.int32),
-            implementation=self.implementation,
-        )
-        return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="out")(attended)
+        query, key, value = heads("query", x), heads("key", context), heads("value", context)
+        bias = None if positions is None else self._gate(x) * positions.astype(self.dtype)
+        if self.implementation == "cudnn":
+            lengths = None if context_lengths is None else context_lengths.astype(jnp.int32)
+            attended = jax.nn.dot_product_attention(
+                query, key, value, bias, key_value_seq_lengths=lengths, implementation="cudnn"
+            )
+        else:
+            attended = dot_product_attention(query, key, value, bias, context_lengths)
+        return DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="out")(attended)
 
     def _gate(self, x):
         """(n, T, W) -> (n, heads, T, 1), how much the relative positions of each query count.
@@ -140,7 +196,7 @@ class Attention(nn.Module):
         """
         n, length, width = x.shape
         x = x.reshape(n, length, self.heads, width // self.heads)
-        x = nn.Dense(8, dtype=self.dtype, name="gate")(x).reshape(n, length, self.heads, 2, 4)
+        x = Dense(8, dtype=self.dtype, name="gate")(x).reshape(n, length, self.heads, 2, 4)
         a, b = jnp.moveaxis(nn.sigmoid(jnp.sum(x, axis=-1)), -1, 0)  # (n, T, heads) each
         scale = self.param("gate_scale", nn.initializers.ones, (self.heads,)).astype(self.dtype)
         return jnp.swapaxes(a * (b * scale - 1.0) + 2.0, 1, 2)[..., None]
@@ -177,8 +233,8 @@ class TransformerBlock(nn.Module):
             return Attention(self.heads, self.dtype, self.attention, name=name)(y, context, lengths, positions)
 
         def mlp(y):
-            y = nn.Dense(round(x.shape[-1] * self.mlp_ratio), dtype=self.dtype, name="mlp_in")(y)
-            return nn.Dense(x.shape[-1], dtype=self.dtype, name="mlp_out")(ACTIVATIONS[self.style.activation](y))
+            y = Dense(round(x.shape[-1] * self.mlp_ratio), dtype=self.dtype, name="mlp_in")(y)
+            return Dense(x.shape[-1], dtype=self.dtype, name="mlp_out")(ACTIVATIONS[self.style.activation](y))
 
         attend_self = lambda y: attend("self_attention", y, y, lengths, positions)  # noqa: E731
         x = self._residual(x, "self_attention", attend_self, fold_keys(keys, 0))

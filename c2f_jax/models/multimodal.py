@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from c2f_jax.models.layers import PooledEncoder
+from c2f_jax.models.layers import Dense, PooledEncoder
 
 
 class MultimodalEncoder(PooledEncoder):
@@ -21,7 +21,7 @@ class MultimodalEncoder(PooledEncoder):
     @nn.compact
     def __call__(self, speech_tokens, speech_lengths, image_tokens, image_lengths, keys=None):
         """(n, T, Ws), (n,), (n, P, Wi), (n,) -> logits (n, 2) float32: "no match", "match"."""
-        speech = nn.Dense(self.width, dtype=self.dtype, name="speech_input")(speech_tokens)
-        image = nn.Dense(self.width, dtype=self.dtype, name="image_input")(image_tokens)
+        speech = Dense(self.width, dtype=self.dtype, name="speech_input")(speech_tokens)
+        image = Dense(self.width, dtype=self.dtype, name="image_input")(image_tokens)
         x = self._transformer(cross_attention=True)(speech, speech_lengths, keys, image, image_lengths)
-        return nn.Dense(2, name="match_head")(self._pooled(x, speech_lengths)[:, 0].astype(jnp.float32))
+        return Dense(2, name="match_head")(self._pooled(x, speech_lengths)[:, 0].astype(jnp.float32))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from c2f_jax.errors import UserError
 from c2f_jax.models.layers import (
+    Dense,
     PooledEncoder,
     dropout,
     fold_keys,
@@ -146,7 +147,7 @@ class PublishedEncoder(PooledEncoder):
         if keys is not None and self.token_mask:
             masked = span_mask(fold_keys(keys, self.depth + 3), x.shape[1], self.token_mask, 1)
             x = jnp.where(masked[..., None], 0, x)
-        x = nn.Dense(self.width, dtype=self.dtype, name="input")(x)
+        x = Dense(self.width, dtype=self.dtype, name="input")(x)
         x, lengths = self._convolved(x, lengths, fold_keys(keys, self.depth + 4))
         if positions:
             x = x + sinusoidal_positions(x.shape[1], self.width).astype(self.dtype)

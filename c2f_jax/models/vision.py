@@ -11,6 +11,7 @@ from c2f_jax.models.layers import (
     ACTIVATIONS,
     Attention,
     BlockStyle,
+    Dense,
     TransformerEncoder,
     dropout,
     fold_keys,
@@ -63,7 +64,7 @@ class VisionTransformer(TransformerEncoder):
         """
         x = image.astype(jnp.float32) / 255.0
         x = ((x - jnp.asarray(self.mean)) / jnp.asarray(self.std)).astype(self.dtype)
-        x = nn.Dense(self.width, use_bias=self.patch_bias, dtype=self.dtype, name="patch_embedding")(
+        x = Dense(self.width, use_bias=self.patch_bias, dtype=self.dtype, name="patch_embedding")(
             patches(x, self.patch)
         )
         x = x.reshape(x.shape[0], -1, self.width)
@@ -79,7 +80,7 @@ class VisionTransformer(TransformerEncoder):
         if self.pooling_head:
             x = jnp.concatenate([self._attention_pool(x), x], axis=1)
         if self.projection:
-            x = nn.Dense(self.projection, use_bias=False, dtype=self.dtype, name="projection")(x)
+            x = Dense(self.projection, use_bias=False, dtype=self.dtype, name="projection")(x)
         return x, jnp.full((x.shape[0],), x.shape[1], jnp.int32), hidden
 
     def _attention_pool(self, x):
@@ -88,8 +89,8 @@ class VisionTransformer(TransformerEncoder):
         probe = jnp.broadcast_to(probe, (x.shape[0], 1, self.width))
         pooled = Attention(self.heads, self.dtype, self.attention, name="pool_attention")(probe, x, None)
         y = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="pool_norm")(pooled)
-        y = nn.Dense(round(self.width * self.mlp_ratio), dtype=self.dtype, name="pool_mlp_in")(y)
-        return pooled + nn.Dense(self.width, dtype=self.dtype, name="pool_mlp_out")(ACTIVATIONS[self.activation](y))
+        y = Dense(round(self.width * self.mlp_ratio), dtype=self.dtype, name="pool_mlp_in")(y)
+        return pooled + Dense(self.width, dtype=self.dtype, name="pool_mlp_out")(ACTIVATIONS[self.activation](y))
 
 
 class Blip2(TransformerEncoder, kw_only=True):
@@ -129,7 +130,7 @@ class Blip2(TransformerEncoder, kw_only=True):
         transformer = self._transformer(style=style, cross_attention=True)
         x, hidden = transformer(x, None, keys, context, None, layers=True)
         if self.projection:
-            x = nn.Dense(self.projection, dtype=self.dtype, name="projection")(x)
+            x = Dense(self.projection, dtype=self.dtype, name="projection")(x)
         return x, jnp.full((x.shape[0],), self.queries, jnp.int32), hidden
 
 

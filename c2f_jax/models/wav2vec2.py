@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from c2f_jax.models.layers import BlockStyle, TransformerEncoder, dropout, fold_keys, length_mask
+from c2f_jax.models.layers import BlockStyle, Dense, TransformerEncoder, dropout, fold_keys, length_mask
 
 NORM_EPSILON = 1e-5
 SITES = 1000  # dropout sites of the encoder itself, beyond those of its blocks
@@ -201,7 +201,7 @@ class Wav2Vec2(TransformerEncoder):
             name="conv",
         )(waveform, lengths)
         x = nn.LayerNorm(NORM_EPSILON, dtype=self.dtype, name="feature_norm")(x)
-        x = nn.Dense(self.width, dtype=self.dtype, name="feature_projection")(x)
+        x = Dense(self.width, dtype=self.dtype, name="feature_projection")(x)
         valid = length_mask(lengths, x.shape[1])
         mask_embedding = self.param("mask_embedding", nn.initializers.uniform(), (self.width,))
         if keys is not None and self.mask_time:
