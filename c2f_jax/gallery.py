@@ -11,13 +11,13 @@ from c2f_jax.data.audio import decode_audio
 from c2f_jax.data.images import decode_image
 from c2f_jax.data.pairs import SAMPLE_RATE, is_data_set, load_pairs
 from c2f_jax.errors import UserError
-from c2f_jax.evaluate import LENGTH_BUCKETS, encode_image, encode_speech, load_trained, matcher
 from c2f_jax.models import Encoded
 from c2f_jax.parallel import round_up_rows, split_rows
 from c2f_jax.retrieval.figures import results_png
 from c2f_jax.retrieval.index import AUDIO_SUFFIXES, IMAGE_SUFFIXES, GalleryIndex, list_media
 from c2f_jax.retrieval.ranking import coarse_top_k, fine_scores, rerank
 from c2f_jax.retrieval.report import Example, picture, recording, write_search_page
+from c2f_jax.trained import LENGTH_BUCKETS, encode_image, encode_speech, load_trained, matcher
 
 
 def build_index(workdir, gallery=None, *, kind="image", split=None, step="best", trained=None):
@@ -112,27 +112,7 @@ def search(
         )
     queries = _encode(experiment, params, query_kind, decoded)
 
-    k = min(k or experiment.eval.k, len(items.names))
-    cosine, coarse = coarse_top_k(queries.embedding, items.embeddings, max(k, top))
-    score = experiment.eval.score
-    fine = None
-    if experiment.method.has_sim(number):
-        logits = rerank(
-            matcher(experiment.model, params),
-            queries.tokens,
-            items.tokens,
-            coarse[:, :k],
-            direction="s2i" if kind == "image" else "i2s",
-            speech_lengths=queries.lengths if kind == "image" else items.lengths,
-            pair_chunk=round_up_rows(params, experiment.eval.pair_batch_size),
-            length_buckets=LENGTH_BUCKETS,
-        )
-        values = fine_scores(cosine[:, :k], logits, float(experiment.model.apply({"params": params}, method="tau")))[
-            score
-        ]
-        order = np.argsort(-values, axis=1, kind="stable")
-        fine = np.concatenate([np.take_along_axis(coarse[:, :k], order, axis=1), coarse[:, k:]], axis=1)
-
+    coarse, fine = _rank(experiment, params, number, queries, items, k or experiment.eval.k, top)
     show = functools.cache(lambda row: _media(kind, items.media[row], items.names[row]))
     examples = []
     for row, name in enumerate(names):
@@ -152,6 +132,29 @@ def search(
     if kind == "image":
         results_png(page.with_suffix(".png"), examples, top=top)
     return page
+
+
+def _rank(experiment, params, step, queries, items, k, top):
+    """At least ``top`` rows of the items for each query, best first: coarse, and fine (None before SIM is trained)."""
+    k = min(k, len(items.names))
+    cosine, coarse = coarse_top_k(queries.embedding, items.embeddings, max(k, top))
+    if not experiment.method.has_sim(step):
+        return coarse, None
+    by_voice = items.kind == "image"
+    logits = rerank(
+        matcher(experiment.model, params),
+        queries.tokens,
+        items.tokens,
+        coarse[:, :k],
+        direction="s2i" if by_voice else "i2s",
+        speech_lengths=queries.lengths if by_voice else items.lengths,
+        pair_chunk=round_up_rows(params, experiment.eval.pair_batch_size),
+        length_buckets=LENGTH_BUCKETS,
+    )
+    tau = float(experiment.model.apply({"params": params}, method="tau"))
+    scores = fine_scores(cosine[:, :k], logits, tau)[experiment.eval.score]
+    order = np.argsort(-scores, axis=1, kind="stable")
+    return coarse, np.concatenate([np.take_along_axis(coarse[:, :k], order, axis=1), coarse[:, k:]], axis=1)
 
 
 def _gallery_files(experiment, gallery, kind, split):

@@ -141,9 +141,10 @@ def _open_target(experiment, target, split=None, protocol=None):
 
 
 def _evaluate_on(experiment, workdir, step, target, split=None, protocol=None):
-    from c2f_jax.evaluate import evaluate_source, load_trained
+    from c2f_jax.evaluate import evaluate_source
     from c2f_jax.retrieval.evaluation import format_table
     from c2f_jax.retrieval.protocols import format_protocol
+    from c2f_jax.trained import load_trained
 
     source, protocol = _open_target(experiment, target, split, protocol)
     _, params, step, history = load_trained(workdir, step=step, experiment=experiment)
@@ -153,8 +154,9 @@ def _evaluate_on(experiment, workdir, step, target, split=None, protocol=None):
 
 
 def _evaluate_by_voice(experiment, workdir, step, target, split=None):
-    from c2f_jax.evaluate import evaluate_by_voice, load_trained
+    from c2f_jax.evaluate import evaluate_by_voice
     from c2f_jax.retrieval.evaluation import format_table
+    from c2f_jax.trained import load_trained
 
     source, _ = _open_target(experiment, target, split)
     _, params, step, _ = load_trained(workdir, step=step, experiment=experiment)

@@ -15,7 +15,7 @@ from c2f_jax.data import batch_plan, loader
 from c2f_jax.data.features import open_features
 from c2f_jax.data.pairs import make_data_set
 from c2f_jax.distributed import first_process_first, wait_for_all
-from c2f_jax.evaluate import data_set_label, encode_split, evaluate_source, retrieve
+from c2f_jax.evaluate import data_set_label, evaluate_source, retrieve
 from c2f_jax.experiment import create_experiment, example_batch, load_saved_config, save_config
 from c2f_jax.metrics import Recorder
 from c2f_jax.models.c2f import merge_params, momentum_subset
@@ -25,6 +25,7 @@ from c2f_jax.pretrained.features import prepare_features
 from c2f_jax.pretrained.weights import check_weights, load_published
 from c2f_jax.train_state import create_train_state
 from c2f_jax.train_step import train_step
+from c2f_jax.trained import encode_split
 
 PREEMPTED_EXIT_CODE = 42
 

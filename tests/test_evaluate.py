@@ -8,10 +8,11 @@ import pytest
 from test_loader import Memory
 
 from c2f_jax.data.loader import load_wave
-from c2f_jax.evaluate import encode_speech, encode_split, retrieve
+from c2f_jax.evaluate import retrieve
 from c2f_jax.experiment import create_experiment, example_batch
 from c2f_jax.main import load_config
 from c2f_jax.parallel import replicate
+from c2f_jax.trained import encode_speech, encode_split
 
 CONFIG = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs", "spoken_scenes.py")
 FLAGS = ["--config.eval.batch_size=10", "--config.eval.pair_batch_size=30", "--config.data.max_seconds=1.0"]

@@ -310,7 +310,7 @@ def get_config():
     assert counts["heard"]["speech_to_image"] == 4 and counts["unheard"]["speech_to_image"] == 2
     assert counts["heard"]["gallery_images"] == counts["unheard"]["gallery_images"] == 6
     # A recording that is in no cache goes through the network: the same answer as from its cached tokens.
-    from c2f_jax.evaluate import encode_speech, load_trained
+    from c2f_jax.trained import encode_speech, load_trained
 
     experiment, params, _, _ = load_trained(run)
     features = open_features(tmp_path / "cache")

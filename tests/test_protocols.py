@@ -8,11 +8,11 @@ import pytest
 from test_loader import Memory
 
 from c2f_jax.errors import UserError
-from c2f_jax.evaluate import EncodedSplit
 from c2f_jax.models import Encoded
 from c2f_jax.retrieval import protocols
 from c2f_jax.retrieval.evaluation import evaluate_retrieval, format_table
 from c2f_jax.retrieval.protocols import PROTOCOLS, find_protocol, format_protocol, mean_of_folds, open_protocol, rank
+from c2f_jax.trained import EncodedSplit
 
 
 def encoded(pictures, per_picture, seed=0, noise=1.0, width=16):

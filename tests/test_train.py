@@ -13,10 +13,11 @@ import pytest
 
 from c2f_jax.checkpoints import Checkpoints, abstract
 from c2f_jax.errors import UserError
-from c2f_jax.evaluate import load_trained, retrieve
+from c2f_jax.evaluate import retrieve
 from c2f_jax.main import load_config, main
 from c2f_jax.metrics import Recorder
 from c2f_jax.train import PREEMPTED_EXIT_CODE, shuffled_images, train_and_evaluate
+from c2f_jax.trained import load_trained
 
 CONFIG = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs", "spoken_scenes.py")
 

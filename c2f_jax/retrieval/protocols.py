@@ -168,7 +168,7 @@ class WithMorePictures(PairSource):
 
 
 def rank(protocol: Protocol, encoded, retrieve: Callable):
-    """Ranks an encoded split (`c2f_jax.evaluate.EncodedSplit`) as the protocol says.
+    """Ranks an encoded split (`c2f_jax.trained.EncodedSplit`) as the protocol says.
 
     retrieve(encoded) -> (result, lists). Returns (result, lists, encoded): the result has "protocol" beside what
     `evaluate_retrieval` gives; of several folds the numbers are means, the lists and the split those of the first.

@@ -17,7 +17,7 @@ def split_voices(encoded, source, heard):
     """The recordings of an encoded split by voices heard in training and others.
 
     Args:
-      encoded: EncodedSplit (``c2f_jax.evaluate``).
+      encoded: EncodedSplit (``c2f_jax.trained``).
       source: its PairSource.
       heard: set of the speakers of the training split.
 
