@@ -104,7 +104,7 @@ def test_missing_unused_misshaped_and_damaged_tensors_are_all_listed(published, 
     with pytest.raises(UserError) as error:
         convert([folder], tmp_path / "out")
     message = str(error.value)
-    assert message.startswith(f"{folder}: ") and "5 tensors do not fit" in message and "decoder" not in message
+    assert message.startswith(f"{folder}: ") and "tensors that do not fit: 5\n" in message and "decoder" not in message
     assert "missing: model.encoder.layers.0.fc1.bias" in message
     assert "unused: model.encoder.extra (3,)" in message
     assert "misshaped: model.encoder.layers.1.fc2.weight (8, 13)" in message

@@ -357,8 +357,8 @@ def convert_tensors(layout, prefix, tensors, shapes):
     if problems:
         listed = "\n".join(f"  {p}" for p in problems[:40]) + ("\n  ..." if len(problems) > 40 else "")
         raise UserError(
-            f"the file does not hold the {layout.name} that its configuration describes; {len(problems)} tensors do "
-            f"not fit:\n{listed}"
+            f"the file does not hold the {layout.name} that its configuration describes; tensors that do not "
+            f"fit: {len(problems)}\n{listed}"
         )
     return params
 
