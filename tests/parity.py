@@ -46,9 +46,13 @@ TINY_QFORMER = {
 TINY_BLIP2 = {"vision_config": TINY_VISION, "qformer_config": TINY_QFORMER, "num_query_tokens": 5}
 
 
-def reference(model, seed=0):
-    """The PyTorch model in evaluation mode, every parameter moved from its initial value, so that none is 0 or 1."""
-    generator = torch.Generator().manual_seed(seed)
+def reference(model, *args, seed=0):
+    """``model(*args)``, a PyTorch model in evaluation mode, the same in every run.
+
+    Every parameter is moved from its initial value, so that none is 0 or 1.
+    """
+    torch.manual_seed(seed)
+    model, generator = model(*args), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
@@ -143,7 +147,7 @@ def speech(name, **values):
     model, config = kinds[name]
     config = config(**values)
     config._attn_implementation = "eager"
-    return reference(model(config))
+    return reference(model, config)
 
 
 def vision(name, values):
@@ -153,10 +157,10 @@ def vision(name, values):
         "dinov2": (transformers.Dinov2Model, transformers.Dinov2Config),
     }
     model, config = kinds[name]
-    return reference(model(config(**values, attn_implementation="eager")))
+    return reference(model, config(**values, attn_implementation="eager"))
 
 
 def blip2(values):
     config = transformers.Blip2Config(**values)
     config._attn_implementation = "eager"
-    return reference(transformers.Blip2ForImageTextRetrieval(config))
+    return reference(transformers.Blip2ForImageTextRetrieval, config)

@@ -163,7 +163,7 @@ def whisper(name):
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
     config = transformers.WhisperConfig(**WHISPERS[name], decoder_layers=1, attn_implementation="eager")
-    return reference(WhisperEncoder(config))
+    return reference(WhisperEncoder, config)
 
 
 def whisper_features(model, *waves):
@@ -182,8 +182,7 @@ def test_whisper_padded_to_30_seconds_as_published(name):
         expected = model(whisper_features(model, wave[0], wave[1, :12_345]), output_hidden_states=True)
     _, frames, hidden = jax.jit(module.clone(pad=True).apply)({"params": params}, wave, lengths)
     assert frames.tolist() == [63, 39]
-    # 64 residuals add up to entries near 30, whose last bits differ.
-    assert_hidden_states_agree(hidden, expected.hidden_states, tolerance=2e-4 if name == "large-v3" else TOLERANCE)
+    assert_hidden_states_agree(hidden, expected.hidden_states)
 
     # Cut to their length: the same up to the transformer, whatever the padding.
     cut, frames, _ = jax.jit(module.apply)({"params": params}, wave, lengths)
