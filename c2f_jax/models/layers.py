@@ -136,6 +136,8 @@ def dot_product_attention(query, key, value, bias=None, lengths=None):
 
     Returns:
       (n, T, heads, d).
+
+    Source: Vaswani et al. 2017, section 3.2.1.
     """
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query / math.sqrt(query.shape[-1]), key, value))
     logits = jnp.einsum("nhtd,nhsd->nhts", query, key, preferred_element_type=jnp.float32)
