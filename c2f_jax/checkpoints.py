@@ -121,7 +121,8 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # each reader of a damaged file has errors of its own
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = reason.partition(" See full TensorStore details")[0][:200]  # an object's address, no details
             raise UserError(
                 f"checkpoint {step} in {self.directory} is damaged or does not fit this configuration "
                 f"({reason}): use the configuration that it was trained with, or "
