@@ -46,6 +46,7 @@ def default_config():
     encoder = {"width": 96, "depth": 4, "heads": 4, "mlp_ratio": 4.0, "dropout_rate": 0.0, "pooling": "cls"}
     config.model = ConfigDict()
     config.model.embedding_dim = 256
+    config.model.branches = 1
     config.model.initial_tau = 0.07
     config.model.dtype = "float32"
     config.model.attention = "xla"

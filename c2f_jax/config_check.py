@@ -16,7 +16,7 @@ _RANGES = (
         "a number from 1 on",
         lambda x: 1 <= x < math.inf,
         [
-            *["batch_size", "steps", "log_every", "data.image_size", "model.embedding_dim"],
+            *["batch_size", "steps", "log_every", "data.image_size", "model.embedding_dim", "model.branches"],
             *["eval.k", "eval.batch_size", "eval.pair_batch_size", "eval.resamples"],
             *["model.speech.mels", "model.speech.hop", "model.image.patch", "model.image.token_pool"],
             *[f"{part}.{name}" for part in _PARTS for name in ("width", "heads")],

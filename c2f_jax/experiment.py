@@ -274,7 +274,7 @@ def load_saved_config(workdir):
 def _model(values):
     values = dict(values)
     parts = [values.pop(name, {}) for name in ("speech", "image", "multimodal")]
-    known = {"embedding_dim", "initial_tau", "dtype", "attention", "remat"}
+    known = {"embedding_dim", "branches", "initial_tau", "dtype", "attention", "remat"}
     if set(values) - known:
         raise UserError(
             f"model has no {', '.join(sorted(set(values) - known))}: its values are {', '.join(sorted(known))}"

@@ -106,7 +106,7 @@ def search(
             f"{index} holds {items.kind} items, but these queries look for {kind} items: "
             f"make one with `c2f index --kind={kind}`"
         )
-    if items.embeddings.shape[1] != experiment.model.embedding_dim or not items.model.endswith(f"@{number}"):
+    if items.embeddings.shape[1] != experiment.model.embedding_size or not items.model.endswith(f"@{number}"):
         raise UserError(
             f"{index} was encoded by {items.model}, the queries by {workdir}@{number}: make the index again"
         )

@@ -171,9 +171,13 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
         bank_image = bank(key_image_z, state.queue, "image")
         bank_ids = bank(bank_ids, state.queue, "id")
 
-        # 4. SIC with identity targets, softened by momentum distillation.
-        logits_s2i = objectives.similarity_logits(speech.embedding, bank_image, tau)
-        logits_i2s = objectives.similarity_logits(image.embedding, bank_speech, tau)
+        # 4. SIC of each branch with identity targets, softened by momentum distillation, which takes all branches
+        # together for the teacher.
+        of_branches = [  # (M, n, N + K)
+            objectives.branch_logits(z, other, tau, model.branches)
+            for z, other in ((speech.embedding, bank_image), (image.embedding, bank_speech))
+        ]
+        logits_s2i, logits_i2s = (jnp.mean(logits, axis=0) for logits in of_branches)
         hard, keep = objectives.identity_targets(ids, bank_ids, index, valid, method.id_policy)
         targets_s2i = targets_i2s = hard
         if momentum is not None and method.alpha:
@@ -182,7 +186,8 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
                 for z, other in ((momentum[0].embedding, bank_image), (momentum[1].embedding, bank_speech))
             ]
             targets_s2i, targets_i2s = (objectives.distillation_targets(s, hard, keep, alpha) for s in soft)
-        sic_rows = objectives.sic_loss(logits_s2i, logits_i2s, targets_s2i, targets_i2s, keep)
+        branch_loss = jax.vmap(objectives.sic_loss, in_axes=(0, 0, None, None, None))
+        sic_rows = jnp.mean(branch_loss(*of_branches, targets_s2i, targets_i2s, keep), axis=0)
         sic = pmean(jnp.mean(sic_rows), axis_name)
         metrics = {"sic_loss": sic_rows, "tau": tau, "sic_accuracy": _hits(logits_s2i, hard, keep)}
         if not method.sim_weight:

@@ -126,6 +126,35 @@ def test_match_reads_only_the_valid_tokens(tiny):
     assert changed.tolist() == [False, True, True], "only pairs whose own length grew see more"
 
 
+def test_branches_are_encoders_on_one_trunk_whose_cosines_are_averaged(tiny):
+    """Each branch alone is the model without branches that has its parameters."""
+    one, _, batch = tiny
+    model = create_model(SPEECH, IMAGE, TOWER, embedding_dim=6, branches=3)
+    params = model.init(jax.random.key(5), batch)["params"]
+    args = {"encode_speech": (batch["waveform"], batch["speech_lengths"]), "encode_image": (batch["image"],)}
+    whole = {m: model.apply({"params": params}, *x, method=m) for m, x in args.items()}
+    cosines = []
+    for branch in range(3):
+        ending = f"_{branch}" if branch else ""
+        own = dict(params)
+        for part in ("speech", "image"):
+            encoder = params[f"{part}_encoder"]
+            own[f"{part}_encoder"] = encoder | {"transformer": encoder[f"transformer{ending}"]}
+            own[f"{part}_projection"] = params[f"{part}_projection{ending}"]
+        alone = {m: one.apply({"params": own}, *x, method=m) for m, x in args.items()}
+        for name, encoded in alone.items():
+            np.testing.assert_allclose(
+                np.split(whole[name].tokens, 3, axis=-1)[branch], encoded.tokens, atol=1e-5, err_msg=name
+            )
+        cosines.append(alone["encode_speech"].embedding @ alone["encode_image"].embedding.T)
+    speech, image = whole["encode_speech"].embedding, whole["encode_image"].embedding
+    assert speech.shape == (3, 18) == (3, model.embedding_size)
+    np.testing.assert_allclose(speech @ image.T, np.mean(cosines, axis=0), atol=1e-5)
+    assert np.std(cosines, axis=0).min() > 1e-4, "branches differ"
+    logits = model.apply({"params": params}, *whole.values(), method="match")
+    assert logits.shape == (3, 2), "SIM reads the tokens of all branches"
+
+
 def test_mean_pooling_puts_the_mean_of_the_valid_tokens_first(tiny):
     cls, variables, batch = tiny
     pooled = create_model(*(part | {"pooling": "mean"} for part in (SPEECH, IMAGE, TOWER)), embedding_dim=6)

@@ -24,6 +24,7 @@ SIC_ONLY = BASE | {"sim_weight": 0.0, "alpha": 0.0}
 QUEUES = {"queue_size": 13, "token_queue_size": 19, "negatives": "queue"}
 CASES = {
     "queue": BASE | QUEUES | {"alpha_ramp_steps": 4},
+    "branches": BASE | QUEUES | {"alpha_ramp_steps": 4, "branches": 2},
     "global": BASE | {"dropout_rate": 0.2},
     "batch": BASE | {"negatives": "batch"},
     "detached": SIC_ONLY,
@@ -61,23 +62,23 @@ BATCHES = [make_batch(seed) for seed in range(STEPS)]
 
 
 def method_of(case):
-    other = ("queue_size", "token_queue_size", "dropout_rate")
+    other = ("queue_size", "token_queue_size", "dropout_rate", "branches")
     return MethodConfig(**{name: value for name, value in CASES[case].items() if name not in other})
 
 
 def model_of(case, **options):
-    return tiny_model(CASES[case]["dropout_rate"], **options)
+    return tiny_model(CASES[case]["dropout_rate"], branches=CASES[case].get("branches", 1), **options)
 
 
 @functools.cache
-def initial_state():
-    state = create_train_state(tiny_model(), scalable_sgd(), BATCHES[0], seed=3, queue_size=13, token_queue_size=19)
-    return jax.tree.map(np.asarray, state)
+def initial_state(branches):
+    model, sizes = tiny_model(branches=branches), {"queue_size": 13, "token_queue_size": 19}
+    return jax.tree.map(np.asarray, create_train_state(model, scalable_sgd(), BATCHES[0], seed=3, **sizes))
 
 
 def start_of(case):
     """The initial state as numpy arrays: one initialisation, fitted to the case's queues and momentum model."""
-    state = initial_state()
+    state = initial_state(CASES[case].get("branches", 1))
     if not CASES[case]["queue_size"]:
         empty = [jax.tree.map(np.asarray, create_queue(0, q.entries)) for q in (state.queue, state.token_queue)]
         state = state.replace(queue=empty[0], token_queue=empty[1])
@@ -175,35 +176,41 @@ def test_batch_pool_drops_rows_whose_device_holds_no_other_picture():
 
 
 @functools.cache
-def encoder():
-    return jax.jit(functools.partial(encode, tiny_model()))
+def encoder(case):
+    return jax.jit(functools.partial(encode, model_of(case)))
 
 
-def sic_oracle(z, momentum_z, queued, ids, tau, alpha):
-    """L_SIC of one batch in float64: multi-positive targets, distilled, the banks being the batch and ``queued``."""
+def sic_oracle(z, momentum_z, queued, ids, tau, alpha, branches):
+    """L_SIC of one batch in float64: multi-positive targets, distilled, the banks being the batch and ``queued``.
+
+    The mean over the branches, each with its own part of the embeddings, the teacher with whole ones.
+    """
     rows, bank_ids = [], np.concatenate([ids, [row[0] for row in queued]])
     for own, other, own_momentum in ((0, 1, 0), (1, 0, 1)):
-        bank = np.concatenate([momentum_z[other], np.reshape([row[1 + other] for row in queued], (-1, 8))])
+        bank = np.concatenate([momentum_z[other], np.reshape([row[1 + other] for row in queued], (-1, z[0].shape[1]))])
         targets = (ids[:, None] == bank_ids).astype(float)
         targets /= targets.sum(1, keepdims=True)
         soft = np.exp(momentum_z[own_momentum] @ bank.T / tau)
         targets = alpha * soft / soft.sum(1, keepdims=True) + (1 - alpha) * targets
-        logits = z[own] @ bank.T / tau
-        rows.append(-np.sum(targets * (logits - np.log(np.exp(logits).sum(1, keepdims=True))), axis=1))
+        for query, keys in zip(np.split(z[own], branches, axis=1), np.split(bank, branches, axis=1), strict=True):
+            unit = query / np.linalg.norm(query, axis=1, keepdims=True)
+            logits = unit @ (keys / np.linalg.norm(keys, axis=1, keepdims=True)).T / tau
+            rows.append(-np.sum(targets * (logits - np.log(np.exp(logits).sum(1, keepdims=True))), axis=1))
     return np.mean(rows)
 
 
-def test_each_step_equals_the_method_by_hand():
+@pytest.mark.parametrize("case", ["queue", "branches"])
+def test_each_step_equals_the_method_by_hand(case):
     """The loss, the momentum parameters and both queues of every step, from the parameters that it began with."""
-    run, queued = reference("queue"), []
+    run, queued, branches = reference(case), [], CASES[case].get("branches", 1)
     for step, batch in enumerate(BATCHES):
         before, after = run.states[step], run.states[step + 1]
         z, momentum_z = (
-            [np.asarray(x.embedding, np.float64) for x in encoder()(params, batch)]
+            [np.asarray(x.embedding, np.float64) for x in encoder(case)(params, batch)]
             for params in (before.params, before.momentum_params)
         )
         tau = run.metrics[step]["tau"]
-        expected = sic_oracle(z, momentum_z, queued[-13:], batch["image_id"], tau, 0.4 * step / 4)
+        expected = sic_oracle(z, momentum_z, queued[-13:], batch["image_id"], tau, 0.4 * step / 4, branches)
         assert run.metrics[step]["sic_loss"] == pytest.approx(expected, rel=1e-4)
         assert run.metrics[step]["alpha"] == pytest.approx(0.4 * step / 4)
 
@@ -225,7 +232,7 @@ def test_each_step_equals_the_method_by_hand():
 
 def test_token_queue_keeps_the_momentum_tokens_that_were_encoded():
     state = reference("queue").states[1]
-    speech, image = encoder()(state.momentum_params, BATCHES[1])
+    speech, image = encoder("queue")(state.momentum_params, BATCHES[1])
     entries = reference("queue").states[2].token_queue.entries
     for name, encoded in (("speech", speech), ("image", image)):
         assert entries[f"{name}_tokens"].dtype == jnp.bfloat16

@@ -27,7 +27,16 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def create_model(
-    speech, image, multimodal, *, embedding_dim=256, initial_tau=0.07, dtype="float32", attention="xla", remat=False
+    speech,
+    image,
+    multimodal,
+    *,
+    embedding_dim=256,
+    branches=1,
+    initial_tau=0.07,
+    dtype="float32",
+    attention="xla",
+    remat=False,
 ):
     """Build a ``C2FModel``.
 
@@ -37,6 +46,8 @@ def create_model(
       image: dict with ``name`` ("vit", "published", "tokens") and the encoder's attributes.
       multimodal: dict of ``MultimodalEncoder`` attributes.
       embedding_dim: D.
+      branches: M, transformers and projections side by side in each of the two encoders: an ensemble on one trunk,
+        each branch with an SIC loss of its own.
       initial_tau: tau at step 0.
       dtype: compute type, "float32" or "bfloat16"; parameters, logits, softmax and momentum stay float32.
       attention: "xla" or "cudnn".
@@ -50,15 +61,19 @@ def create_model(
     if attention not in ATTENTION_IMPLEMENTATIONS:
         raise UserError(f"model.attention={attention!r}: choose one of {', '.join(ATTENTION_IMPLEMENTATIONS)}")
     shared = {"dtype": DTYPES[dtype], "attention": attention, "remat": remat}
+    encoder = shared | {"branches": branches}
     frozen = []
     for part, attributes in (("speech", speech), ("image", image)):
+        if branches > 1 and not attributes.get("depth", 1):
+            raise UserError(f"model.branches={branches} are transformers: model.{part}.depth=0 leaves them out")
         if attributes.get("name") == "published":
             frozen += _frozen_paths(part, attributes.get("frozen", "tower"))
     return C2FModel(
-        _encoder("model.speech", SPEECH_ENCODERS, speech, shared, SPEECH_TOWERS),
-        _encoder("model.image", IMAGE_ENCODERS, image, shared, IMAGE_TOWERS),
+        _encoder("model.speech", SPEECH_ENCODERS, speech, encoder, SPEECH_TOWERS),
+        _encoder("model.image", IMAGE_ENCODERS, image, encoder, IMAGE_TOWERS),
         _encoder("model.multimodal", {"multimodal": MultimodalEncoder}, {"name": "multimodal"} | multimodal, shared),
         embedding_dim=embedding_dim,
+        branches=branches,
         initial_tau=initial_tau,
         frozen=tuple(frozen),
     )
@@ -99,7 +114,8 @@ def _encoder(where, registry, attributes, shared, towers=None):
         needed = "needs `weights`, a folder of `c2f convert`, or `tower`" if name == "published" else "takes no `tower`"
         raise UserError(f"{where}.name={name!r} {needed}")
     if isinstance(attributes.get("tower"), dict):
-        attributes["tower"] = create_tower(attributes["tower"], f"{where}.tower", towers, **shared)
+        of_tower = {name: value for name, value in shared.items() if name != "branches"}
+        attributes["tower"] = create_tower(attributes["tower"], f"{where}.tower", towers, **of_tower)
     known = {f.name for f in dataclasses.fields(registry[name])} - {"parent", "name"} - set(shared)
     unknown = sorted(set(attributes) - known)
     if unknown:

@@ -1,22 +1,24 @@
 """The C2F model: two encoders with projections for SIC, a multimodal encoder for SIM, a learnt temperature."""
 
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from c2f_jax.models.layers import Dense, fold_keys
+from c2f_jax.models.layers import Dense, fold_keys, numbered
 
-MOMENTUM_MODULES = ("speech_encoder", "image_encoder", "speech_projection", "image_projection")
+WITHOUT_MOMENTUM = ("multimodal_encoder", "temperature")
 
 
 class Encoded(NamedTuple):
     """One modality of a batch.
 
     Attributes:
-      embedding: (n, D) float32, L2-normalised projection z of the [CLS].
-      tokens: (n, T, W) token sequence H, [CLS] first.
+      embedding: (n, D) float32, L2-normalised projection z of the [CLS]; of M branches (n, M D), each one's
+        normalised projection times 1 / sqrt(M), so that a cosine is the mean of the branches' cosines.
+      tokens: (n, T, W) token sequence H, [CLS] first; of M branches (n, T, M W).
       lengths: (n,) int32 valid tokens.
     """
 
@@ -53,6 +55,7 @@ class C2FModel(nn.Module):
       image_encoder: (image, keys) -> tokens, lengths.
       multimodal_encoder: (speech tokens, lengths, image tokens, lengths, keys) -> logits (n, 2).
       embedding_dim: D.
+      branches: M, as the encoders have.
       initial_tau: tau at step 0.
       frozen: paths of the parameters that are never trained, such as ("speech_encoder", "tower").
 
@@ -63,28 +66,36 @@ class C2FModel(nn.Module):
     image_encoder: nn.Module
     multimodal_encoder: nn.Module
     embedding_dim: int = 256
+    branches: int = 1
     initial_tau: float = 0.07
     frozen: tuple[tuple[str, ...], ...] = ()
 
     def setup(self):
         # Projection and normalisation in float32 whatever the compute type: similarities are divided by a small tau.
-        self.speech_projection = Dense(self.embedding_dim)
-        self.image_projection = Dense(self.embedding_dim)
+        self.speech_projections, self.image_projections = (
+            [Dense(self.embedding_dim, name=numbered(f"{part}_projection", m)) for m in range(self.branches)]
+            for part in ("speech", "image")
+        )
         self.temperature = Temperature(self.initial_tau)
 
     def encode_speech(self, waveform, lengths, keys=None) -> Encoded:
         """Encode recordings: waveform (n, S) float32 at 16 kHz with (n,) valid samples, or cached tokens (n, T, C)."""
         tokens, token_lengths = self.speech_encoder(waveform, lengths, fold_keys(keys, 0))
-        return Encoded(_normalised(self.speech_projection, tokens), tokens, token_lengths)
+        return Encoded(_embedding(self.speech_projections, tokens), tokens, token_lengths)
 
     def encode_image(self, image, keys=None) -> Encoded:
         """Encode images: (n, H, W, 3) uint8, or cached tokens (n, P, C)."""
         tokens, token_lengths = self.image_encoder(image, fold_keys(keys, 1))
-        return Encoded(_normalised(self.image_projection, tokens), tokens, token_lengths)
+        return Encoded(_embedding(self.image_projections, tokens), tokens, token_lengths)
 
     def match(self, speech: Encoded, image: Encoded, keys=None):
         """SIM logits (n, 2) of n pairs; embeddings are not used and may be None."""
         return self.multimodal_encoder(speech.tokens, speech.lengths, image.tokens, image.lengths, fold_keys(keys, 2))
+
+    @property
+    def embedding_size(self):
+        """Entries of an embedding, M D."""
+        return self.branches * self.embedding_dim
 
     def tau(self):
         """The temperature, float32 scalar."""
@@ -108,7 +119,7 @@ def image_input(batch):
 
 def momentum_subset(params):
     """The part of the parameters that has a momentum copy: both encoders and both projections, not tau, not SIM."""
-    return {name: params[name] for name in MOMENTUM_MODULES if name in params}
+    return {name: value for name, value in params.items() if name not in WITHOUT_MOMENTUM}
 
 
 def split_params(params, paths):
@@ -143,6 +154,9 @@ def merge_params(params, others):
     return merged
 
 
-def _normalised(projection, tokens):
-    z = projection(tokens[:, 0].astype(jnp.float32))
-    return z * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(z), axis=-1, keepdims=True), 1e-12))
+def _embedding(projections, tokens):
+    """The branches' parts of the first token, each projected and normalised: (n, T, M W) -> (n, M D)."""
+    parts = jnp.split(tokens[:, 0].astype(jnp.float32), len(projections), axis=-1)
+    z = jnp.stack([projection(part) for projection, part in zip(projections, parts, strict=True)], axis=1)  # (n, M, D)
+    z = z * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(z), axis=-1, keepdims=True), 1e-12))
+    return z.reshape(z.shape[0], -1) / math.sqrt(len(projections))

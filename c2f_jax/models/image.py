@@ -5,7 +5,7 @@ import math
 import flax.linen as nn
 import jax.numpy as jnp
 
-from c2f_jax.models.layers import Dense, PooledEncoder, dropout, fold_keys, prepend_cls
+from c2f_jax.models.layers import BranchedEncoder, Dense, dropout, fold_keys, prepend_cls
 
 
 def patches(x, side):
@@ -19,7 +19,7 @@ def patches(x, side):
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, rows, columns, side * side * channels)
 
 
-class ViTImageEncoder(PooledEncoder):
+class ViTImageEncoder(BranchedEncoder):
     """A vision transformer (Dosovitskiy et al. 2021) with a [CLS] and learnt positions.
 
     Attributes:
@@ -28,7 +28,7 @@ class ViTImageEncoder(PooledEncoder):
         learn much faster with it (Xiao et al. 2021, "Early Convolutions Help Transformers See Better").
       conv_blocks: residual 3 x 3 convolutions on the patch grid before the transformer.
       token_pool: output tokens are means over token_pool x token_pool patches, which makes matching cheaper.
-      others: as in ``PooledEncoder``.
+      others: as in ``BranchedEncoder``.
     """
 
     patch: int = 8
@@ -56,11 +56,11 @@ class ViTImageEncoder(PooledEncoder):
         x = x + positions.astype(self.dtype)
         x = prepend_cls(self, dropout(x, self.dropout_rate, fold_keys(keys, self.depth)))
         lengths = jnp.full((n,), x.shape[1], jnp.int32)
-        x = self._pooled(self._transformer()(x, lengths, keys), lengths)
+        x = self._encode(x, lengths, keys)
         if self.token_pool > 1:
             rows, columns = image.shape[1] // self.patch, image.shape[2] // self.patch
-            grid = x[:, 1:].reshape(n, rows, columns, self.width)
+            grid = x[:, 1:].reshape(n, rows, columns, -1)
             pooled = nn.avg_pool(grid, (self.token_pool,) * 2, strides=(self.token_pool,) * 2)
-            x = jnp.concatenate([x[:, :1], pooled.reshape(n, -1, self.width)], axis=1)
+            x = jnp.concatenate([x[:, :1], pooled.reshape(n, rows * columns // self.token_pool**2, -1)], axis=1)
             lengths = jnp.full((n,), x.shape[1], jnp.int32)
         return x, lengths

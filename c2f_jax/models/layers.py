@@ -12,6 +12,7 @@ import numpy as np
 
 ATTENTION_IMPLEMENTATIONS = ("xla", "cudnn")
 POOLINGS = ("cls", "mean")
+_BRANCH_SITE = 1000  # of dropout keys, beyond those of the encoders' own uses
 ACTIVATIONS = {
     "gelu_tanh": nn.gelu,
     "gelu": functools.partial(nn.gelu, approximate=False),
@@ -334,7 +335,7 @@ class TransformerEncoder(nn.Module):
     attention: str = "xla"
     remat: bool = False
 
-    def _transformer(self, **attributes):
+    def _transformer(self, name="transformer", **attributes):
         """The ``Transformer`` of these attributes and others given."""
         return Transformer(
             self.depth,
@@ -344,7 +345,7 @@ class TransformerEncoder(nn.Module):
             dtype=self.dtype,
             attention=self.attention,
             remat=self.remat,
-            name="transformer",
+            name=name,
             **attributes,
         )
 
@@ -363,6 +364,33 @@ class PooledEncoder(TransformerEncoder):
     def _pooled(self, x, lengths):
         """(n, T, W) tokens, [CLS] first, (n,) valid ones -> the same with the first one as ``pooling`` says."""
         return x if self.pooling == "cls" else jnp.concatenate([mean_token(x, lengths), x[:, 1:]], axis=1)
+
+
+class BranchedEncoder(PooledEncoder):
+    """An encoder of one modality: M transformers side by side on the same input, each with a first token of its own.
+
+    Attributes:
+      branches: M.
+      others: as in ``PooledEncoder``.
+
+    Source: Lee et al. 2015 ("Why M Heads are Better than One"), section 4, tree-structured networks.
+    """
+
+    branches: int = 1
+
+    def _encode(self, x, lengths, keys):
+        """(n, T, W) tokens, [CLS] first, (n,) valid ones -> (n, T, M W), the branches' tokens in one."""
+        outputs = []
+        for branch in range(self.branches):
+            transformer = self._transformer(numbered("transformer", branch))
+            y = transformer(x, lengths, fold_keys(keys, _BRANCH_SITE + branch) if branch else keys)
+            outputs.append(self._pooled(y, lengths))
+        return jnp.concatenate(outputs, axis=-1)
+
+
+def numbered(name, branch):
+    """The name of a branch's module; the first one is called as if there were no other."""
+    return f"{name}_{branch}" if branch else name
 
 
 def mean_token(tokens, lengths):

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from c2f_jax.errors import UserError
 from c2f_jax.models.layers import (
+    BranchedEncoder,
     Dense,
-    PooledEncoder,
     dropout,
     fold_keys,
     length_mask,
@@ -83,7 +83,7 @@ class TimeConvolutions(nn.Module):
         return x, lengths
 
 
-class PublishedEncoder(PooledEncoder):
+class PublishedEncoder(BranchedEncoder):
     """What ``PublishedSpeech`` and ``PublishedImage`` share.
 
     Attributes:
@@ -99,7 +99,7 @@ class PublishedEncoder(PooledEncoder):
       token_dropout: share of the entries of the network's tokens that are set to 0 in training.
       token_mask: share of the tokens that are set to 0 as a whole in training, as if a part of the sentence or of the
         picture were missing.
-      others: as in ``PooledEncoder``.
+      others: as in ``BranchedEncoder``.
     """
 
     tower: nn.Module | None = None
@@ -153,8 +153,7 @@ class PublishedEncoder(PooledEncoder):
             x = x + sinusoidal_positions(x.shape[1], self.width).astype(self.dtype)
         x = prepend_cls(self, dropout(x, self.dropout_rate, fold_keys(keys, self.depth)))
         lengths = lengths + 1
-        x = self._transformer()(x, lengths, keys)
-        return self._pooled(x, lengths), lengths
+        return self._encode(x, lengths, keys), lengths
 
 
 class PublishedSpeech(PublishedEncoder):

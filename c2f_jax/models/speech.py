@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from c2f_jax.models.layers import (
-    PooledEncoder,
+    BranchedEncoder,
     dropout,
     fold_keys,
     length_mask,
@@ -56,14 +56,14 @@ def log_mel(waveform, lengths, mels=80, hop=160):
     return jnp.where(valid, (features - mean) / (jnp.sqrt(variance) + 0.01), 0.0), frame_lengths
 
 
-class LogMelSpeechEncoder(PooledEncoder):
+class LogMelSpeechEncoder(BranchedEncoder):
     """Log-mel spectrogram, strided convolutions, a small transformer with a [CLS].
 
     Attributes:
       mels: mel channels.
       hop: samples from frame to frame; 160 is 10 ms.
       conv_layers: convolutions of stride 2; tokens come every hop 2^conv_layers samples (80 ms by default).
-      others: as in ``PooledEncoder``.
+      others: as in ``BranchedEncoder``.
     """
 
     mels: int = 80
@@ -87,5 +87,4 @@ class LogMelSpeechEncoder(PooledEncoder):
         x = x + sinusoidal_positions(x.shape[1], self.width).astype(self.dtype)
         x = prepend_cls(self, dropout(x, self.dropout_rate, fold_keys(keys, self.depth)))
         lengths = lengths + 1
-        x = self._transformer()(x, lengths, keys)
-        return self._pooled(x, lengths), lengths
+        return self._encode(x, lengths, keys), lengths
