@@ -29,21 +29,22 @@ def get_config(arg=""):
     config.data.bucket_seconds = (3.6, 6.4)
     config.data.max_seconds = 12.0
     config.batch_size = 128
-    config.steps = 1200
+    config.steps = 1050
     config.log_every = 20
-    config.eval_every = config.checkpoint_every = 400
+    config.eval_every = config.checkpoint_every = 350
     config.queue_size = 1024
 
+    config.model.branches = 3  # models of so few pairs err differently from seed to seed: their mean cosine errs less
     # One caption a photograph is little: 5,253 pairs are learnt by heart without dropout of this size.
     head = {"width": 192, "heads": 4, "mlp_ratio": 3.0, "dropout_rate": 0.3, "token_dropout": 0.2, "token_mask": 0.3}
     head |= {"pooling": "mean"}  # a [CLS] takes more than twice the steps
     speech = {"name": "published", "weights": f"{arg}/weights/whisper-tiny.en-encoder", "frozen": "tower"}
-    config.model.speech = ConfigDict(speech | {"layer": "last", "pool": 4, "conv_blocks": 2, "depth": 2} | head)
+    config.model.speech = ConfigDict(speech | {"layer": "last", "pool": 4, "conv_blocks": 2, "depth": 1} | head)
     config.model.image = ConfigDict({"name": "tokens", "depth": 1} | head)
     config.model.multimodal = ConfigDict({"width": 128, "depth": 2, "heads": 4, "mlp_ratio": 2.0, "dropout_rate": 0.2})
 
     config.method.momentum = 0.98
-    config.method.warm_up_steps = 800
+    config.method.warm_up_steps = 700
     config.method.mining_tau = 0.5  # SIM learns nothing from the negatives that tau draws
     config.method.alpha_ramp_steps = 100
     config.optimizer.name = "muon"

@@ -42,8 +42,8 @@ def branch_logits(queries, bank, tau, branches):
     >>> branch_logits(z, z, 0.5, 2).round(4).tolist()
     [[[2.0]], [[2.0]]]
     """
-    parts = lambda z: jnp.stack(jnp.split(z, branches, axis=-1))  # noqa: E731
-    return branches * jax.vmap(similarity_logits, in_axes=(0, 0, None))(parts(queries), parts(bank), tau)
+    parts = zip(jnp.split(queries, branches, axis=-1), jnp.split(bank, branches, axis=-1), strict=True)
+    return branches * jnp.stack([similarity_logits(own, other, tau) for own, other in parts])
 
 
 def soft_target_cross_entropy(logits, targets, valid):
