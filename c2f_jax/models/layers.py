@@ -373,7 +373,7 @@ class BranchedEncoder(PooledEncoder):
       branches: M.
       others: as in ``PooledEncoder``.
 
-    Source: Lee et al. 2015 ("Why M Heads are Better than One"), section 4, tree-structured networks.
+    Source: Lee et al. 2015 ("Why M Heads are Better than One"), there called TreeNets.
     """
 
     branches: int = 1

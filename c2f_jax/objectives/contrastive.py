@@ -36,7 +36,7 @@ def branch_logits(queries, bank, tau, branches):
     Returns:
       (M, n, K) float32.
 
-    Source: Lee et al. 2015 ("Why M Heads are Better than One"), section 4: each branch has a loss of its own.
+    For SIC of a TreeNet (Lee et al. 2015, "Why M Heads are Better than One"), each branch with a loss of its own.
 
     >>> z = jnp.array([[0.6, 0.8, 1.0, 0.0]]) / jnp.sqrt(2.0)
     >>> branch_logits(z, z, 0.5, 2).round(4).tolist()
