@@ -30,6 +30,7 @@ class Checkpoints:
             raise UserError(f"{workdir} holds no checkpoints: give the --workdir of a training run")
         if self.directory.exists() and not self.directory.is_dir():
             raise UserError(f"{self.directory} is not a folder: remove it or give another --workdir")
+        self._read_only = read_only
         policies = checkpoint_managers
         try:
             self._manager = ocp.CheckpointManager(
@@ -121,12 +122,12 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # each reader of a damaged file has errors of its own
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            reason = reason.partition(" See full TensorStore details")[0][:200]  # an object's address, no details
+            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = reason.partition(" See full TensorStore details")[0][:300]  # an object's address, no details
+            other = f", or remove {self.directory / str(step)} to go on from another one, if there is one"
             raise UserError(
                 f"checkpoint {step} in {self.directory} is damaged or does not fit this configuration "
-                f"({reason}): use the configuration that it was trained with, or "
-                f"remove {self.directory / str(step)} to go on from another one, if there is one"
+                f"({reason}): use the configuration that it was trained with{'' if self._read_only else other}"
             ) from error
 
     def close(self):
