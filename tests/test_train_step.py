@@ -147,6 +147,7 @@ slow = pytest.mark.slow
         # The others, with global on two devices under shard_map in the test of rematerialisation.
         pytest.param("queue", "pmap", 1, marks=slow),
         pytest.param("queue", "pmap", 4, marks=slow),
+        pytest.param("branches", "pmap", 2, marks=slow),
         pytest.param("queue", "shard_map", 1, marks=slow),
         pytest.param("queue", "shard_map", 2, marks=slow),
         pytest.param("global", "pmap", 1, marks=slow),

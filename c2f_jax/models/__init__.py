@@ -61,7 +61,6 @@ def create_model(
     if attention not in ATTENTION_IMPLEMENTATIONS:
         raise UserError(f"model.attention={attention!r}: choose one of {', '.join(ATTENTION_IMPLEMENTATIONS)}")
     shared = {"dtype": DTYPES[dtype], "attention": attention, "remat": remat}
-    encoder = shared | {"branches": branches}
     frozen = []
     for part, attributes in (("speech", speech), ("image", image)):
         if branches > 1 and not attributes.get("depth", 1):
@@ -69,8 +68,8 @@ def create_model(
         if attributes.get("name") == "published":
             frozen += _frozen_paths(part, attributes.get("frozen", "tower"))
     return C2FModel(
-        _encoder("model.speech", SPEECH_ENCODERS, speech, encoder, SPEECH_TOWERS),
-        _encoder("model.image", IMAGE_ENCODERS, image, encoder, IMAGE_TOWERS),
+        _encoder("model.speech", SPEECH_ENCODERS, speech, shared, SPEECH_TOWERS).clone(branches=branches),
+        _encoder("model.image", IMAGE_ENCODERS, image, shared, IMAGE_TOWERS).clone(branches=branches),
         _encoder("model.multimodal", {"multimodal": MultimodalEncoder}, {"name": "multimodal"} | multimodal, shared),
         embedding_dim=embedding_dim,
         branches=branches,
@@ -114,9 +113,9 @@ def _encoder(where, registry, attributes, shared, towers=None):
         needed = "needs `weights`, a folder of `c2f convert`, or `tower`" if name == "published" else "takes no `tower`"
         raise UserError(f"{where}.name={name!r} {needed}")
     if isinstance(attributes.get("tower"), dict):
-        of_tower = {name: value for name, value in shared.items() if name != "branches"}
-        attributes["tower"] = create_tower(attributes["tower"], f"{where}.tower", towers, **of_tower)
-    known = {f.name for f in dataclasses.fields(registry[name])} - {"parent", "name"} - set(shared)
+        attributes["tower"] = create_tower(attributes["tower"], f"{where}.tower", towers, **shared)
+    # Branches are one number for both encoders, a value of the model.
+    known = {f.name for f in dataclasses.fields(registry[name])} - {"parent", "name", "branches"} - set(shared)
     unknown = sorted(set(attributes) - known)
     if unknown:
         raise UserError(f"{where} ({name}) has no {', '.join(unknown)}: its attributes are {', '.join(sorted(known))}")

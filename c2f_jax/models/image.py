@@ -61,6 +61,6 @@ class ViTImageEncoder(BranchedEncoder):
             rows, columns = image.shape[1] // self.patch, image.shape[2] // self.patch
             grid = x[:, 1:].reshape(n, rows, columns, -1)
             pooled = nn.avg_pool(grid, (self.token_pool,) * 2, strides=(self.token_pool,) * 2)
-            x = jnp.concatenate([x[:, :1], pooled.reshape(n, rows * columns // self.token_pool**2, -1)], axis=1)
+            x = jnp.concatenate([x[:, :1], pooled.reshape(n, -1, pooled.shape[-1])], axis=1)
             lengths = jnp.full((n,), x.shape[1], jnp.int32)
         return x, lengths
