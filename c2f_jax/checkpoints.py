@@ -124,10 +124,12 @@ class Checkpoints:
         except Exception as error:  # each reader of a damaged file has errors of its own
             reason = " ".join(str(error).split()) or type(error).__name__
             reason = reason.partition(" See full TensorStore details")[0][:300]  # an object's address, no details
-            other = f", or remove {self.directory / str(step)} to go on from another one, if there is one"
+            other = f"remove {self.directory / str(step)} to go on from another one, if there is one"
+            if self._read_only:  # not this command's to remove
+                other = "bring its files back, or choose another step, if there is one"
             raise UserError(
                 f"checkpoint {step} in {self.directory} is damaged or does not fit this configuration "
-                f"({reason}): use the configuration that it was trained with{'' if self._read_only else other}"
+                f"({reason}): use the configuration that it was trained with, or {other}"
             ) from error
 
     def close(self):
