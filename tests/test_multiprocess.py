@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from faults import plant
 from rounding import assert_equal_but_for_rounding, rounding_ratios
 
 import c2f_jax
@@ -206,13 +207,6 @@ def test_two_processes_equal_one_device(results, mode, pool):
             before = state
 
 
-def replace(monkeypatch, original, substitute):
-    """Use ``substitute`` wherever the package has imported ``original``."""
-    for module in [module for name, module in sys.modules.items() if name.split(".")[0] == c2f_jax.__name__]:
-        for name in [name for name, value in vars(module).items() if value is original]:
-            monkeypatch.setattr(module, name, substitute)
-
-
 def gradients_of_one_device(tree, axis_name=None):
     """``pmean`` that leaves trees alone, the gradients, and still averages arrays, such as the loss."""
     return pmean(tree, axis_name) if isinstance(tree, jax.Array) else tree
@@ -247,7 +241,7 @@ def test_a_wrong_collective_is_far_beyond_rounding(monkeypatch, original, fault)
     before, step = one_device("queue")
     inputs = before, next(batches())
     step(*inputs)  # compiled before the fault is planted
-    replace(monkeypatch, original, fault)
+    plant(monkeypatch, original, fault)
     ((state, metrics),) = run("queue", "shard_map", steps=1)
     assert max(rounding_ratios(step, inputs, (state, metrics)).values()) > 1000
 
