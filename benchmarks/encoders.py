@@ -75,7 +75,7 @@ def measure_jax(case, batch, repeats, dtype, attention):
     import jax
     import jax.numpy as jnp
 
-    from c2f_jax.models import create_tower
+    from c2f_jax.models.factory import create_tower
 
     tower = create_tower(TOWERS[case], dtype=jnp.dtype(dtype), attention=attention)
     given = jax.device_put(inputs(case, batch))
@@ -96,7 +96,7 @@ def measure_torch(case, batch, repeats, compiled):
     import torch
     import transformers
 
-    from c2f_jax.models.vision import CLIP_MEAN, CLIP_STD
+    from c2f_jax.models.networks.vision_transformer import CLIP_MEAN, CLIP_STD
 
     torch.manual_seed(0)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

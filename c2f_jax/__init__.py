@@ -10,13 +10,13 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "C2FModel": "c2f_jax.models",
-    "C2FTrainState": "c2f_jax.train_state",
-    "EmbeddingQueue": "c2f_jax.embedding_queue",
-    "MethodConfig": "c2f_jax.train_step",
+    "C2FTrainState": "c2f_jax.training.train_state",
+    "EmbeddingQueue": "c2f_jax.objectives.embedding_queue",
+    "MethodConfig": "c2f_jax.training.method",
     "UserError": "c2f_jax.errors",
     "create_model": "c2f_jax.models",
-    "create_train_state": "c2f_jax.train_state",
-    "load_pairs": "c2f_jax.data.pairs",
+    "create_train_state": "c2f_jax.training.train_state",
+    "load_pairs": "c2f_jax.datasets.registry",
     "train_and_evaluate": "c2f_jax.train",
 }
 __all__ = sorted(_PUBLIC)

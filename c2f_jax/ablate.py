@@ -9,8 +9,9 @@ import json
 import numpy as np
 from etils import epath
 
+from c2f_jax.config.experiment import create_experiment
+from c2f_jax.config.files import save_config
 from c2f_jax.errors import UserError
-from c2f_jax.experiment import create_experiment, save_config
 from c2f_jax.train import train_and_evaluate
 
 PLAIN = {

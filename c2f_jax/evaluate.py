@@ -9,21 +9,16 @@ from etils import epath
 
 from c2f_jax.data.audio import decode_audio
 from c2f_jax.data.images import decode_image
-from c2f_jax.data.pairs import MANIFEST_SUFFIXES
-from c2f_jax.parallel import round_up_rows
+from c2f_jax.data.source import MANIFEST_SUFFIXES
+from c2f_jax.inference import LENGTH_BUCKETS, encode_split, matcher
+from c2f_jax.reports.examples import make_examples, random_queries, worst_queries
+from c2f_jax.reports.figures import learning_curves_png, results_png
+from c2f_jax.reports.html import picture, recording
+from c2f_jax.reports.results_page import write_results_page
 from c2f_jax.retrieval.evaluation import evaluate_retrieval
-from c2f_jax.retrieval.figures import learning_curves_png, results_png
 from c2f_jax.retrieval.protocols import rank
-from c2f_jax.retrieval.report import (
-    make_examples,
-    picture,
-    random_queries,
-    recording,
-    worst_queries,
-    write_results_page,
-)
 from c2f_jax.retrieval.voices import split_voices
-from c2f_jax.trained import LENGTH_BUCKETS, encode_split, matcher
+from c2f_jax.training.parallel import round_up_rows
 
 log = logging.getLogger(__name__)
 

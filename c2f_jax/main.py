@@ -1,12 +1,12 @@
 """The ``c2f`` command: train, evaluate, index, search, ablate, convert, features, data check, data prepare."""
 
-import difflib
 import json
 import logging
 import os
 import sys
 
 from c2f_jax.command_line import create_parser
+from c2f_jax.config.files import load_config
 from c2f_jax.errors import UserError
 
 
@@ -33,61 +33,12 @@ def main(argv=None):
         return 130
 
 
-def load_config(path, overrides=()):
-    """A locked ConfigDict from ``file.py[:argument]`` with ``--config.key=value`` overrides applied.
-
-    Raises:
-      UserError: no such file, argument that it does not take, unknown key (with the nearest known one), value of
-        another type.
-    """
-    file = path.partition(":")[0]
-    if not os.path.isfile(file):
-        raise UserError(f"--config={path}: there is no file {file}; the repository's are in configs/")
-    known = _keys(_read_config(path, ()))
-    for word in overrides:
-        key = word.partition("=")[0].removeprefix("--config.")
-        if key not in known:
-            inside = [name for name in known if name.startswith(f"{key}.")]
-            if inside:
-                raise UserError(f"--config.{key} is a section: give a value of it, {', '.join(inside)}")
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean --config.{near[0]}?" if near else f"known keys: {', '.join(known)}"
-            raise UserError(f"the configuration has no {key}: {hint}")
-    return _read_config(path, overrides)
-
-
-def _read_config(path, overrides):
-    from absl import flags
-    from ml_collections import ConfigDict, config_flags
-
-    values, argv = flags.FlagValues(), ["c2f", f"--config={path}", *overrides]
-    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=argv)
-    try:
-        values(argv)
-        config = values["config"].value
-        if not isinstance(config, ConfigDict):
-            raise ValueError(f"get_config returns {type(config).__name__}, a ConfigDict is expected")
-        return config
-    except Exception as error:  # a configuration is a program, which may fail in any way
-        # What it raises for its argument comes as the text of a traceback, whose last line tells it.
-        reason = (str(error).strip() or "no reason given").splitlines()[-1].removeprefix("ValueError: ")
-        kind = "" if isinstance(error, flags.Error | ValueError) else f"{type(error).__name__}: "
-        raise UserError(f"--config={path}: {kind}{reason}") from error
-
-
-def _keys(config, prefix=""):
-    keys = []
-    for key, value in config.items():
-        keys += _keys(value, f"{prefix}{key}.") if hasattr(value, "items") else [prefix + key]
-    return keys
-
-
 def _join_processes(args):
     """Whether this is one process of several."""
     given = (args.coordinator, args.num_processes, args.process_id)
     several = args.distributed or any(value is not None for value in given)
     if several:
-        from c2f_jax.distributed import initialize
+        from c2f_jax.training.distributed import initialize
 
         initialize(*given)
     return several
@@ -96,7 +47,7 @@ def _join_processes(args):
 def _train(args, overrides):
     config = load_config(args.config, overrides)
     several = _join_processes(args)
-    from c2f_jax.experiment import create_experiment
+    from c2f_jax.config.experiment import create_experiment
     from c2f_jax.retrieval.evaluation import format_table
     from c2f_jax.retrieval.voices import check_voices
     from c2f_jax.train import PREEMPTED_EXIT_CODE, Preempted, train_and_evaluate
@@ -142,9 +93,9 @@ def _open_target(experiment, target, split=None, protocol=None):
 
 def _evaluate_on(experiment, workdir, step, target, split=None, protocol=None):
     from c2f_jax.evaluate import evaluate_source
+    from c2f_jax.inference import load_trained
     from c2f_jax.retrieval.evaluation import format_table
     from c2f_jax.retrieval.protocols import format_protocol
-    from c2f_jax.trained import load_trained
 
     source, protocol = _open_target(experiment, target, split, protocol)
     _, params, step, history = load_trained(workdir, step=step, experiment=experiment)
@@ -155,8 +106,8 @@ def _evaluate_on(experiment, workdir, step, target, split=None, protocol=None):
 
 def _evaluate_by_voice(experiment, workdir, step, target, split=None):
     from c2f_jax.evaluate import evaluate_by_voice
+    from c2f_jax.inference import load_trained
     from c2f_jax.retrieval.evaluation import format_table
-    from c2f_jax.trained import load_trained
 
     source, _ = _open_target(experiment, target, split)
     _, params, step, _ = load_trained(workdir, step=step, experiment=experiment)
@@ -166,7 +117,8 @@ def _evaluate_by_voice(experiment, workdir, step, target, split=None):
 
 
 def _evaluate(args, _):
-    from c2f_jax.experiment import create_experiment, load_saved_config
+    from c2f_jax.config.experiment import create_experiment
+    from c2f_jax.config.files import load_saved_config
 
     config = load_saved_config(args.workdir)
     if args.k is not None:
@@ -181,7 +133,7 @@ def _evaluate(args, _):
 
 
 def _index(args, _):
-    from c2f_jax.gallery import build_index
+    from c2f_jax.search import build_index
 
     index = build_index(args.workdir, args.gallery, kind=args.kind, split=args.split, step=args.step)
     index.save(args.output)
@@ -189,7 +141,7 @@ def _index(args, _):
 
 
 def _search(args, _):
-    from c2f_jax.gallery import search
+    from c2f_jax.search import search
 
     page = search(
         args.workdir,
@@ -217,9 +169,9 @@ def _convert(args, _):
 
 def _features(args, _):
     _join_processes(args)
-    from c2f_jax.data.pairs import load_pairs, make_data_set
-    from c2f_jax.distributed import first_process_first
-    from c2f_jax.pretrained.features import extract_features
+    from c2f_jax.datasets.registry import load_pairs, make_data_set
+    from c2f_jax.pretrained.extract_features import extract_features
+    from c2f_jax.training.distributed import first_process_first
 
     first_process_first(lambda: make_data_set(args.data, args.data_dir))
     sources = [load_pairs(args.data, split, args.data_dir) for split in args.splits.split(",")]
@@ -238,8 +190,9 @@ def _features(args, _):
 
 
 def _data_check(args, _):
-    from c2f_jax.data.check import EXIT_CODES, check_data
-    from c2f_jax.data.clean_manifest import check_name, write_clean_manifest
+    from c2f_jax.data_check.check import check_data
+    from c2f_jax.data_check.clean_manifest import check_name, write_clean_manifest
+    from c2f_jax.data_check.findings import EXIT_CODES
 
     if args.fix:
         check_name(args.fix)  # before hours of decoding
@@ -254,7 +207,7 @@ def _data_check(args, _):
     if args.output:
         from etils import epath
 
-        from c2f_jax.data.check_page import write_check_page
+        from c2f_jax.data_check.page import write_check_page
 
         folder = epath.Path(args.output)
         folder.mkdir(parents=True, exist_ok=True)
@@ -267,7 +220,7 @@ def _data_check(args, _):
 
 
 def _data_prepare(args, _):
-    from c2f_jax.data.prepare import dry_run, prepare
+    from c2f_jax.datasets.prepare import dry_run, prepare
 
     if args.dry_run:
         print(dry_run(args.data, manual_dir=args.manual_dir, data_dir=args.data_dir, name=args.name))
@@ -302,6 +255,7 @@ _COMMANDS = {
     "check": _data_check,
     "prepare": _data_prepare,
 }
+
 
 if __name__ == "__main__":
     sys.exit(main())

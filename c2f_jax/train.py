@@ -10,22 +10,23 @@ import time
 import jax
 import numpy as np
 
-from c2f_jax.checkpoints import Checkpoints, abstract
+from c2f_jax.config.caches import prepare_features
+from c2f_jax.config.experiment import create_experiment, example_batch
+from c2f_jax.config.files import load_saved_config, save_config
 from c2f_jax.data import batch_plan, loader
-from c2f_jax.data.features import open_features
-from c2f_jax.data.pairs import make_data_set
-from c2f_jax.distributed import first_process_first, wait_for_all
+from c2f_jax.data.feature_cache import open_features
+from c2f_jax.datasets.registry import make_data_set
 from c2f_jax.evaluate import data_set_label, evaluate_source, retrieve
-from c2f_jax.experiment import create_experiment, example_batch, load_saved_config, save_config
-from c2f_jax.metrics import Recorder
-from c2f_jax.models.c2f import merge_params, momentum_subset
-from c2f_jax.optimizer import create_optimizer
-from c2f_jax.parallel import DataParallel
-from c2f_jax.pretrained.features import prepare_features
+from c2f_jax.inference import encode_split
+from c2f_jax.models.parameters import merge_params, momentum_subset
 from c2f_jax.pretrained.weights import check_weights, load_published
-from c2f_jax.train_state import create_train_state
-from c2f_jax.train_step import train_step
-from c2f_jax.trained import encode_split
+from c2f_jax.training.checkpoints import Checkpoints, abstract
+from c2f_jax.training.distributed import first_process_first, wait_for_all
+from c2f_jax.training.optimizer import create_optimizer
+from c2f_jax.training.parallel import DataParallel
+from c2f_jax.training.recorder import Recorder
+from c2f_jax.training.train_state import create_train_state
+from c2f_jax.training.train_step import train_step
 
 PREEMPTED_EXIT_CODE = 42
 

@@ -22,7 +22,7 @@ The cache of BLIP-2's tokens takes 4.3 PFLOP (538 GFLOP a picture), half a minut
 parameters, Adam's moments, momentum copy and queue take 0.04 GB.
 """
 
-from c2f_jax.config import data_set_config
+from c2f_jax.config.published import data_set_config
 
 
 def get_config(arg="base"):

@@ -13,7 +13,7 @@ with those of Flickr8k Audio.
 
 from ml_collections import ConfigDict
 
-from c2f_jax.config import default_config
+from c2f_jax.config.default import default_config
 
 
 def get_config(arg=""):

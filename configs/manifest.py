@@ -6,7 +6,7 @@ Paths in the manifest are relative to it. It needs the splits train, validation 
 ``--config.data.validation_split=...``. Longer recordings: ``--config.data.bucket_seconds='(8.0,)'``.
 """
 
-from c2f_jax.config import default_config
+from c2f_jax.config.default import default_config
 
 
 def get_config(arg=""):

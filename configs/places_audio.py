@@ -15,7 +15,7 @@ cache of BLIP-2's tokens takes 217 PFLOP, 18 minutes at 40 % of 495 TFLOP/s (TF3
 steps.
 """
 
-from c2f_jax.config import data_set_config
+from c2f_jax.config.published import data_set_config
 
 
 def get_config(arg="base"):

@@ -10,7 +10,7 @@
 for ``c2f ablate``. ``--config=configs/spoken_scenes.py:runlocal`` shrinks everything to a run of seconds, for tests.
 """
 
-from c2f_jax.config import default_config
+from c2f_jax.config.default import default_config
 
 
 def get_config(arg=""):

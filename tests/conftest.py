@@ -26,7 +26,7 @@ def no_rank_promotion():
 @pytest.fixture(scope="session")
 def tiny_data_dir(tmp_path_factory):
     """A TFDS directory that holds spoken_scenes/tiny."""
-    from c2f_jax.data.pairs import load_pairs
+    from c2f_jax.datasets.registry import load_pairs
 
     pytest.importorskip("espeakng_loader")
     directory = str(tmp_path_factory.mktemp("tfds"))

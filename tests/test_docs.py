@@ -3,13 +3,12 @@
 import json
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
+from helpers.paths import ROOT
 
 from c2f_jax.main import main
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 

@@ -1,0 +1,1 @@
+"""Reading data: manifests, prepared sets, audio, images, batches."""

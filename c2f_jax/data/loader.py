@@ -15,7 +15,7 @@ from c2f_jax.data import batch_plan
 from c2f_jax.data.audio import decode_audio
 from c2f_jax.data.augment import AugmentConfig, augment_picture, augment_wave, speaks_of_sides
 from c2f_jax.data.images import decode_image, open_rgb
-from c2f_jax.data.pairs import MIN_SAMPLES, SAMPLE_RATE, PairSource
+from c2f_jax.data.source import MIN_SAMPLES, SAMPLE_RATE, PairSource
 from c2f_jax.errors import UserError
 
 

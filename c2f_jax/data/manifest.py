@@ -6,6 +6,7 @@ manifest. Other columns are ignored.
 """
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -16,9 +17,40 @@ from collections.abc import Callable, Iterator
 from etils import epath
 
 from c2f_jax.data.audio import read_bytes
-from c2f_jax.data.layouts import Listing
-from c2f_jax.data.pairs import MANIFEST_SUFFIXES, SAMPLE_RATE, BadItems, PairSource, Recording
+from c2f_jax.data.source import MANIFEST_SUFFIXES, SAMPLE_RATE, BadItems, PairSource, Recording
 from c2f_jax.errors import UserError
+
+
+@dataclasses.dataclass
+class Listing:
+    """The pairs of a data set that was found on disk.
+
+    Attributes:
+      name: of the data set.
+      rows: one dict a recording, as of a manifest: image, audio (paths), split, image_id, caption, speaker, where,
+        samples (-1: unknown).
+      notes: (kind, name, detail) of each oddity of the listing; the kinds are those of `c2f_jax.data.check`.
+    """
+
+    name: str
+    rows: list[dict] = dataclasses.field(default_factory=list)
+    notes: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
+
+    def add(self, *, image, audio, split, image_id, where, caption="", speaker="") -> None:
+        """One recording."""
+        self.rows.append(
+            {
+                "image": str(image),
+                "audio": str(audio),
+                "split": split,
+                "image_id": image_id,
+                "caption": caption.strip(),
+                "speaker": str(speaker),
+                "where": where,
+                "samples": -1,
+            }
+        )
+
 
 REQUIRED = ("image", "audio", "split")
 

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 from etils import epath
 
-from c2f_jax.data.pairs import BadItems, PairSource, Recording
+from c2f_jax.data.source import BadItems, PairSource, Recording
 from c2f_jax.errors import UserError
 
 

@@ -3,7 +3,8 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from c2f_jax.models.layers import Dense, PooledEncoder
+from c2f_jax.models.encoder import PooledEncoder
+from c2f_jax.models.layers import Dense
 
 
 class MultimodalEncoder(PooledEncoder):

@@ -10,17 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from c2f_jax.errors import UserError
-from c2f_jax.models.layers import (
-    BranchedEncoder,
-    Dense,
-    dropout,
-    fold_keys,
-    length_mask,
-    mean_token,
-    prepend_cls,
-    sinusoidal_positions,
-)
-from c2f_jax.models.wav2vec2 import span_mask
+from c2f_jax.models.encoder import BranchedEncoder, mean_token, prepend_cls
+from c2f_jax.models.layers import Dense, dropout, length_mask, sinusoidal_positions
+from c2f_jax.models.networks.wav2vec2 import span_mask
+from c2f_jax.objectives.keys import fold_keys
 
 FROZEN = ("tower", "conv", "none")
 

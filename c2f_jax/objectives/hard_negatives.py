@@ -4,19 +4,6 @@ import jax
 import jax.numpy as jnp
 
 
-def row_keys(key, rows):
-    """One key for each row: fold_in(key, row). Keys of global rows give the same draws on any number of devices.
-
-    Args:
-      key: a typed PRNG key.
-      rows: (n,) int global row numbers.
-
-    Returns:
-      (n,) typed keys.
-    """
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
-
-
 def sample_hard_negatives(keys, logits, ids, candidate_ids, candidate_valid):
     """Draw one negative for each row with probability softmax(l_i) over the candidates with another id.
 

@@ -4,7 +4,7 @@ import re
 
 from c2f_jax.errors import UserError
 from c2f_jax.models.layers import BlockStyle
-from c2f_jax.models.vision import CLIP_MEAN, CLIP_STD
+from c2f_jax.models.networks.vision_transformer import CLIP_MEAN, CLIP_STD
 from c2f_jax.pretrained import names
 
 BICUBIC = 3  # in preprocessor_config.json

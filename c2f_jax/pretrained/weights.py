@@ -10,8 +10,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from c2f_jax.errors import UserError
-from c2f_jax.models import IMAGE_TOWERS, create_tower
-from c2f_jax.models.vision import resize_positions
+from c2f_jax.models.factory import IMAGE_TOWERS, create_tower
+from c2f_jax.models.networks.vision_transformer import resize_positions
 
 FORMAT = 1
 

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -245,3 +246,22 @@ def _cell(values: dict, name: str, digits: int, signed: bool) -> str:
     sign = "+" if signed else ""
     low, high = values[f"{name}_interval"]
     return f"{values[name]:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How retrieval is measured.
+
+    Attributes:
+      k: candidates of each query that SIM re-ranks; more than the gallery re-ranks all.
+      score: ranking of the fine stage: "sic", "sim", "sum", "prob" or "joint".
+      batch_size: rows encoded at once.
+      pair_batch_size: pairs matched at once.
+      resamples: bootstrap resamples of the intervals.
+    """
+
+    k: int = 128
+    score: str = "joint"
+    batch_size: int = 64
+    pair_batch_size: int = 256
+    resamples: int = 1000

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from c2f_jax.data.pairs import PairSource, Recording
+from c2f_jax.data.source import PairSource, Recording
 from c2f_jax.errors import UserError
 from c2f_jax.retrieval.evaluation import DIRECTIONS, NAMES
 

@@ -1,0 +1,141 @@
+"""What a data check finds, and the report of it."""
+
+import collections
+import dataclasses
+
+import numpy as np
+
+from c2f_jax.data.source import MIN_SAMPLES, PairSource
+
+ERROR, WARNING, NOTE = "error", "warning", "note"
+VERY_SHORT = 0.25  # seconds
+EXIT_CODES = {ERROR: 3, WARNING: 1, NOTE: 0}  # 2 is left to a command line that cannot be understood
+# Kind of finding -> (severity, what it means for training and evaluation).
+KINDS = {
+    "missing file": (ERROR, "the pair is left out"),
+    "unreadable": (ERROR, "the pair is left out"),
+    "truncated": (ERROR, "the pair is left out"),
+    "zero length": (ERROR, "the pair is left out"),
+    "too short": (ERROR, f"under {MIN_SAMPLES} samples, one frame: the pair is left out"),
+    "not numbers": (ERROR, "the pair is left out"),
+    "wrong rate": (ERROR, "not a rate of recordings: the pair is left out"),
+    "too long": (ERROR, "taken for a decompression bomb: the pair is left out"),
+    "too large": (ERROR, "taken for a decompression bomb: the pair is left out"),
+    "unreadable line": (ERROR, "the line is left out"),
+    "two image ids": (ERROR, "one picture has one image_id: the pair is left out"),
+    "split leak": (ERROR, "the same picture or recording in two splits: scores come out too high"),
+    "silence": (WARNING, "nothing louder than -60 dB: there is no speech to learn from"),
+    "over-long": (WARNING, "cropped in training, cut in evaluation"),
+    "duplicate picture": (WARNING, "each counts as wrong for the other: ties and false negatives"),
+    "count differs": (WARNING, "scores cannot be compared with published ones"),
+    "caption without picture": (WARNING, "nothing to pair it with"),
+    "missing split": (WARNING, "this split cannot be loaded"),
+    "duplicate recording": (NOTE, "the same sound twice in a split"),
+    "repeated picture": (NOTE, "the same picture twice under one image_id: each is right for the other"),
+    "very short": (NOTE, f"under {VERY_SHORT} s: hardly a word"),
+    "number of captions": (NOTE, "other than of most pictures"),
+    "other sample rate": (NOTE, "converted to 16 kHz while loading"),
+    "stereo": (NOTE, "channels are averaged while loading"),
+    "tiny picture": (NOTE, "under 16 pixels a side"),
+    "picture without caption": (NOTE, "not used"),
+    "in no split": (NOTE, "not used"),
+    "stray file": (NOTE, "not used"),
+    "left out": (NOTE, "cannot be read; it was left out when the set was prepared"),
+    "image_id in two splits": (NOTE, "fine where ids name classes of things rather than pictures"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong or odd.
+
+    Attributes:
+      kind: see KINDS.
+      name: the item, a path where it is a file.
+      detail: in what way.
+      split: "" where it belongs to none.
+      item: "picture" or "recording", and its number in the split; None for what is neither.
+      like: split and name of the first item that it is like, for duplicates and leaks.
+    """
+
+    kind: str
+    name: str
+    detail: str
+    split: str = ""
+    item: tuple[str, int] | None = None
+    like: tuple[str, str] | None = None
+
+    @property
+    def severity(self) -> str:
+        """error, warning or note."""
+        return KINDS[self.kind][0]
+
+
+@dataclasses.dataclass
+class Report:
+    """What the check found.
+
+    Attributes:
+      name: of the data set.
+      splits: split -> pictures, recordings, usable, hours, seconds, captions_per_picture.
+      seconds: split -> (usable,) lengths, for the histogram.
+      findings: all of them, errors first.
+      sources: split -> PairSource, to show examples from.
+      left_out: split -> the recordings that cannot be used.
+    """
+
+    name: str
+    splits: dict[str, dict]
+    seconds: dict[str, np.ndarray]
+    findings: list[Finding]
+    sources: dict[str, PairSource]
+    left_out: dict[str, set[int]]
+
+    @property
+    def severity(self) -> str:
+        """The worst severity found; "note" also where nothing was found."""
+        return min((f.severity for f in self.findings), key=list(EXIT_CODES).index, default=NOTE)
+
+    def counts(self) -> dict[str, int]:
+        """Kind -> number of findings, in the order of KINDS."""
+        found = collections.Counter(finding.kind for finding in self.findings)
+        return {kind: found[kind] for kind in KINDS if found[kind]}
+
+    def json(self) -> dict:
+        """All of it as plain values."""
+        return {
+            "data_set": self.name,
+            "severity": self.severity,
+            "counts": self.counts(),
+            "splits": self.splits,
+            "findings": [dataclasses.asdict(f) | {"severity": f.severity} for f in self.findings],
+        }
+
+    def text(self, most: int = 5) -> str:
+        """A table of the splits, then each kind of finding with its first items."""
+        lines = [self.name, f"  {'split':14}{'pictures':>10}{'recordings':>12}{'usable':>9}"]
+        lines[1] += f"{'a picture':>10}{'hours':>8}  seconds"
+        for split, about in self.splits.items():
+            low, middle, high = (about["seconds"][key] for key in ("min", "median", "max"))
+            lines.append(
+                f"  {split:14}{about['pictures']:>10,}{about['recordings']:>12,}{about['usable']:>9,}"
+                f"{captions_of(about):>10}{about['hours']:>8.1f}  {low:.2f} to {high:.2f}, median {middle:.2f}"
+            )
+        for kind, count in self.counts().items():
+            severity, meaning = KINDS[kind]
+            lines.append(f"{severity}: {kind}, {count:,} ({meaning})")
+            shown = [finding for finding in self.findings if finding.kind == kind][:most]
+            lines += [f"  {finding.name}: {finding.detail}" for finding in shown]
+            lines += [f"  and {count - most:,} more"] if count > most else []
+        lines.append({ERROR: "errors found", WARNING: "usable, with warnings", NOTE: "passed"}[self.severity])
+        return "\n".join(lines)
+
+
+def captions_of(about: dict) -> str:
+    """How many recordings the pictures of a split have.
+
+    >>> captions_of({"captions_per_picture": {"5": 1000}}), captions_of({"captions_per_picture": {"5": 969, "6": 31}})
+    ('5', '5 to 6')
+    """
+    numbers = list(about["captions_per_picture"])
+    return " to ".join(dict.fromkeys([numbers[0], numbers[-1]]))

@@ -1,0 +1,144 @@
+"""The TFDS data set `spoken_scenes`: drawn scenes with captions spoken by espeak-ng, made on this machine once."""
+
+import dataclasses
+import io
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from c2f_jax.data.prepared import pair_features
+from c2f_jax.datasets.spoken_scenes import scenes, speech
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclasses.dataclass(kw_only=True)
+class SpokenScenesConfig(tfds.core.BuilderConfig):
+    """How many scenes and how many spoken captions of each, by split.
+
+    Simple scenes have two objects without sizes; crowded ones four, of which a caption tells two.
+    """
+
+    images: dict[str, int] = dataclasses.field(default_factory=dict)
+    captions: dict[str, int] = dataclasses.field(default_factory=dict)
+    simple: bool = False
+    crowded: bool = False
+    seed: int = 0
+
+
+class SpokenScenes(tfds.core.GeneratorBasedBuilder):
+    """Pictures of two or three shapes with several captions each, spoken by different synthetic speakers.
+
+    One example is a scene: its picture (PNG), its name and its recordings (FLAC, caption, speaker). A speaker's voice
+    variant occurs in one split only; so does a scene. The set is a function of the configuration alone.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First release."}
+    BUILDER_CONFIGS = [
+        SpokenScenesConfig(
+            name="default",
+            description="8,000 scenes for training, 500 for validation, 500 for testing.",
+            images={"train": 8000, "validation": 500, "test": 500},
+            captions={"train": 2, "validation": 2, "test": 4},
+        ),
+        SpokenScenesConfig(
+            name="simple",
+            description="1,500 scenes of two objects without sizes for training, 250 for validation, 500 for testing.",
+            images={"train": 1500, "validation": 250, "test": 500},
+            captions={"train": 4, "validation": 2, "test": 2},
+            simple=True,
+            seed=2,
+        ),
+        SpokenScenesConfig(
+            name="crowded",
+            description="10,000 scenes of four objects, captions of two; 250 for validation, 500 for testing.",
+            images={"train": 10000, "validation": 250, "test": 500},
+            captions={"train": 2, "validation": 4, "test": 4},
+            crowded=True,
+            seed=3,
+        ),
+        SpokenScenesConfig(
+            name="tiny",
+            description="A few scenes, for trying things out.",
+            images={"train": 64, "validation": 16, "test": 16},
+            captions={"train": 2, "validation": 2, "test": 2},
+            seed=1,
+        ),
+    ]
+
+    def __init__(self, *, processes: int | None = None, **kwargs):
+        self._processes = processes
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Drawn scenes of coloured shapes with spoken captions.",
+            features=pair_features(),
+            # Order is generation order, so that row numbers mean something.
+            disable_shuffling=True,
+            # For each split, the samples of each recording: lengths are known without reading any audio.
+            metadata=tfds.core.MetadataDict(),
+        )
+
+    def _split_generators(self, dl_manager):
+        del dl_manager  # nothing is downloaded
+        config = self.builder_config
+        rng = np.random.default_rng([config.seed, 0])
+        seen: set[frozenset] = set()
+        return {
+            split: self._generate_examples(split, distinct_scenes(config, split, rng, seen))
+            for split in reversed(SPLITS)
+        }  # the small splits first: what fails, fails early
+
+    def _generate_examples(self, split: str, described: list):
+        config = self.builder_config
+        seed = [config.seed, 1 + SPLITS.index(split)]
+        count = config.captions[split]
+        plans = [_plan(scene, np.random.default_rng([*seed, i]), split, count) for i, scene in enumerate(described)]
+        spoken = speech.speak_all((u for plan in plans for u in plan), processes=self._processes)
+        lengths = []
+        for i, (scene, plan) in enumerate(zip(described, plans, strict=True)):
+            recordings = []
+            for utterance in plan:
+                audio, samples = next(spoken)
+                lengths.append(samples)
+                recordings.append({"audio": audio, "caption": utterance["text"], "speaker": utterance["voice"]})
+            picture = scenes.draw_picture(scene, np.random.default_rng([*seed, i, 1]))
+            yield i, {"image": _png(picture), "image_id": f"{split}-{i:05d}", "recordings": recordings}
+        self.info.metadata[split] = {"captions": count, "samples": lengths}
+
+
+def distinct_scenes(config: SpokenScenesConfig, split: str, rng: np.random.Generator, seen: set[frozenset]) -> list:
+    """Scenes that differ from each other and from all seen ones, which they join.
+
+    No caption of a crowded scene is true of another one of its split, but for training.
+    """
+    drawn, told = [], set()
+    while len(drawn) < config.images[split]:
+        scene = scenes.draw_crowded_scene(rng) if config.crowded else scenes.draw_scene(rng, simple=config.simple)
+        facts = scene.facts()
+        if facts in seen or (config.crowded and split != "train" and facts & told):
+            continue
+        seen.add(facts)
+        told |= facts
+        drawn.append(scene)
+    return drawn
+
+
+def _plan(scene: scenes.Scene | scenes.CrowdedScene, rng: np.random.Generator, split: str, count: int) -> list[dict]:
+    """What is said about a scene and how: `count` utterances by different speakers."""
+    plan: list[dict] = []
+    while len(plan) < count:
+        voice = speech.draw_voice(rng, split)
+        if all(voice["voice"] != u["voice"] for u in plan):
+            plan.append({"text": scenes.caption(scene, rng), **voice})
+    return plan
+
+
+def _png(picture: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG", compress_level=3)
+    return buffer.getvalue()

@@ -1,0 +1,43 @@
+"""Speech encoders. Interface: waveform (n, S) float32 at 16 kHz, lengths (n,) samples -> [CLS] + tokens, lengths."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from c2f_jax.models.encoder import BranchedEncoder, prepend_cls
+from c2f_jax.models.layers import dropout, length_mask, sinusoidal_positions
+from c2f_jax.models.spectrogram import log_mel
+from c2f_jax.objectives.keys import fold_keys
+
+
+class LogMelSpeechEncoder(BranchedEncoder):
+    """Log-mel spectrogram, strided convolutions, a small transformer with a [CLS].
+
+    Attributes:
+      mels: mel channels.
+      hop: samples from frame to frame; 160 is 10 ms.
+      conv_layers: convolutions of stride 2; tokens come every hop 2^conv_layers samples (80 ms by default).
+      others: as in ``BranchedEncoder``.
+    """
+
+    mels: int = 80
+    hop: int = 160
+    conv_layers: int = 3
+
+    @nn.compact
+    def __call__(self, waveform, lengths, keys=None):
+        """(n, S), (n,) -> tokens (n, ceil(T / 2^conv_layers) + 1, W) with [CLS] first, and their lengths (n,) int32."""
+        x, lengths = log_mel(waveform, lengths, self.mels, self.hop)
+        x = x.astype(self.dtype)
+        for layer in range(self.conv_layers):
+            # Windows start at every second frame; "SAME" would shift them with the parity of the padded length.
+            conv = nn.Conv(self.width, (3,), strides=(2,), padding=((0, 2),), dtype=self.dtype, name=f"conv_{layer}")
+            x = nn.gelu(conv(x))
+            lengths = (lengths + 1) // 2
+            # A convolution's bias would leak past the end and reach valid positions in the next layer.
+            x = jnp.where(length_mask(lengths, x.shape[1])[..., None], x, 0)
+        # Features on the scale of the positions: without the norm the positions drown them at the start.
+        x = nn.LayerNorm(dtype=self.dtype, name="input_norm")(x)
+        x = x + sinusoidal_positions(x.shape[1], self.width).astype(self.dtype)
+        x = prepend_cls(self, dropout(x, self.dropout_rate, fold_keys(keys, self.depth)))
+        lengths = lengths + 1
+        return self._encode(x, lengths, keys), lengths

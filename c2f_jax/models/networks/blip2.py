@@ -1,0 +1,49 @@
+"""BLIP-2's image side: a vision transformer and its Q-Former."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from c2f_jax.models.encoder import TransformerEncoder
+from c2f_jax.models.layers import BlockStyle, Dense, dropout
+from c2f_jax.objectives.keys import fold_keys
+
+
+class Blip2(TransformerEncoder, kw_only=True):
+    """BLIP-2's image side: learnt queries read a frozen ViT's tokens through cross-attention (Q-Former).
+
+    Attributes:
+      vision: the ViT.
+      queries: number of query tokens.
+      cross_every: cross-attention in every so many blocks.
+      epsilon: of its layer norms.
+      projection: width of the published contrastive (ITC) space; tokens are projected into it. 0 leaves them.
+      others: of the Q-Former, as in ``TransformerEncoder``.
+
+    Source: Li et al. 2023 (BLIP-2), section 3.
+    """
+
+    vision: nn.Module
+    queries: int = 32
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    cross_every: int = 2
+    epsilon: float = 1e-12
+    projection: int = 0
+
+    summary = "mean"
+
+    @nn.compact
+    def __call__(self, image, keys=None):
+        """(n, H, W, 3) uint8 -> query tokens (n, queries, W), (n,) int32 lengths, depth + 1 hidden states."""
+        context, context_lengths, _ = self.vision(image, fold_keys(keys, self.depth + 1))
+        queries = self.param("queries", nn.initializers.normal(0.02), (1, self.queries, self.width))
+        x = jnp.broadcast_to(queries.astype(self.dtype), (image.shape[0], self.queries, self.width))
+        x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="input_norm")(x)
+        x = dropout(x, self.dropout_rate, fold_keys(keys, self.depth))
+        style = BlockStyle(False, "gelu", self.epsilon, cross_every=self.cross_every)
+        transformer = self._transformer(style=style, cross_attention=True)
+        x, hidden = transformer(x, None, keys, context, None, layers=True)
+        if self.projection:
+            x = Dense(self.projection, dtype=self.dtype, name="projection")(x)
+        return x, jnp.full((x.shape[0],), self.queries, jnp.int32), hidden

@@ -1,0 +1,239 @@
+"""wav2vec 2.0, HuBERT and WavLM: strided convolutions over the waveform, a convolution for positions, a transformer."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from c2f_jax.models.encoder import TransformerEncoder
+from c2f_jax.models.layers import BlockStyle, Dense, dropout, length_mask
+from c2f_jax.objectives.keys import fold_keys
+
+NORM_EPSILON = 1e-5
+SITES = 1000  # dropout sites of the encoder itself, beyond those of its blocks
+
+
+def normalise_waveform(waveform, lengths, epsilon=1e-7):
+    """Each utterance to mean 0 and variance 1 over its own samples; what lies past its end becomes 0.
+
+    x_t = (x_t - mean) / sqrt(variance + epsilon), t < length
+
+    Args:
+      waveform: (n, S) float32.
+      lengths: (n,) valid samples.
+      epsilon: added to the variance.
+    """
+    valid = length_mask(lengths, waveform.shape[1])
+    mean, variance = _moments(waveform[..., None], valid)
+    normalised = (waveform - mean[..., 0]) * jax.lax.rsqrt(variance[..., 0] + epsilon)
+    return jnp.where(valid, normalised, 0.0)
+
+
+def span_mask(keys, shape, probability, length, valid=None):
+    """SpecAugment-style spans: (n, T) bool, each place covered with a probability of about ``probability``.
+
+    A span of ``length`` places starts at each valid place with probability ``probability / length``. Drawn from each
+    example's key alone, so that the masks do not depend on the number of devices.
+
+    Args:
+      keys: (n,) typed keys.
+      shape: T.
+      probability: expected share of masked places (of overlapping spans counted twice).
+      length: of a span.
+      valid: (n, T) bool, where spans may start; None for everywhere.
+    """
+    starts = jax.vmap(lambda key: jax.random.bernoulli(key, probability / length, (shape,)))(keys)
+    starts = starts if valid is None else starts & valid
+    started = jnp.cumsum(starts, axis=1)
+    before = jnp.pad(started, ((0, 0), (length, 0)))[:, :shape]  # spans that began `length` or more places ago
+    return started > before
+
+
+class ConvFeatures(nn.Module):
+    """The convolutional feature encoder: waveform (n, S) -> (n, T, C), T = floor((S - 400) / 320) + 1 as published.
+
+    Attributes:
+      widths, kernels, strides: of each convolution, none of them padded.
+      layer_norm: a layer norm after each convolution (large models); False for one group norm after the first, with as
+        many groups as channels, that is a norm of each channel over time (base models).
+      bias: of the convolutions (large models, but for WavLM's).
+      masked_norm: the group norm counts only the frames of the utterance itself, which makes the features independent
+        of the padding; False counts the padding too, as the published code does.
+      dtype: compute type.
+    """
+
+    widths: tuple[int, ...] = (512,) * 7
+    kernels: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
+    strides: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
+    layer_norm: bool = False
+    bias: bool = False
+    masked_norm: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, waveform, lengths):
+        """(n, S), (n,) samples -> (n, T, C), (n,) int32 frames."""
+        x = waveform[..., None].astype(self.dtype)
+        for layer, (width, kernel, stride) in enumerate(zip(self.widths, self.kernels, self.strides, strict=True)):
+            x = nn.Conv(
+                width,
+                (kernel,),
+                strides=(stride,),
+                padding="VALID",
+                use_bias=self.bias,
+                dtype=self.dtype,
+                name=f"conv_{layer}",
+            )(x)
+            lengths = jnp.maximum((lengths - kernel) // stride + 1, 0)
+            if self.layer_norm:
+                x = nn.LayerNorm(NORM_EPSILON, dtype=self.dtype, name=f"norm_{layer}")(x)
+            elif layer == 0:
+                x = self._norm_over_time(x, lengths)
+            x = nn.gelu(x, approximate=False)
+        return x, lengths.astype(jnp.int32)
+
+    def _norm_over_time(self, x, lengths):
+        scale = self.param("norm_scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("norm_bias", nn.initializers.zeros, (x.shape[-1],))
+        counted = lengths if self.masked_norm else jnp.full_like(lengths, x.shape[1])
+        mean, variance = _moments(x.astype(jnp.float32), length_mask(counted, x.shape[1]))
+        return ((x - mean) * jax.lax.rsqrt(variance + NORM_EPSILON) * scale + bias).astype(self.dtype)
+
+
+class PositionConv(nn.Module):
+    """Convolution over time in groups of channels, zeros past both ends: (n, T, W) -> (n, T, W).
+
+    Attributes:
+      size: K of the kernel (K, W / groups, W).
+      groups: of channels; each sees itself alone.
+      dtype: compute type.
+    """
+
+    size: int
+    groups: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (self.size, width // self.groups, width))
+        bias = self.param("bias", nn.initializers.zeros, (width,))
+        # XLA's gradient of a grouped convolution is very slow on the CPU: 2.9 s against 0.3 s as one convolution a
+        # group, for HuBERT base's 16 groups and 2 x 4 s on one core.
+        pieces = self.groups if jax.default_backend() == "cpu" else 1
+        convolved = [
+            jax.lax.conv_general_dilated(
+                part,
+                part_kernel,
+                window_strides=(1,),
+                padding=((self.size // 2, (self.size - 1) // 2),),
+                dimension_numbers=("NHC", "HIO", "NHC"),
+                feature_group_count=self.groups // pieces,
+            )
+            for part, part_kernel in zip(
+                jnp.split(x.astype(self.dtype), pieces, axis=-1),
+                jnp.split(kernel.astype(self.dtype), pieces, axis=-1),
+                strict=True,
+            )
+        ]
+        return jnp.concatenate(convolved, axis=-1) + bias.astype(self.dtype)
+
+
+class Wav2Vec2(TransformerEncoder):
+    """wav2vec 2.0, HuBERT or WavLM as published; the defaults are HuBERT base.
+
+    Attributes:
+      conv_widths, conv_kernels, conv_strides, conv_layer_norm, conv_bias, masked_norm: see ``ConvFeatures``.
+      normalise: waveforms to mean 0 and variance 1 first; published with the weights, never to be guessed.
+      pre_norm: norms before the sub-layers (large models) instead of after (base).
+      position_kernel, position_groups: of the convolution that stands for position embeddings.
+      layer_drop: probability of skipping a block in training.
+      mask_time, mask_time_length: share of frames replaced by the mask embedding in training, length of a span.
+      mask_channels, mask_channels_length: share of channels set to 0 in training, length of a span.
+      position_buckets, position_distance: of the gated relative positions (WavLM); see ``BlockStyle``.
+      others: as in ``TransformerEncoder``.
+
+    Source: Baevski et al. 2020 (wav2vec 2.0); Hsu et al. 2021 (HuBERT); Chen et al. 2022 (WavLM).
+    """
+
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    conv_widths: tuple[int, ...] = ConvFeatures.widths
+    conv_kernels: tuple[int, ...] = ConvFeatures.kernels
+    conv_strides: tuple[int, ...] = ConvFeatures.strides
+    conv_layer_norm: bool = False
+    conv_bias: bool = False
+    masked_norm: bool = True
+    normalise: bool = False
+    pre_norm: bool = False
+    position_kernel: int = 128
+    position_groups: int = 16
+    position_buckets: int = 0
+    position_distance: int = BlockStyle.position_distance
+    layer_drop: float = 0.0
+    mask_time: float = 0.0
+    mask_time_length: int = 10
+    mask_channels: float = 0.0
+    mask_channels_length: int = 10
+
+    summary = "mean"
+
+    def samples_per_token(self):
+        """Samples from frame to frame."""
+        product = 1
+        for stride in self.conv_strides:
+            product *= stride
+        return product
+
+    @nn.compact
+    def __call__(self, waveform, lengths, keys=None):
+        """(n, S) float32 at 16 kHz, (n,) samples -> (n, T, W), (n,) int32 frames, depth + 1 hidden states (n, T, W)."""
+        if self.normalise:
+            waveform = normalise_waveform(waveform, lengths)
+        x, lengths = ConvFeatures(
+            self.conv_widths,
+            self.conv_kernels,
+            self.conv_strides,
+            self.conv_layer_norm,
+            self.conv_bias,
+            self.masked_norm,
+            self.dtype,
+            name="conv",
+        )(waveform, lengths)
+        x = nn.LayerNorm(NORM_EPSILON, dtype=self.dtype, name="feature_norm")(x)
+        x = Dense(self.width, dtype=self.dtype, name="feature_projection")(x)
+        valid = length_mask(lengths, x.shape[1])
+        mask_embedding = self.param("mask_embedding", nn.initializers.uniform(), (self.width,))
+        if keys is not None and self.mask_time:
+            masked = span_mask(fold_keys(keys, SITES), x.shape[1], self.mask_time, self.mask_time_length, valid)
+            x = jnp.where(masked[..., None], mask_embedding.astype(x.dtype), x)
+        if keys is not None and self.mask_channels:
+            masked = span_mask(fold_keys(keys, SITES + 1), self.width, self.mask_channels, self.mask_channels_length)
+            x = jnp.where(masked[:, None], 0, x)
+        # The convolution over positions reaches past the end: the reference has zeros there, so that padding is unseen.
+        x = jnp.where(valid[..., None], x, 0)
+        positions = PositionConv(self.position_kernel, self.position_groups, self.dtype, name="position_conv")(x)
+        x = x + nn.gelu(positions, approximate=False)
+        if not self.pre_norm:
+            x = nn.LayerNorm(NORM_EPSILON, dtype=self.dtype, name="input_norm")(x)
+        x = dropout(x, self.dropout_rate, fold_keys(keys, SITES + 2))
+        style = BlockStyle(
+            self.pre_norm,
+            "gelu",
+            NORM_EPSILON,
+            position_buckets=self.position_buckets,
+            position_distance=self.position_distance,
+        )
+        transformer = self._transformer(style=style, layer_drop=self.layer_drop)
+        x, hidden = transformer(x, lengths, keys, layers=True)
+        return x, lengths, hidden
+
+
+def _moments(x, valid):
+    """Mean and variance of each channel over the valid places: (n, T, C), (n, T) -> (n, 1, C) twice."""
+    weights = valid[..., None].astype(jnp.float32)
+    count = jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1.0)
+    mean = jnp.sum(x * weights, axis=1, keepdims=True) / count
+    return mean, jnp.sum(jnp.square(x - mean) * weights, axis=1, keepdims=True) / count

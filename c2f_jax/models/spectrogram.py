@@ -1,0 +1,48 @@
+"""Log-mel spectrograms."""
+
+from functools import cache
+
+import jax.numpy as jnp
+import numpy as np
+
+from c2f_jax.models.layers import length_mask
+
+SAMPLE_RATE = 16_000
+WINDOW = 400  # 25 ms, the length of the Fourier transform too
+
+
+@cache
+def mel_filters(mels):
+    """(WINDOW / 2 + 1, mels) triangular filters, 0 to 8 kHz (librosa's Slaney scale)."""
+    import librosa
+
+    return librosa.filters.mel(sr=SAMPLE_RATE, n_fft=WINDOW, n_mels=mels).T.astype(np.float32)
+
+
+def log_mel(waveform, lengths, mels=80, hop=160):
+    """Log-mel spectrogram with each utterance's mean and variance over its own frames removed from each channel.
+
+    x_tm = (log(1e-6 + |STFT|^2 . filters) - mean_m) / (std_m + 0.01); frames past the end are 0, so nothing depends on
+    the padding.
+
+    Args:
+      waveform: (n, S) float32, 16 kHz.
+      lengths: (n,) int, valid samples.
+      mels: number of channels M.
+      hop: samples from frame to frame.
+
+    Returns:
+      (n, T, M) float32 with T = floor((S - 400) / hop) + 1, and (n,) int32 valid frames.
+    """
+    frames = (waveform.shape[1] - WINDOW) // hop + 1
+    index = np.arange(frames)[:, None] * hop + np.arange(WINDOW)
+    windows = waveform[:, index] * jnp.asarray(np.hanning(WINDOW), jnp.float32)
+    spectrum = jnp.fft.rfft(windows)
+    power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
+    features = jnp.log(1e-6 + power @ jnp.asarray(mel_filters(mels)))  # (n, T, F) . (F, M) -> (n, T, M)
+    frame_lengths = jnp.clip((lengths - WINDOW) // hop + 1, 0, frames).astype(jnp.int32)
+    valid = length_mask(frame_lengths, frames)[..., None]
+    count = jnp.maximum(frame_lengths, 1)[:, None, None]
+    mean = jnp.sum(jnp.where(valid, features, 0.0), axis=1, keepdims=True) / count
+    variance = jnp.sum(jnp.where(valid, jnp.square(features - mean), 0.0), axis=1, keepdims=True) / count
+    return jnp.where(valid, (features - mean) / (jnp.sqrt(variance) + 0.01), 0.0), frame_lengths

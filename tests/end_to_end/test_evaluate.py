@@ -1,0 +1,72 @@
+"""Encoding and ranking a split: the same on one device and on four, in mixed lengths and one recording at a time."""
+
+import jax
+import numpy as np
+import pytest
+from helpers.memory_source import Memory
+from helpers.paths import CONFIGS
+
+from c2f_jax.config.experiment import create_experiment, example_batch
+from c2f_jax.config.files import load_config
+from c2f_jax.data.loader import load_wave
+from c2f_jax.evaluate import retrieve
+from c2f_jax.inference import encode_speech, encode_split
+from c2f_jax.training.parallel import replicate
+
+CONFIG = str(CONFIGS / "spoken_scenes.py")
+FLAGS = ["--config.eval.batch_size=10", "--config.eval.pair_batch_size=30", "--config.data.max_seconds=1.0"]
+
+
+class Noise(Memory):
+    """Recordings of noise from 0.1 to 1.2 s."""
+
+    def wave(self, index):
+        return 0.1 * np.random.default_rng(index).standard_normal(self.lengths[index])
+
+
+@pytest.fixture(scope="module")
+def setting():
+    experiment = create_experiment(load_config(f"{CONFIG}:runlocal", FLAGS))
+    params = experiment.model.init(jax.random.key(3), example_batch(experiment.data))["params"]
+    return experiment, params, Noise(np.random.default_rng(5).integers(1600, 19_000, 43))
+
+
+@pytest.fixture(scope="module")
+def encoded(setting):
+    experiment, params, source = setting
+    return encode_split(experiment, replicate(params, jax.devices()[:1]), source)
+
+
+def test_four_devices_rank_as_one(setting, encoded):
+    experiment, params, source = setting
+    assert jax.local_device_count() == 4
+    one, four = replicate(params, jax.devices()[:1]), replicate(params)
+    shared = encode_split(experiment, four, source)
+    np.testing.assert_array_equal(encoded.speech.lengths, shared.speech.lengths)
+    valid = np.arange(encoded.speech.tokens.shape[1]) < encoded.speech.lengths[:, None]
+    for x, y in (
+        (encoded.speech.tokens[valid], shared.speech.tokens[valid]),
+        (encoded.speech.embedding, shared.speech.embedding),
+        (encoded.image.tokens, shared.image.tokens),
+        (encoded.image.embedding, shared.image.embedding),
+    ):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+    results, lists = zip(*(retrieve(experiment, p, encoded, step=10) for p in (one, four)), strict=True)
+    for direction in ("s2i", "i2s"):
+        for ranks in ("coarse", "fine", "coarse_rank", "fine_rank"):
+            np.testing.assert_array_equal(*(getattr(ranked[direction], ranks) for ranked in lists))
+    assert results[0]["fine"] == results[1]["fine"]
+
+
+def test_mixed_lengths_give_what_each_recording_gives_alone_in_their_order(setting, encoded):
+    experiment, params, source = setting
+    np.testing.assert_array_equal(encoded.recordings, np.arange(43))
+    np.testing.assert_array_equal(encoded.speech_ids, 100 + np.arange(43) // 2)
+    for index in (0, 1, int(source.lengths.argmin()), int(source.lengths.argmax())):
+        wave = load_wave(source, index)[:16_000] * np.float32(1 / 32768)
+        padded = np.pad(wave, (0, 16_000 - len(wave)))[None]
+        alone = encode_speech(experiment.model, params, padded, np.array([len(wave)], np.int32))
+        length = int(alone.lengths[0])
+        assert encoded.speech.lengths[index] == length
+        np.testing.assert_allclose(encoded.speech.embedding[index], alone.embedding[0], atol=1e-5)
+        np.testing.assert_allclose(encoded.speech.tokens[index, :length], alone.tokens[0, :length], atol=1e-4)

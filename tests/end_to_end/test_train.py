@@ -1,0 +1,279 @@
+"""Training runs of the shipped configuration, shrunk: resume, preemption, cadences, the workdir, the command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from helpers.paths import CONFIGS
+
+from c2f_jax.config.files import load_config
+from c2f_jax.errors import UserError
+from c2f_jax.evaluate import retrieve
+from c2f_jax.inference import load_trained
+from c2f_jax.main import main
+from c2f_jax.train import PREEMPTED_EXIT_CODE, shuffled_images, train_and_evaluate
+from c2f_jax.training.checkpoints import Checkpoints, abstract
+from c2f_jax.training.recorder import Recorder
+
+CONFIG = str(CONFIGS / "spoken_scenes.py")
+
+
+@pytest.fixture(scope="session")
+def flags(tiny_data_dir):
+    """Overrides that all runs share: the tiny data set in a directory of its own, negatives from the queue."""
+    return [
+        f"--config.data.data_dir={tiny_data_dir}",
+        "--config.method.negatives=queue",
+        "--config.token_queue_size=24",
+        "--config.steps=6",
+        "--config.log_every=3",
+        "--config.checkpoint_every=2",
+        "--config.eval_every=4",
+    ]
+
+
+@pytest.fixture(scope="session")
+def unbroken(flags, tmp_path_factory):
+    """An uninterrupted run: its workdir, final state and learning curves."""
+    workdir = tmp_path_factory.mktemp("unbroken")
+    state, history, result, page = train_and_evaluate(load_config(f"{CONFIG}:runlocal", flags), workdir)
+    return workdir, jax.device_get(state), history, result, page
+
+
+def command(flags, workdir):
+    train = [sys.executable, "-m", "c2f_jax.main", "train", f"--config={CONFIG}:runlocal"]
+    return [*train, f"--workdir={workdir}", *flags]
+
+
+def wait_for_checkpoint(workdir, process):
+    """Until some checkpoint is complete; the process must still be at work."""
+    deadline = time.time() + 240
+    while time.time() < deadline:
+        folder = workdir / "checkpoints"
+        if folder.exists() and any(p.name.isdigit() for p in folder.iterdir()):
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    raise AssertionError("no checkpoint was written")
+
+
+def assert_same_run(flags, workdir, unbroken):
+    _, expected, history, _, _ = unbroken
+    state, resumed_history, _, _ = train_and_evaluate(load_config(f"{CONFIG}:runlocal", flags), workdir, test=False)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), expected)
+    assert resumed_history == history
+
+
+def test_killed_run_resumes_bit_for_bit(flags, unbroken, tmp_path):
+    process = subprocess.Popen(command(flags, tmp_path), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    wait_for_checkpoint(tmp_path, process)
+    process.kill()
+    process.wait()
+    assert Checkpoints(tmp_path, read_only=True).latest_step < 6
+    assert_same_run(flags, tmp_path, unbroken)
+
+
+def test_sigterm_saves_and_exits_with_its_own_code(flags, unbroken, tmp_path):
+    process = subprocess.Popen(command(flags, tmp_path), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    wait_for_checkpoint(tmp_path, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == PREEMPTED_EXIT_CODE, errors
+    assert "goes on from there" in errors
+    assert_same_run(flags, tmp_path, unbroken)
+
+
+def test_cadences_and_files(unbroken):
+    workdir, _, history, result, page = unbroken
+    assert [step for step, _ in history["train/loss"]] == [3, 6]
+    assert [step for step, _ in history["eval/spoken_scenes-tiny/fine/s2i/R@1"]] == [4, 6]
+    stored = json.loads((workdir / "eval" / "spoken_scenes-tiny-test.json").read_text())
+    assert stored == json.loads(json.dumps(result))
+    for stage in ("coarse", "fine"):
+        for direction in ("speech_to_image", "image_to_speech"):
+            low, high = stored[stage][direction]["R@1_interval"]
+            assert 0 <= low <= stored[stage][direction]["R@1"] <= high <= 100
+    assert page.read_text().startswith("<!doctype html>")
+    assert (workdir / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list(workdir.glob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize(
+    ("method", "best", "ranked_fine"),
+    [
+        (["--config.method.warm_up_steps=1"], 2, [2]),  # what SIC alone ranks is no candidate
+        (["--config.method.warm_up_steps=9"], 2, []),  # nothing else is there: the latest
+        (["--config.method.warm_up_steps=1", "--config.method.sim_weight=0.0"], 1, []),  # all are of one kind
+    ],
+)
+def test_the_best_checkpoint_is_chosen_among_scores_of_one_kind(
+    flags, tmp_path, monkeypatch, capsys, method, best, ranked_fine
+):
+    log_evaluation = Recorder.log_evaluation
+    monkeypatch.setattr(Recorder, "log_evaluation", lambda self, step, *rest: log_evaluation(self, step, *rest) - step)
+    monkeypatch.setattr("c2f_jax.train.retrieve", lambda *args, **options: _level(retrieve(*args, **options)))
+    flags = [*flags, "--config.steps=2", "--config.eval_every=1", *method]
+    _, history, result, _ = train_and_evaluate(load_config(f"{CONFIG}:runlocal", flags), tmp_path)
+    fine = history.get("eval/spoken_scenes-tiny/fine/s2i/R@1", [])
+    assert [step for step, _ in fine] == ranked_fine
+    assert [step for step, _ in history["eval/spoken_scenes-tiny/coarse/s2i/R@1"]] == [1, 2]
+    assert Checkpoints(tmp_path, read_only=True).best_step == best == result["step"]
+    assert ("fine" in result) == bool(ranked_fine)
+    assert ("lies in the warm-up" in capsys.readouterr().err) == (method[-1][-2:] in ("=1", "=9"))
+
+
+def _level(ranked):
+    """A result whose scores are all 50, so that the step alone decides which is the best."""
+    result, lists = ranked
+    for stage in ("coarse", "fine"):
+        if stage in result:
+            result[stage]["mean_recall"] = 50.0
+    return result, lists
+
+
+def test_restored_parameters_are_those_that_were_saved(unbroken):
+    workdir, state, *_ = unbroken
+    _, params, step, _ = load_trained(workdir, step="latest")
+    assert step == 6
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), state.params)
+
+
+def test_checkpoint_of_another_model_is_refused(unbroken):
+    workdir, state, *_ = unbroken
+    projection = {"kernel": np.zeros((3, 3)), "bias": np.zeros(3)}
+    other = state.replace(params={**state.params, "image_projection": projection})
+    with pytest.raises(UserError, match="does not fit this configuration"):
+        Checkpoints(workdir, read_only=True).restore(6, abstract(other))
+
+
+def test_a_run_starts_from_the_parameters_of_another(flags, unbroken, tmp_path):
+    changes = [f"--config.init_from={unbroken[0]}", "--config.optimizer.learning_rate=1e-30", "--config.seed=3"]
+    state, *_ = train_and_evaluate(load_config(f"{CONFIG}:runlocal", [*flags, *changes]), tmp_path / "on", test=False)
+    _, expected, _, _ = load_trained(unbroken[0])
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), jax.device_get(expected))
+    for name, values in jax.device_get(state.momentum_params).items():
+        jax.tree.map(lambda m, p: np.testing.assert_allclose(m, p, rtol=1e-5, atol=1e-7), values, expected[name])
+    other = load_config(f"{CONFIG}:runlocal", [*flags, changes[0], "--config.model.branches=2"])
+    with pytest.raises(UserError, match="does not fit this configuration .*transformer_1") as raised:
+        train_and_evaluate(other, tmp_path / "other", test=False)
+    assert "remove" not in str(raised.value), "the other run's checkpoint stays"
+
+
+@pytest.mark.parametrize("argument", ["", "hard"])
+def test_argument_that_a_configuration_refuses_is_one_line(argument, capsys):
+    config = CONFIG if argument else os.path.join(os.path.dirname(CONFIG), "manifest.py")
+    assert main(["train", f"--config={config}:{argument}".rstrip(":"), "--workdir=unused"]) != 0
+    message = capsys.readouterr().err
+    assert "after a colon" in message or "after the colon" in message
+    assert "Traceback" not in message
+
+
+def test_workdir_of_another_configuration_is_refused(flags, unbroken, capsys):
+    workdir = unbroken[0]
+    status = main(
+        ["train", f"--config={CONFIG}:runlocal", f"--workdir={workdir}", *flags, "--config.optimizer.learning_rate=0.5"]
+    )
+    message = capsys.readouterr().err
+    assert status == 2
+    assert "optimizer.learning_rate: 0.003 there, 0.5 asked" in message and "another --workdir" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("--config.optimzer.learning_rate=1", "did you mean --config.optimizer.learning_rate"),
+        ("--config.batch_size=many", "batch_size"),
+        ("--config.batch_size=7", "batch_size=7 does not divide over 4 devices"),
+        ("--config.batch_size=640", "640"),
+        ("--config.eval.k=0", "eval.k=0"),
+        ("--config.eval.score=best", "choose one of sic"),
+        ("--config.queue_size=-1", "sizes are 0 or more"),
+        ("--config.token_queue_size=0", "token_queue_size > 0"),
+        ("--config.method.id_policy=none", "multi_positive"),
+        ("--config.method.negatives=all", "choose one of batch, global, queue"),
+        ("--config.parallel=mesh", "choose one of pmap, shard_map"),
+        ("--config.model.dtype=float16", "float32, bfloat16"),
+        ("--config.model.speech.heads=5", "not a multiple of heads"),
+        ("--config.data.image_size=60", "not a multiple of model.image.patch"),
+        ("--config.data.name=spoken_scene", "spoken_scenes"),
+        ("--config.data.test_split=tset", "test"),
+        ("--config.data.train_split=nothing", "train"),
+        ("--config.data.name=missing.jsonl", "missing.jsonl"),
+    ],
+)
+def test_mistakes_are_named_before_the_first_step(flags, tmp_path, capsys, override, expected):
+    status = main(["train", f"--config={CONFIG}:runlocal", f"--workdir={tmp_path / 'run'}", *flags, override])
+    message = capsys.readouterr().err
+    assert status == 2 and expected in message and "Traceback" not in message
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "--config=nowhere.py", "--workdir=x"], "there is no file nowhere.py"),
+        (["train", f"--config={CONFIG}:runlcoal", "--workdir=x"], "runlocal"),
+        (["train", f"--config={CONFIG}", "--workdir=x", "--num-processes=2"], "give all three"),
+        (["evaluate", "--workdir=nowhere"], "holds no training run"),
+        (["search", "--workdir=nowhere", "--say", "a red circle"], "holds no training run"),
+    ],
+)
+def test_wrong_paths(capsys, arguments, expected):
+    assert main(arguments) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_unknown_flag_is_refused(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["evaluate", "--workdir=x", "--slpit=test"])
+    assert exit_info.value.code == 2 and "--slpit" in capsys.readouterr().err
+
+
+def test_evaluate_and_search_commands(unbroken, tmp_path, capsys):
+    workdir = str(unbroken[0])
+    assert main(["evaluate", f"--workdir={workdir}", "--split=validation", "--k=100", "--score=sum"]) == 0
+    stored = json.loads((unbroken[0] / "eval" / "spoken_scenes-tiny-validation.json").read_text())
+    assert stored["k"] == 100 and stored["score"] == "sum"
+
+    index = tmp_path / "gallery.npz"
+    assert main(["index", f"--workdir={workdir}", f"--output={index}"]) == 0
+    capsys.readouterr()
+    page = tmp_path / "answers.html"
+    query = ["--say", "a small red circle above a large blue square"]
+    assert main(["search", f"--workdir={workdir}", *query, f"--index={index}", f"--output={page}"]) == 0
+    from_index = capsys.readouterr().out
+    assert "  5. " in from_index and page.exists() and page.with_suffix(".png").exists()
+    assert main(["search", f"--workdir={workdir}", *query, f"--output={page}"]) == 0
+    answers = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert answers == [line for line in from_index.splitlines() if line.startswith("  ")]
+
+
+def test_search_by_picture_and_in_a_folder(unbroken, tmp_path, capsys):
+    from PIL import Image
+
+    for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        Image.new("RGB", (80, 64), colour).save(tmp_path / f"{name}.png")
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    workdir = str(unbroken[0])
+    query = ["search", f"--workdir={workdir}", f"--output={tmp_path / 'answers.html'}"]
+    assert main([*query, "--say", "a red circle", f"--gallery={tmp_path}"]) == 0
+    out = capsys.readouterr().out
+    assert "red.png" in out and "blue.png" in out and "left out" in out and "broken.png" in out
+    assert main([*query, "--image", str(tmp_path / "red.png"), "--top=3"]) == 0
+    assert "  3. " in capsys.readouterr().out
+    assert main([*query, "--image", str(tmp_path / "broken.png")]) == 2
+    assert "broken.png" in capsys.readouterr().err
+
+
+def test_shuffled_images_exchanges_a_share():
+    index = np.arange(100, dtype=np.int32)
+    shuffled = shuffled_images(index, 0.3, seed=0)
+    assert (shuffled != index).sum() == 30 and sorted(shuffled) == list(range(100))
+    np.testing.assert_array_equal(shuffled, shuffled_images(index, 0.3, seed=0))
+    np.testing.assert_array_equal(shuffled_images(index, 0.0, seed=0), index)

@@ -1,0 +1,184 @@
+"""The whole evaluation against plain loops in float64: ranks, lists, both directions, scores, table and errors."""
+
+import json
+
+import numpy as np
+import pytest
+
+from c2f_jax.errors import UserError
+from c2f_jax.retrieval import evaluation, recall
+
+TAU = 0.25  # a power of two: cosine / tau stays exact, so ties in the oracle are ties in the code
+
+
+def small_world(seed=0, recordings=40, images=18):
+    """Unit vectors of halves (exact cosines, many ties), ids with several right items on both sides, integer logits."""
+    rng = np.random.default_rng(seed)
+    speech = 0.5 * rng.choice([-1.0, 1.0], (recordings, 4))
+    image = 0.5 * rng.choice([-1.0, 1.0], (images, 4))
+    image_ids = np.arange(images) % 12 + 100  # some pictures share an identity
+    speech_ids = rng.choice(image_ids, recordings)
+    speech_ids[:12] = np.arange(12) + 100  # every picture is spoken of
+    logits = rng.integers(-3, 4, (recordings, images)).astype(np.float64)
+
+    def match_fn(speech_tokens, speech_lengths, image_tokens):
+        value = logits[speech_tokens[:, 0, 0].astype(int), image_tokens[:, 0, 0].astype(int)]
+        return np.stack([-0.5 * value, 0.5 * value], axis=1)
+
+    inputs = {
+        "speech_embeddings": speech,
+        "image_embeddings": image,
+        "speech_ids": speech_ids,
+        "image_ids": image_ids,
+        "speech_tokens": np.arange(recordings, dtype=np.float32).reshape(-1, 1, 1),
+        "speech_lengths": np.ones(recordings, np.int32),
+        "image_tokens": np.arange(images, dtype=np.float32).reshape(-1, 1, 1),
+        "match_fn": match_fn,
+    }
+    return inputs, logits
+
+
+def oracle(queries, gallery, query_ids, gallery_ids, logits, k, score):
+    """Ranked gallery rows of each query before and after re-ranking, by sorting tuples."""
+    coarse, fine = [], []
+    for row, query in enumerate(queries):
+        cosine = [float(query @ item) for item in gallery]
+        order = sorted(range(len(gallery)), key=lambda j, cosine=cosine: (-cosine[j], j))
+        value = {
+            "sic": lambda j, cosine=cosine: cosine[j],
+            "sim": lambda j, row=row: logits[row, j],
+            "prob": lambda j, row=row: 1 / (1 + np.exp(-logits[row, j])),
+            "sum": lambda j, row=row, cosine=cosine: cosine[j] + logits[row, j],
+            "joint": lambda j, row=row, cosine=cosine: cosine[j] / TAU + logits[row, j],
+        }[score]
+        head = sorted(order[:k], key=lambda j, value=value, order=order: (-value(j), order.index(j)))
+        coarse.append(order)
+        fine.append(head + order[k:])
+
+    def rank(lists):
+        return [
+            1 + next(place for place, j in enumerate(row) if gallery_ids[j] == wanted)
+            for row, wanted in zip(lists, query_ids, strict=True)
+        ]
+
+    return np.array(coarse), np.array(fine), rank(coarse), rank(fine)
+
+
+@pytest.mark.parametrize("k", [1, 4, 13, 18, 500])
+@pytest.mark.parametrize("score", evaluation.SCORES)
+def test_both_directions_equal_brute_force(k, score):
+    inputs, logits = small_world()
+    result, lists = evaluation.evaluate_retrieval(**inputs, k=k, tau=TAU, score=score, pair_chunk=32, resamples=20)
+    speech = inputs["speech_embeddings"], inputs["speech_ids"]
+    image = inputs["image_embeddings"], inputs["image_ids"]
+    for way, key, (queries, query_ids), (gallery, gallery_ids), table in (
+        ("s2i", "speech_to_image", speech, image, logits),
+        ("i2s", "image_to_speech", image, speech, logits.T),
+    ):
+        coarse, fine, coarse_rank, fine_rank = oracle(queries, gallery, query_ids, gallery_ids, table, k, score)
+        ranked, depth = lists[way], min(max(k, 10), len(gallery))
+        np.testing.assert_array_equal(ranked.queries, np.arange(len(queries)))
+        np.testing.assert_array_equal(ranked.coarse, coarse[:, :depth])
+        np.testing.assert_array_equal(ranked.fine, fine[:, :depth])
+        np.testing.assert_array_equal(ranked.coarse_rank, coarse_rank)
+        np.testing.assert_array_equal(ranked.fine_rank, fine_rank)
+        np.testing.assert_array_equal(ranked.fine_hits, gallery_ids[fine[:, :depth]] == query_ids[:, None])
+        counts = [sum(gallery_ids == wanted) for wanted in query_ids]
+        for stage, ranks, hits in (("coarse", coarse_rank, ranked.coarse_hits), ("fine", fine_rank, ranked.fine_hits)):
+            expected = recall.rank_metrics(ranks) | recall.list_metrics(hits, counts)
+            assert {name: result[stage][key][name] for name in expected} == pytest.approx(expected)
+            low, high = result[stage][key]["R@5_interval"]
+            assert low <= result[stage][key]["R@5"] <= high
+        for name in ("R@1", "MRR", "median_rank"):
+            gain = result["fine"][key][name] - result["coarse"][key][name]
+            assert result["difference"][key][name] == pytest.approx(gain)
+    assert result["fine_scores"][score] == result["fine"]
+
+
+def test_one_candidate_gives_the_coarse_numbers_and_sic_scores_change_nothing():
+    inputs, _ = small_world(seed=1)
+    one, _ = evaluation.evaluate_retrieval(**inputs, k=1, tau=TAU, score="sim", resamples=20)
+    assert one["fine"] == one["coarse"]
+    many, _ = evaluation.evaluate_retrieval(**inputs, k=12, tau=TAU, resamples=20)
+    assert many["fine_scores"]["sic"] == many["coarse"]
+    assert many["fine"] != many["coarse"]
+    gain = many["fine"]["mean_recall"] - many["coarse"]["mean_recall"]
+    assert many["difference"]["mean_recall"] == pytest.approx(gain)
+
+
+def test_result_is_json_and_the_table_shows_it():
+    inputs, _ = small_world(seed=2)
+    result, _ = evaluation.evaluate_retrieval(**inputs, k=7, tau=np.float32(TAU), resamples=20)
+    assert json.loads(json.dumps(result)) == result
+    assert set(result["seconds"]) == {"coarse_s2i", "fine_s2i", "coarse_i2s", "fine_i2s"}
+    table = evaluation.format_table(result)
+    low, high = result["fine"]["image_to_speech"]["R@1_interval"]
+    assert f"{result['fine']['image_to_speech']['R@1']:.1f} [{low:.1f}, {high:.1f}]" in table
+    for words in (
+        "speech -> image: 40 queries, gallery of 18",
+        "image -> speech: 18 queries, gallery of 40",
+        "k=7, joint",
+        "median rank",
+        "MRR",
+        "fine - coarse",
+        "12 image ids",
+    ):
+        assert words in table
+    assert max(len(line) for line in table.splitlines()[:-1]) <= 100
+
+
+def test_without_a_matcher_only_coarse_is_reported():
+    inputs, _ = small_world(seed=3)
+    full, _ = evaluation.evaluate_retrieval(**inputs, k=5, tau=TAU, resamples=20)
+    for name in ("speech_tokens", "speech_lengths", "image_tokens", "match_fn"):
+        del inputs[name]
+    result, lists = evaluation.evaluate_retrieval(**inputs, k=5, tau=TAU, resamples=20)
+    assert result["coarse"] == full["coarse"] and not {"fine", "fine_scores", "difference"} & set(result)
+    assert lists["s2i"].fine is None and "fine" not in evaluation.format_table(result)
+
+
+def test_queries_without_an_answer_are_left_out_and_counted():
+    inputs, logits = small_world(seed=4)
+    inputs["speech_ids"][[3, 20]] = 999
+    inputs["image_ids"][5] = 555
+    result, lists = evaluation.evaluate_retrieval(**inputs, k=6, tau=TAU, score="joint", resamples=20)
+    kept = np.flatnonzero(np.isin(inputs["speech_ids"], inputs["image_ids"]))
+    assert not {3, 20} & set(kept)
+    np.testing.assert_array_equal(lists["s2i"].queries, kept)
+    expected = oracle(
+        inputs["speech_embeddings"][kept],
+        inputs["image_embeddings"],
+        inputs["speech_ids"][kept],
+        inputs["image_ids"],
+        logits[kept],
+        6,
+        "joint",
+    )
+    np.testing.assert_array_equal(lists["s2i"].fine[:, :6], expected[1][:, :6])
+    np.testing.assert_array_equal(lists["s2i"].fine_rank, expected[3])
+    assert result["queries"]["recordings_without_image"] == 40 - len(kept)
+    answered = np.isin(inputs["image_ids"], inputs["speech_ids"])
+    assert result["queries"]["images_without_recording"] == np.sum(~answered) > 0
+    assert result["queries"]["gallery_images"] == 18
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"score": "cosine"}, "score must be one of sic"),
+        ({"k": 0}, "k must be at least 1"),
+        ({"tau": -1.0}, "tau must be above 0"),
+        ({"speech_embeddings": np.full((40, 4), np.nan)}, "speech_embeddings: 40 of 40 rows"),
+        ({"image_embeddings": np.ones((18, 4))}, "image_embeddings must be L2-normalised.*norm 2"),
+        ({"image_ids": np.arange(7)}, "image_embeddings must be .*one id a row"),
+        ({"speech_ids": np.arange(40) + 5000}, "no recording shares its id"),
+        ({"speech_tokens": np.zeros((39, 1, 1))}, "speech_tokens must have 40 rows.*got 39"),
+        ({"image_tokens": None}, "image_tokens must have 18 rows.*got none"),
+        ({"match_fn": lambda s, lengths, i: np.full((len(s), 2), np.inf)}, r"match logits \(s2i\)"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_bad_input_is_one_clear_error(change, message):
+    inputs, _ = small_world()
+    with pytest.raises(UserError, match=message):
+        evaluation.evaluate_retrieval(**({"k": 5, "tau": TAU, "resamples": 5} | inputs | change))
