@@ -44,7 +44,10 @@ setup(
         "speech": SPEECH,
         "hub": ["huggingface_hub>=0.30"],  # hub ids for `c2f convert`
         "dev": [*SPEECH, "pytest>=8", "ruff>=0.8"],
-        "parity": ["torch>=2.6", "transformers>=5"],  # the references of the parity tests and benchmarks/
+        "parity": [
+            "torch>=2.6",
+            "transformers>=5",
+        ],  # the references of the parity tests and benchmarks/
     },
     entry_points={"console_scripts": ["c2f=c2f_jax.main:main"]},
 )

@@ -45,16 +45,24 @@ def make_files(folder, pictures, captions=5):
     rng = np.random.default_rng(0)
     rows = []
     for number in range(pictures):
-        coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize((500, 375))
+        coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize(
+            (500, 375)
+        )
         grain = np.asarray(coarse, np.int16) + rng.integers(-12, 13, (375, 500, 1))
-        Image.fromarray(np.clip(grain, 0, 255).astype(np.uint8)).save(folder / f"{number}.jpg", quality=90)
+        Image.fromarray(np.clip(grain, 0, 255).astype(np.uint8)).save(
+            folder / f"{number}.jpg", quality=90
+        )
         for k in range(captions):
             seconds = float(seconds_like_flickr8k(rng))
             count = int(seconds * RATE)
-            envelope = np.interp(np.arange(count), np.linspace(0, count, 60), rng.uniform(0, 0.2, 60))
+            envelope = np.interp(
+                np.arange(count), np.linspace(0, count, 60), rng.uniform(0, 0.2, 60)
+            )
             name = f"{number}_{k}.flac"
             soundfile.write(folder / name, envelope * rng.standard_normal(count), RATE)
-            rows.append({"image": f"{number}.jpg", "audio": name, "split": "train", "seconds": seconds})
+            rows.append(
+                {"image": f"{number}.jpg", "audio": name, "split": "train", "seconds": seconds}
+            )
     manifest = folder / "manifest.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return manifest
@@ -76,7 +84,9 @@ def plain_image(path, size):
     with Image.open(path) as image:
         image = image.convert("RGB")
     scale = size / min(image.size)
-    image = image.resize([max(round(scale * side), size) for side in image.size], Image.Resampling.BICUBIC)
+    image = image.resize(
+        [max(round(scale * side), size) for side in image.size], Image.Resampling.BICUBIC
+    )
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
@@ -91,7 +101,10 @@ class Files:
         return len(self.pairs)
 
     def __getitem__(self, index):
-        audio, image = self.pairs.recording(index)["audio"], self.pairs.image(int(self.pairs.image_index[index]))
+        audio, image = (
+            self.pairs.recording(index)["audio"],
+            self.pairs.image(int(self.pairs.image_index[index])),
+        )
         wave = decode_audio(audio) if self.ours else plain_wave(audio)
         picture = decode_image(image, self.size) if self.ours else plain_image(image, self.size)
         return wave[: self.samples], picture
@@ -166,7 +179,9 @@ def padding(lengths, seconds, batch_size):
 
 def main():
     """Prints one line a loader and the padding."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--manifest")
     parser.add_argument("--pictures", type=int, default=600, help="made, without a manifest")
     parser.add_argument("--image-size", type=int, default=224)
@@ -195,11 +210,19 @@ def main():
         base = statistics.median(wall for wall, _ in rates["DataLoader"])
         for name, values in rates.items():
             wall, core = (statistics.median(column) for column in zip(*values, strict=True))
-            print(f"{name:16} {wall:8.1f} examples/s  {core:8.1f} a core second  {wall / base:5.2f} x")
+            print(
+                f"{name:16} {wall:8.1f} examples/s  {core:8.1f} a core second  {wall / base:5.2f} x"
+            )
         if options.manifest:
             print(padding(np.asarray(pairs.num_samples), options.seconds, options.batch_size))
         else:  # what is made for the timing is too little for lengths to be chosen
-            print(padding((seconds_like_flickr8k(np.random.default_rng(0), 30_000) * RATE).astype(int), 8.0, 256))
+            print(
+                padding(
+                    (seconds_like_flickr8k(np.random.default_rng(0), 30_000) * RATE).astype(int),
+                    8.0,
+                    256,
+                )
+            )
 
 
 if __name__ == "__main__":

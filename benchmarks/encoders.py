@@ -18,7 +18,11 @@ import subprocess
 import sys
 import time
 
-PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # dense bf16, from the makers' data sheets
+PEAK_TFLOPS = {
+    "H100": 989.0,
+    "H200": 989.0,
+    "A100": 312.0,
+}  # dense bf16, from the makers' data sheets
 CPU_CASES = ("hubert_base", "vit_b_16")
 GPU_CASES = ("hubert_large", "vit_l_14", "vit_g_14")
 HUBERT_LARGE = {
@@ -34,7 +38,13 @@ TOWERS = {
     "hubert_base": {"name": "wav2vec2"},
     "hubert_large": {"name": "wav2vec2"} | HUBERT_LARGE,
     "vit_b_16": {"name": "vision_transformer", "patch": 16},
-    "vit_l_14": {"name": "vision_transformer", "patch": 14, "width": 1024, "depth": 24, "heads": 16},
+    "vit_l_14": {
+        "name": "vision_transformer",
+        "patch": 14,
+        "width": 1024,
+        "depth": 24,
+        "heads": 16,
+    },
     "vit_g_14": {
         "name": "vision_transformer",
         "patch": 14,
@@ -55,7 +65,9 @@ def inputs(case, batch):
 
     rng = np.random.default_rng(0)
     if case.startswith("hubert"):
-        return rng.normal(size=(batch, 64_000)).astype(np.float32), np.full((batch,), 64_000, np.int32)
+        return rng.normal(size=(batch, 64_000)).astype(np.float32), np.full(
+            (batch,), 64_000, np.int32
+        )
     return (rng.integers(0, 256, (batch, 224, 224, 3)).astype(np.uint8),)
 
 
@@ -84,7 +96,10 @@ def measure_jax(case, batch, repeats, dtype, attention):
     def loss(params, *given):
         return jnp.sum(jnp.square(tower.apply(params, *given)[0].astype(jnp.float32)))
 
-    for what, function in (("forward", lambda p, *x: tower.apply(p, *x)[0]), ("forward+backward", jax.grad(loss))):
+    for what, function in (
+        ("forward", lambda p, *x: tower.apply(p, *x)[0]),
+        ("forward+backward", jax.grad(loss)),
+    ):
         lowered = jax.jit(function).lower(params, *given)
         flops, compiled = lowered.cost_analysis()["flops"], lowered.compile()
         run = lambda compiled=compiled: jax.block_until_ready(compiled(params, *given))  # noqa: E731
@@ -129,8 +144,12 @@ def measure_torch(case, batch, repeats, compiled):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--large", action="store_true", help="the large networks in bf16, on an accelerator")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--large", action="store_true", help="the large networks in bf16, on an accelerator"
+    )
     parser.add_argument("--cases", nargs="+", choices=sorted(TOWERS), help="these networks only")
     parser.add_argument("--attention", default="xla", choices=("xla", "cudnn"))
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -141,8 +160,18 @@ def main():
     if args.only is None and not args.large:
         for case in cases:
             for library in ("jax", "torch", "torch.compile"):
-                environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "JAX_PLATFORMS": "cpu"}
-                command = [sys.executable, __file__, f"--only={library}", f"--repeats={args.repeats}", "--cases", case]
+                environment = os.environ | {
+                    "OMP_NUM_THREADS": str(args.threads),
+                    "JAX_PLATFORMS": "cpu",
+                }
+                command = [
+                    sys.executable,
+                    __file__,
+                    f"--only={library}",
+                    f"--repeats={args.repeats}",
+                    "--cases",
+                    case,
+                ]
                 subprocess.run([*command, f"--threads={args.threads}"], env=environment, check=True)
         return
     if args.only:  # before either library counts the cores
@@ -155,13 +184,21 @@ def main():
         else:
             measured = measure_torch(case, batch, args.repeats, args.only == "torch.compile")
         for what, seconds, flops, device in measured:
-            line = {"case": case, "library": args.only or "jax", "what": what, "batch": batch, "dtype": dtype}
+            line = {
+                "case": case,
+                "library": args.only or "jax",
+                "what": what,
+                "batch": batch,
+                "dtype": dtype,
+            }
             line |= {"device": device, "seconds": round(statistics.median(seconds), 4)}
             line |= {"fastest": round(min(seconds), 4), "slowest": round(max(seconds), 4)}
             if flops:
                 line["tflops_per_second"] = round(flops / statistics.median(seconds) / 1e12, 3)
                 peak = next((value for name, value in PEAK_TFLOPS.items() if name in device), None)
-                line |= {"share_of_peak": round(line["tflops_per_second"] / peak, 3)} if peak else {}
+                line |= (
+                    {"share_of_peak": round(line["tflops_per_second"] / peak, 3)} if peak else {}
+                )
             print(json.dumps(line), flush=True)
 
 

@@ -69,7 +69,9 @@ def ablate(config, workdir, *, seeds=3, noise=0.3, rows=None):
         )
     if seeds < 2:
         raise UserError(f"--seeds={seeds}: an interval needs at least 2")
-    for row in rows or ROWS:  # all before the first: a row that cannot be trained is not found hours later
+    for row in (
+        rows or ROWS
+    ):  # all before the first: a row that cannot be trained is not found hours later
         create_experiment(row_config(config, row, config.seed, noise))
     table = {}
     for seed in range(config.seed, config.seed + seeds):
@@ -77,7 +79,9 @@ def ablate(config, workdir, *, seeds=3, noise=0.3, rows=None):
             run = _directory(workdir, row, seed)
             stored = run / "result.json"
             row_values = row_config(config, row, seed, noise)
-            start = _directory(workdir, "noisy start" if row_values.data.shuffled_share else "start", seed)
+            start = _directory(
+                workdir, "noisy start" if row_values.data.shuffled_share else "start", seed
+            )
             if config.method.warm_up_steps:
                 row_values.init_from = str(start)
             if stored.exists():
@@ -120,7 +124,9 @@ def start_config(config, row_values):
 
 
 def _directory(workdir, name, seed):
-    return epath.Path(workdir) / f"{name.replace(' ', '-').replace('+-', '').replace(',', '')}-{seed}"
+    return (
+        epath.Path(workdir) / f"{name.replace(' ', '-').replace('+-', '').replace(',', '')}-{seed}"
+    )
 
 
 def summarise(table):
@@ -131,7 +137,9 @@ def summarise(table):
         for stage in ("coarse", "fine"):
             if all(stage in result for result in results):
                 summary[row][stage] = {
-                    f"{direction}/{metric}": _interval([r[stage][direction][metric] for r in results])
+                    f"{direction}/{metric}": _interval(
+                        [r[stage][direction][metric] for r in results]
+                    )
                     for direction, metric in METRICS
                 }
     return summary
@@ -142,7 +150,11 @@ def format_rows(table):
     lines = [_header(), "|" + "---|" * (len(METRICS) + 2)]
     for row, stages in summarise(table).items():
         for stage, values in stages.items():
-            lines.append(f"| {row} | {stage} | " + " | ".join(_cell(value) for value in values.values()) + " |")
+            lines.append(
+                f"| {row} | {stage} | "
+                + " | ".join(_cell(value) for value in values.values())
+                + " |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -157,7 +169,12 @@ def format_differences(table):
         for stage in ("coarse", "fine"):
             if pairs and all(stage in result for result, _ in pairs):
                 cells = [
-                    _cell(_interval([a[stage][d][m] - b.get(stage, b["coarse"])[d][m] for a, b in pairs]), signed=True)
+                    _cell(
+                        _interval(
+                            [a[stage][d][m] - b.get(stage, b["coarse"])[d][m] for a, b in pairs]
+                        ),
+                        signed=True,
+                    )
                     for d, m in METRICS
                 ]
                 lines.append(f"| {row} | {stage} | {other} | " + " | ".join(cells) + " |")

@@ -65,7 +65,9 @@ def create_parser():
         sub.set_defaults(name=name, parser=sub, takes_config=takes_config)
         return sub
 
-    train = add("train", "Train, resume, evaluate the best checkpoint on the test split.", takes_config=True)
+    train = add(
+        "train", "Train, resume, evaluate the best checkpoint on the test split.", takes_config=True
+    )
     train.add_argument(
         "--config",
         required=True,
@@ -86,64 +88,127 @@ def create_parser():
         metavar="DATA",
         help="evaluate afterwards on these too: protocols, or other data sets and manifests (their test split)",
     )
-    by_voice = {"action": "store_true", "help": "voices heard in training and others apart, on all pictures"}
+    by_voice = {
+        "action": "store_true",
+        "help": "voices heard in training and others apart, on all pictures",
+    }
     train.add_argument("--by-voice", **by_voice)
     _distributed_arguments(train)
 
-    evaluate = add("evaluate", "Coarse and fine retrieval on a split, with intervals, JSON and an HTML page.")
-    evaluate.add_argument("--workdir", required=True, type=_directory, help="directory of a training run")
-    evaluate.add_argument("--data", help="another data set or manifest (zero-shot); the run's own by default")
-    evaluate.add_argument("--split", help="split; the protocol's, else the run's test split, by default")
+    evaluate = add(
+        "evaluate", "Coarse and fine retrieval on a split, with intervals, JSON and an HTML page."
+    )
     evaluate.add_argument(
-        "--step", default="best", help="best, latest or the number of a checkpoint (default: %(default)s)"
+        "--workdir", required=True, type=_directory, help="directory of a training run"
+    )
+    evaluate.add_argument(
+        "--data", help="another data set or manifest (zero-shot); the run's own by default"
+    )
+    evaluate.add_argument(
+        "--split", help="split; the protocol's, else the run's test split, by default"
+    )
+    evaluate.add_argument(
+        "--step",
+        default="best",
+        help="best, latest or the number of a checkpoint (default: %(default)s)",
     )
     how = evaluate.add_mutually_exclusive_group()
     how.add_argument(
-        "--protocol", help="flickr8k_1k, spoken_coco_5k, spoken_coco_1k_5fold, places_1k or mteb, with its own data set"
+        "--protocol",
+        help="flickr8k_1k, spoken_coco_5k, spoken_coco_1k_5fold, places_1k or mteb, with its own data set",
     )
     how.add_argument("--by-voice", **by_voice)
-    evaluate.add_argument("--k", type=int, help="candidates that SIM re-ranks; the run's value by default")
+    evaluate.add_argument(
+        "--k", type=int, help="candidates that SIM re-ranks; the run's value by default"
+    )
     evaluate.add_argument("--score", help="ranking of the fine stage: sic, sim, sum, prob or joint")
 
     index = add("index", "Encode a gallery once, to be searched many times.")
     search = add("search", "Search pictures by voice, or recordings by a picture.")
     for sub in (index, search):
-        sub.add_argument("--workdir", required=True, type=_directory, help="directory of a training run")
         sub.add_argument(
-            "--step", default="best", help="best, latest or the number of a checkpoint (default: %(default)s)"
+            "--workdir", required=True, type=_directory, help="directory of a training run"
         )
-        sub.add_argument("--gallery", help="folder of files, data set name or manifest; the run's own data by default")
-        sub.add_argument("--split", help="split of a data set or manifest; the run's test split by default")
+        sub.add_argument(
+            "--step",
+            default="best",
+            help="best, latest or the number of a checkpoint (default: %(default)s)",
+        )
+        sub.add_argument(
+            "--gallery",
+            help="folder of files, data set name or manifest; the run's own data by default",
+        )
+        sub.add_argument(
+            "--split", help="split of a data set or manifest; the run's test split by default"
+        )
     index.add_argument(
-        "--kind", choices=("image", "speech"), default="image", help="what to index (default: %(default)s)"
+        "--kind",
+        choices=("image", "speech"),
+        default="image",
+        help="what to index (default: %(default)s)",
     )
     index.add_argument("--output", required=True, help="index file to write (.npz), local or gs://")
     query = search.add_mutually_exclusive_group(required=True)
-    query.add_argument("--audio", nargs="+", metavar="FILE", help="recordings that describe pictures")
-    query.add_argument("--say", nargs="+", metavar="TEXT", help="sentences, spoken by espeak-ng and used as recordings")
-    query.add_argument("--image", nargs="+", metavar="FILE", help="pictures, to find recordings that describe them")
+    query.add_argument(
+        "--audio", nargs="+", metavar="FILE", help="recordings that describe pictures"
+    )
+    query.add_argument(
+        "--say",
+        nargs="+",
+        metavar="TEXT",
+        help="sentences, spoken by espeak-ng and used as recordings",
+    )
+    query.add_argument(
+        "--image", nargs="+", metavar="FILE", help="pictures, to find recordings that describe them"
+    )
     search.add_argument("--index", help="a file of `c2f index`, in place of --gallery")
-    search.add_argument("--top", type=int, default=5, help="answers shown for each query (default: %(default)s)")
-    search.add_argument("--k", type=int, help="candidates that SIM re-ranks; the run's value by default")
     search.add_argument(
-        "--output", help="page of the answers (.html); <workdir>/search.html by default, with a .png beside it"
+        "--top", type=int, default=5, help="answers shown for each query (default: %(default)s)"
+    )
+    search.add_argument(
+        "--k", type=int, help="candidates that SIM re-ranks; the run's value by default"
+    )
+    search.add_argument(
+        "--output",
+        help="page of the answers (.html); <workdir>/search.html by default, with a .png beside it",
     )
 
-    ablate = add("ablate", "The paper's claims as an experiment: one row an idea, several seeds.", takes_config=True)
-    ablate.add_argument("--config", required=True, metavar="FILE[:ARG]", help="configuration that the rows vary")
+    ablate = add(
+        "ablate",
+        "The paper's claims as an experiment: one row an idea, several seeds.",
+        takes_config=True,
+    )
+    ablate.add_argument(
+        "--config", required=True, metavar="FILE[:ARG]", help="configuration that the rows vary"
+    )
     ablate.add_argument(
         "--workdir",
         required=True,
         type=_directory,
         help="directory for all the runs and the table; finished runs are kept",
     )
-    ablate.add_argument("--seeds", type=int, default=3, help="seeds of each row (default: %(default)s)")
     ablate.add_argument(
-        "--noise", type=float, default=0.3, help="share of shuffled captions in the noisy rows (default: %(default)s)"
+        "--seeds", type=int, default=3, help="seeds of each row (default: %(default)s)"
     )
-    ablate.add_argument("--rows", nargs="+", metavar="ROW", help="names of rows, as the table has them; all by default")
-    convert = add("convert", "Published weights to a folder that model.speech.weights or model.image.weights name.")
-    convert.add_argument("source", nargs="+", help="files or folders as published, or a hub id owner/name")
+    ablate.add_argument(
+        "--noise",
+        type=float,
+        default=0.3,
+        help="share of shuffled captions in the noisy rows (default: %(default)s)",
+    )
+    ablate.add_argument(
+        "--rows",
+        nargs="+",
+        metavar="ROW",
+        help="names of rows, as the table has them; all by default",
+    )
+    convert = add(
+        "convert",
+        "Published weights to a folder that model.speech.weights or model.image.weights name.",
+    )
+    convert.add_argument(
+        "source", nargs="+", help="files or folders as published, or a hub id owner/name"
+    )
     convert.add_argument("--output", required=True, help="folder to write")
     convert.add_argument(
         "--normalise",
@@ -152,19 +217,34 @@ def create_parser():
     )
     convert.add_argument("--licence", help="for the card, where no README says")
 
-    features = add("features", "Run a frozen published network once over a data set and keep its tokens.")
-    features.add_argument("--weights", required=True, help="folder of c2f convert, or published files")
+    features = add(
+        "features", "Run a frozen published network once over a data set and keep its tokens."
+    )
+    features.add_argument(
+        "--weights", required=True, help="folder of c2f convert, or published files"
+    )
     features.add_argument("--data", required=True, help="data set name or manifest")
     features.add_argument("--data-dir", help="where prepared data sets are")
-    features.add_argument("--splits", default="train,validation,test", help="comma-separated (default: %(default)s)")
-    features.add_argument("--output", required=True, help="folder of the cache; an unfinished one is gone on with")
     features.add_argument(
-        "--layer", default="last", help="last, the number of a hidden state, or all (default: %(default)s)"
+        "--splits", default="train,validation,test", help="comma-separated (default: %(default)s)"
     )
     features.add_argument(
-        "--max-seconds", type=float, default=30.0, help="recordings are cut to this length (default: %(default)s)"
+        "--output", required=True, help="folder of the cache; an unfinished one is gone on with"
     )
-    features.add_argument("--batch-size", type=int, default=16, help="items at once (default: %(default)s)")
+    features.add_argument(
+        "--layer",
+        default="last",
+        help="last, the number of a hidden state, or all (default: %(default)s)",
+    )
+    features.add_argument(
+        "--max-seconds",
+        type=float,
+        default=30.0,
+        help="recordings are cut to this length (default: %(default)s)",
+    )
+    features.add_argument(
+        "--batch-size", type=int, default=16, help="items at once (default: %(default)s)"
+    )
     _distributed_arguments(features)
 
     data = commands.add_parser("data", help="Check a data set, or prepare one.")
@@ -180,18 +260,45 @@ def create_parser():
         to=data_commands,
     )
     for sub in (check, prepare):
-        sub.add_argument("data", help="flickr8k_audio, spoken_coco, places_audio, spoken_scenes or a manifest")
-        sub.add_argument("--manual-dir", help="folder of the downloaded parts of a published data set")
-        sub.add_argument("--data-dir", help="directory of prepared sets, local or gs://; TFDS's default unless given")
+        sub.add_argument(
+            "data", help="flickr8k_audio, spoken_coco, places_audio, spoken_scenes or a manifest"
+        )
+        sub.add_argument(
+            "--manual-dir", help="folder of the downloaded parts of a published data set"
+        )
+        sub.add_argument(
+            "--data-dir",
+            help="directory of prepared sets, local or gs://; TFDS's default unless given",
+        )
         sub.add_argument("--threads", type=int, help="threads that decode; one a core unless given")
-    check.add_argument("--output", metavar="DIR", help="write check.json and check.html, with players, here")
-    check.add_argument("--fix", metavar="FILE", help="write a manifest (.jsonl) of what can be used")
-    check.add_argument("--max-seconds", type=float, default=30.0, help="longer recordings are reported (%(default)s)")
-    prepare.add_argument("--dry-run", action="store_true", help="say what is missing, where to get it, how large it is")
-    prepare.add_argument("--download", action="store_true", help="fetch missing parts that have a direct link")
-    prepare.add_argument("--name", help="name of the prepared set of a manifest; its folder's unless given")
+    check.add_argument(
+        "--output", metavar="DIR", help="write check.json and check.html, with players, here"
+    )
+    check.add_argument(
+        "--fix", metavar="FILE", help="write a manifest (.jsonl) of what can be used"
+    )
+    check.add_argument(
+        "--max-seconds",
+        type=float,
+        default=30.0,
+        help="longer recordings are reported (%(default)s)",
+    )
     prepare.add_argument(
-        "--max-bad-share", type=float, default=0.01, help="share of bad items that are left out (default: %(default)s)"
+        "--dry-run",
+        action="store_true",
+        help="say what is missing, where to get it, how large it is",
+    )
+    prepare.add_argument(
+        "--download", action="store_true", help="fetch missing parts that have a direct link"
+    )
+    prepare.add_argument(
+        "--name", help="name of the prepared set of a manifest; its folder's unless given"
+    )
+    prepare.add_argument(
+        "--max-bad-share",
+        type=float,
+        default=0.01,
+        help="share of bad items that are left out (default: %(default)s)",
     )
     return parser
 
@@ -204,7 +311,8 @@ def _directory(text):
 
 def _distributed_arguments(parser):
     group = parser.add_argument_group(
-        "several processes", "On a TPU pod or under Slurm --distributed alone finds its peers; elsewhere name them."
+        "several processes",
+        "On a TPU pod or under Slurm --distributed alone finds its peers; elsewhere name them.",
     )
     group.add_argument("--distributed", action="store_true", help="one process of several")
     group.add_argument("--coordinator", help="host:port of process 0")

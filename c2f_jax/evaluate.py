@@ -48,7 +48,9 @@ def retrieve(experiment, params, encoded, *, step):
     )
 
 
-def evaluate_source(experiment, params, source, workdir, *, step, history=None, progress=True, protocol=None):
+def evaluate_source(
+    experiment, params, source, workdir, *, step, history=None, progress=True, protocol=None
+):
     """Evaluate a split and write ``eval/<data set>-<split>[-<protocol>].{json,html,png}`` below the workdir.
 
     Args:
@@ -63,7 +65,9 @@ def evaluate_source(experiment, params, source, workdir, *, step, history=None, 
       The result, as it stands in the JSON file, and the path of the page.
     """
     if experiment.method.sim_weight and not experiment.method.has_sim(step):
-        log.warning("step %d lies in the warm-up, before SIM: only the coarse ranking is reported", step)
+        log.warning(
+            "step %d lies in the warm-up, before SIM: only the coarse ranking is reported", step
+        )
     encoded = encode_split(experiment, params, source, progress)
     rank_all = functools.partial(retrieve, experiment, params, step=step)
     if protocol is None:
@@ -83,13 +87,18 @@ def evaluate_source(experiment, params, source, workdir, *, step, history=None, 
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / f"{stem}.html"
     (folder / f"{stem}.json").write_text(json.dumps(result, indent=2) + "\n")
-    curves = learning_curves_png(epath.Path(workdir) / "learning_curves.png", history) if history else None
+    curves = (
+        learning_curves_png(epath.Path(workdir) / "learning_curves.png", history)
+        if history
+        else None
+    )
     speech_examples, failures, image_examples = choose_examples(source, encoded, lists)
     write_results_page(
         page,
         title="Speech-image retrieval, coarse to fine",
         result=result,
-        data_set=f"{source.name}, {source.split} split" + (f", protocol {protocol.name}" if protocol else ""),
+        data_set=f"{source.name}, {source.split} split"
+        + (f", protocol {protocol.name}" if protocol else ""),
         step=int(step),
         speech_examples=speech_examples,
         failures=failures,
@@ -137,12 +146,16 @@ def data_set_label(source):
 
 def choose_examples(source, encoded, lists, count=8):
     """Examples for the page, as report.Example: random speech queries, the worst of them, random image queries."""
-    pictures = functools.cache(lambda row: picture(decode_image(source.image(int(encoded.images[row])), 96)))
+    pictures = functools.cache(
+        lambda row: picture(decode_image(source.image(int(encoded.images[row])), 96))
+    )
 
     @functools.cache
     def sounds(row):
         item = source.recording(int(encoded.recordings[row]))
-        return recording(decode_audio(item["audio"]), caption=item["caption"], speaker=item["speaker"])
+        return recording(
+            decode_audio(item["audio"]), caption=item["caption"], speaker=item["speaker"]
+        )
 
     def right_picture(row):
         return pictures(int(np.flatnonzero(encoded.image_ids == encoded.speech_ids[row])[0]))

@@ -42,10 +42,13 @@ def load_trained(workdir, *, step="best", experiment=None):
     # Also where training reads a cache the network is wanted, for recordings and pictures that are in no cache.
     encoders = {"speech": model.speech_encoder, "image": model.image_encoder}
     batch = example_batch(
-        experiment.data, raw=[p for p, e in encoders.items() if getattr(e, "tower", None) is not None]
+        experiment.data,
+        raw=[p for p, e in encoders.items() if getattr(e, "tower", None) is not None],
     )
     shapes = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+    )
     trained, _ = split_params(shapes, model.frozen)
     params, progress = checkpoints.restore_params(number, trained)
     check_weights(workdir, experiment.weights)
@@ -70,7 +73,10 @@ def encode_image(model, params, image):
 def match(model, params, speech_tokens, speech_lengths, image_tokens):
     """SIM logits (b, 2) of b pairs of token sequences."""
     image_lengths = jnp.full((image_tokens.shape[0],), image_tokens.shape[1], jnp.int32)
-    speech, image = Encoded(None, speech_tokens, speech_lengths), Encoded(None, image_tokens, image_lengths)
+    speech, image = (
+        Encoded(None, speech_tokens, speech_lengths),
+        Encoded(None, image_tokens, image_lengths),
+    )
     return model.apply({"params": params}, speech, image, method="match")
 
 
@@ -78,7 +84,9 @@ def matcher(model, params):
     """``match`` as re-ranking calls it, on the devices that ``params`` are replicated on."""
 
     def match_fn(speech_tokens, speech_lengths, image_tokens):
-        return match(model, params, *split_rows(params, (speech_tokens, speech_lengths, image_tokens)))
+        return match(
+            model, params, *split_rows(params, (speech_tokens, speech_lengths, image_tokens))
+        )
 
     return match_fn
 
@@ -106,7 +114,12 @@ def encode_split(experiment, params, source, progress=False):
         "images" if progress else None,
     )
     return EncodedSplit(
-        speech, image, recordings, images, source.image_ids[source.image_index[recordings]], source.image_ids[images]
+        speech,
+        image,
+        recordings,
+        images,
+        source.image_ids[source.image_index[recordings]],
+        source.image_ids[images],
     )
 
 

@@ -17,12 +17,18 @@ def main(argv=None):
     overrides = [word for word in rest if word.startswith("--config.")]
     unknown = [word for word in rest if word not in overrides]
     if unknown or (overrides and not args.takes_config):
-        args.parser.error(f"unknown argument {(unknown or overrides)[0]}; see {args.parser.prog} --help")
+        args.parser.error(
+            f"unknown argument {(unknown or overrides)[0]}; see {args.parser.prog} --help"
+        )
     # jax and TensorFlow announce on import what hardware they did not find; errors still show.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else TensorFlow greets with a notice about it
+    os.environ.setdefault(
+        "TF_ENABLE_ONEDNN_OPTS", "0"
+    )  # else TensorFlow greets with a notice about it
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of each read-only directory that it opens
+    logging.getLogger("absl").setLevel(
+        logging.ERROR
+    )  # Orbax warns of each read-only directory that it opens
     try:
         return _COMMANDS[args.name](args, overrides) or 0
     except UserError as error:
@@ -53,7 +59,9 @@ def _train(args, overrides):
     from c2f_jax.train import PREEMPTED_EXIT_CODE, Preempted, train_and_evaluate
 
     if several and (args.zero_shot or args.by_voice):
-        raise UserError("--zero-shot and --by-voice are for one process: run `c2f evaluate` afterwards")
+        raise UserError(
+            "--zero-shot and --by-voice are for one process: run `c2f evaluate` afterwards"
+        )
     # Before the training, so that what cannot be evaluated is not found hours later.
     for target in args.zero_shot:
         _open_target(create_experiment(config), target)
@@ -99,7 +107,9 @@ def _evaluate_on(experiment, workdir, step, target, split=None, protocol=None):
 
     source, protocol = _open_target(experiment, target, split, protocol)
     _, params, step, history = load_trained(workdir, step=step, experiment=experiment)
-    result, page = evaluate_source(experiment, params, source, workdir, step=step, history=history, protocol=protocol)
+    result, page = evaluate_source(
+        experiment, params, source, workdir, step=step, history=history, protocol=protocol
+    )
     print(format_protocol(result) + format_table(result))
     print(f"\nresults page: {page}")
 
@@ -135,7 +145,9 @@ def _evaluate(args, _):
 def _index(args, _):
     from c2f_jax.search import build_index
 
-    index = build_index(args.workdir, args.gallery, kind=args.kind, split=args.split, step=args.step)
+    index = build_index(
+        args.workdir, args.gallery, kind=args.kind, split=args.split, step=args.step
+    )
     index.save(args.output)
     print(f"{len(index.names)} items indexed: {args.output}")
 
@@ -164,7 +176,9 @@ def _convert(args, _):
 
     normalise = None if args.normalise is None else args.normalise == "true"
     card = convert(args.source, args.output, normalise=normalise, licence=args.licence)
-    print(f"{card['layout']}: {card['parameters']:,} parameters, licence {card['licence']}: {args.output}")
+    print(
+        f"{card['layout']}: {card['parameters']:,} parameters, licence {card['licence']}: {args.output}"
+    )
 
 
 def _features(args, _):
@@ -223,7 +237,9 @@ def _data_prepare(args, _):
     from c2f_jax.datasets.prepare import dry_run, prepare
 
     if args.dry_run:
-        print(dry_run(args.data, manual_dir=args.manual_dir, data_dir=args.data_dir, name=args.name))
+        print(
+            dry_run(args.data, manual_dir=args.manual_dir, data_dir=args.data_dir, name=args.name)
+        )
         return
     ready = prepare(
         args.data,

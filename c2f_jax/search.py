@@ -49,9 +49,17 @@ def build_index(workdir, gallery=None, *, kind="image", split=None, step="best",
     if not kept:
         raise UserError(f"{gallery}: none of the {len(files)} files can be read")
     encoded = _encode(experiment, params, kind, decoded)
-    media = [files[p] if isinstance(files[p], bytes) else epath.Path(files[p]).read_bytes() for p in kept]
+    media = [
+        files[p] if isinstance(files[p], bytes) else epath.Path(files[p]).read_bytes() for p in kept
+    ]
     return GalleryIndex(
-        kind, f"{workdir}@{number}", [names[p] for p in kept], media, encoded.embedding, encoded.tokens, encoded.lengths
+        kind,
+        f"{workdir}@{number}",
+        [names[p] for p in kept],
+        media,
+        encoded.embedding,
+        encoded.tokens,
+        encoded.lengths,
     )
 
 
@@ -102,14 +110,18 @@ def search(
         files = [_spoken(text) for text in say]
     decoded = [_decode(experiment, query_kind, file) for file in files]
     items = (
-        GalleryIndex.load(index) if index else build_index(workdir, gallery, kind=kind, split=split, trained=trained)
+        GalleryIndex.load(index)
+        if index
+        else build_index(workdir, gallery, kind=kind, split=split, trained=trained)
     )
     if items.kind != kind:
         raise UserError(
             f"{index} holds {items.kind} items, but these queries look for {kind} items: "
             f"make one with `c2f index --kind={kind}`"
         )
-    if items.embeddings.shape[1] != experiment.model.embedding_size or not items.model.endswith(f"@{number}"):
+    if items.embeddings.shape[1] != experiment.model.embedding_size or not items.model.endswith(
+        f"@{number}"
+    ):
         raise UserError(
             f"{index} was encoded by {items.model}, the queries by {workdir}@{number}: make the index again"
         )
@@ -127,7 +139,13 @@ def search(
         unknown = [False] * top
         asked = _media(query_kind, decoded[row], name)
         examples.append(
-            Example(asked, shown[0], unknown[: len(shown[0])], fine=shown[1], fine_hits=unknown[: len(shown[0])])
+            Example(
+                asked,
+                shown[0],
+                unknown[: len(shown[0])],
+                fine=shown[1],
+                fine_hits=unknown[: len(shown[0])],
+            )
         )
     what = "pictures" if kind == "image" else "recordings"
     searched = f"{len(items.names):,} {what} of {index or gallery or experiment.data.name}"
@@ -157,7 +175,9 @@ def _rank(experiment, params, step, queries, items, k, top):
     tau = float(experiment.model.apply({"params": params}, method="tau"))
     scores = fine_scores(cosine[:, :k], logits, tau)[experiment.eval.score]
     order = np.argsort(-scores, axis=1, kind="stable")
-    return coarse, np.concatenate([np.take_along_axis(coarse[:, :k], order, axis=1), coarse[:, k:]], axis=1)
+    return coarse, np.concatenate(
+        [np.take_along_axis(coarse[:, :k], order, axis=1), coarse[:, k:]], axis=1
+    )
 
 
 def _gallery_files(experiment, gallery, kind, split):
@@ -166,19 +186,28 @@ def _gallery_files(experiment, gallery, kind, split):
         files = list_media(gallery, IMAGE_SUFFIXES if kind == "image" else AUDIO_SUFFIXES)
         return files, files
     data = experiment.data
-    source = load_pairs(gallery or data.name, split or data.test_split, data.data_dir, max_bad_share=data.max_bad_share)
+    source = load_pairs(
+        gallery or data.name,
+        split or data.test_split,
+        data.data_dir,
+        max_bad_share=data.max_bad_share,
+    )
     if kind == "image":
         rows = range(source.num_images)
         return [source.image_id(row) for row in rows], [source.image(row) for row in rows]
     items = [source.recording(row) for row in range(len(source))]
-    return [item["caption"] or f"recording {row}" for row, item in enumerate(items)], [item["audio"] for item in items]
+    return [item["caption"] or f"recording {row}" for row, item in enumerate(items)], [
+        item["audio"] for item in items
+    ]
 
 
 def _decode(experiment, kind, file):
     """A waveform (S,) float32 cut to the longest evaluation length, or an image (side, side, 3) uint8."""
     if kind == "image":
         data = experiment.data
-        return decode_image(file, data.image_size, resize=data.image_resize, resize_side=data.image_resize_side)
+        return decode_image(
+            file, data.image_size, resize=data.image_resize, resize_side=data.image_resize_side
+        )
     return decode_audio(file)[: round(experiment.data.max_seconds * SAMPLE_RATE)]
 
 
@@ -194,10 +223,14 @@ def _encode(experiment, params, kind, decoded):
         else:
             waveform = np.stack([np.pad(wave, (0, samples - len(wave))) for wave in filled])
             lengths = np.array([len(wave) for wave in filled], np.int32)
-            encoded = encode_speech(experiment.model, params, *split_rows(params, (waveform, lengths)))
+            encoded = encode_speech(
+                experiment.model, params, *split_rows(params, (waveform, lengths))
+            )
         kept = len(chunk)
         parts.append(jax.tree.map(lambda x, kept=kept: np.asarray(x)[:kept], encoded))
-    return Encoded(*(np.concatenate(leaves).astype(leaves[0].dtype) for leaves in zip(*parts, strict=True)))
+    return Encoded(
+        *(np.concatenate(leaves).astype(leaves[0].dtype) for leaves in zip(*parts, strict=True))
+    )
 
 
 def _spoken(text):
@@ -209,7 +242,9 @@ def _spoken(text):
     try:
         return speak(text, **voice)[0]
     except RuntimeError as error:
-        raise UserError(f"--say {text!r} cannot be spoken ({error}): give a sentence in English") from error
+        raise UserError(
+            f"--say {text!r} cannot be spoken ({error}): give a sentence in English"
+        ) from error
 
 
 def _media(kind, item, name):

@@ -58,9 +58,13 @@ def train_and_evaluate(config, workdir, *, devices=None, test=True):
     parallel = DataParallel(experiment.parallel, devices)
     parallel.check_batch_size(experiment.batch_size)
     if experiment.init_from:
-        load_saved_config(experiment.init_from)  # that there is a run, before data are made and read
+        load_saved_config(
+            experiment.init_from
+        )  # that there is a run, before data are made and read
     first_process_first(lambda: make_data_set(data.name, data.data_dir))
-    prepare_features(experiment, (data.train_split, data.validation_split, *((data.test_split,) if test else ())))
+    prepare_features(
+        experiment, (data.train_split, data.validation_split, *((data.test_split,) if test else ()))
+    )
     source, validation = data.load(data.train_split), data.load(data.validation_split)
     source.speech_copies = [open_features(path) for path in data.copy_caches()]
     batch_plan.check_plan(
@@ -101,19 +105,27 @@ def train_and_evaluate(config, workdir, *, devices=None, test=True):
     start = checkpoints.latest_step or 0
     if experiment.init_from and not start:
         other = Checkpoints(experiment.init_from, read_only=True)
-        params, _ = other.restore_params(other.best_step, abstract(parallel.global_state(state.params)))
+        params, _ = other.restore_params(
+            other.best_step, abstract(parallel.global_state(state.params))
+        )
         other.close()
         params = parallel.host_copy(params)
         copy = jax.tree.map(np.copy, momentum_subset(params)) if state.momentum_params else {}
-        state = parallel.place_state(parallel.host_copy(state).replace(params=params, momentum_params=copy))
+        state = parallel.place_state(
+            parallel.host_copy(state).replace(params=params, momentum_params=copy)
+        )
         recorder.say(f"starting from the parameters of {experiment.init_from}")
     if start:
-        state, progress = checkpoints.restore(start, abstract(parallel.global_state(state.replace(frozen={}))))
+        state, progress = checkpoints.restore(
+            start, abstract(parallel.global_state(state.replace(frozen={})))
+        )
         state = parallel.place_state(parallel.host_copy(state)).replace(frozen=frozen)
         recorder.restore(progress)
         recorder.say(f"resuming at step {start} of {experiment.steps}")
     if start < experiment.steps:
-        state = _train(experiment, state, start, optimizer, source, validation, parallel, checkpoints, recorder)
+        state = _train(
+            experiment, state, start, optimizer, source, validation, parallel, checkpoints, recorder
+        )
 
     result = page = None
     if test:
@@ -135,12 +147,16 @@ def train_and_evaluate(config, workdir, *, devices=None, test=True):
     return state, recorder.history, result, page
 
 
-def _train(experiment, state, start, optimizer, source, validation, parallel, checkpoints, recorder):
+def _train(
+    experiment, state, start, optimizer, source, validation, parallel, checkpoints, recorder
+):
     """Steps ``start`` + 1 to the last; returns the final state."""
     data = experiment.data
     method = experiment.method
     warm_up_step, full_step = (
-        parallel.compile_step(functools.partial(train_step, model=experiment.model, optimizer=optimizer, method=m))
+        parallel.compile_step(
+            functools.partial(train_step, model=experiment.model, optimizer=optimizer, method=m)
+        )
         for m in (method.warm_up(), method)
     )
     batches = loader.train_batches(
@@ -172,15 +188,25 @@ def _train(experiment, state, start, optimizer, source, validation, parallel, ch
             score = None
             if last or _due(step, experiment.eval_every):
                 params = parallel.local_copy(merge_params(state.params, state.frozen))
-                result, _ = retrieve(experiment, params, encode_split(experiment, params, validation), step=step)
+                result, _ = retrieve(
+                    experiment, params, encode_split(experiment, params, validation), step=step
+                )
                 score = recorder.log_evaluation(step, data_set_label(validation), result)
                 if method.sim_weight and not method.has_sim(step):
-                    recorder.say(f"step {step} lies in the warm-up: ranked by SIC alone, no candidate for the best")
+                    recorder.say(
+                        f"step {step} lies in the warm-up: ranked by SIC alone, no candidate for the best"
+                    )
                     score = None
-            stopping = not last and (stop_requested.is_set() or checkpoints.reached_preemption(step))
+            stopping = not last and (
+                stop_requested.is_set() or checkpoints.reached_preemption(step)
+            )
             if last or stopping or score is not None or _due(step, experiment.checkpoint_every):
                 checkpoints.save(
-                    step, parallel.global_state(state.replace(frozen={})), recorder.progress(), score, wait=stopping
+                    step,
+                    parallel.global_state(state.replace(frozen={})),
+                    recorder.progress(),
+                    score,
+                    wait=stopping,
                 )
             if stopping:
                 recorder.close()
@@ -199,11 +225,15 @@ def fit_to_data(experiment, source, say):
     """
     method, epoch = experiment.method, loader.steps_per_epoch(source, experiment.batch_size)
     if method.alpha_ramp_steps is None:
-        experiment = dataclasses.replace(experiment, method=dataclasses.replace(method, alpha_ramp_steps=epoch))
+        experiment = dataclasses.replace(
+            experiment, method=dataclasses.replace(method, alpha_ramp_steps=epoch)
+        )
     for name in ("queue_size", "token_queue_size"):
         size = getattr(experiment, name)
         if size > len(source):
-            say(f"{name} {size} is cut to the {len(source)} recordings of {source.name}, split {source.split}")
+            say(
+                f"{name} {size} is cut to the {len(source)} recordings of {source.name}, split {source.split}"
+            )
             experiment = dataclasses.replace(experiment, **{name: len(source)})
     return experiment
 
@@ -229,7 +259,10 @@ def _alarm_from(experiment):
     """Step from which a SIM loss at its collapse value is worth a warning; None without SIM."""
     if not experiment.method.sim_weight:
         return None
-    return max(experiment.method.warm_up_steps, experiment.optimizer.warmup_steps) + experiment.steps // 4
+    return (
+        max(experiment.method.warm_up_steps, experiment.optimizer.warmup_steps)
+        + experiment.steps // 4
+    )
 
 
 def _due(step, every):

@@ -13,7 +13,7 @@ with those of Flickr8k Audio.
 
 from ml_collections import ConfigDict
 
-from c2f_jax.config.default import default_config
+from c2f_jax.config import default_config
 
 
 def get_config(arg=""):
@@ -34,14 +34,31 @@ def get_config(arg=""):
     config.eval_every = config.checkpoint_every = 350
     config.queue_size = 1024
 
-    config.model.branches = 3  # models of so few pairs err differently from seed to seed: their mean cosine errs less
+    config.model.branches = (
+        3  # models of so few pairs err differently from seed to seed: their mean cosine errs less
+    )
     # One caption a photograph is little: 5,253 pairs are learnt by heart without dropout of this size.
-    head = {"width": 192, "heads": 4, "mlp_ratio": 3.0, "dropout_rate": 0.3, "token_dropout": 0.2, "token_mask": 0.3}
+    head = {
+        "width": 192,
+        "heads": 4,
+        "mlp_ratio": 3.0,
+        "dropout_rate": 0.3,
+        "token_dropout": 0.2,
+        "token_mask": 0.3,
+    }
     head |= {"pooling": "mean"}  # a [CLS] takes more than twice the steps
-    speech = {"name": "published", "weights": f"{arg}/weights/whisper-tiny.en-encoder", "frozen": "tower"}
-    config.model.speech = ConfigDict(speech | {"layer": "last", "pool": 4, "conv_blocks": 2, "depth": 1} | head)
+    speech = {
+        "name": "published",
+        "weights": f"{arg}/weights/whisper-tiny.en-encoder",
+        "frozen": "tower",
+    }
+    config.model.speech = ConfigDict(
+        speech | {"layer": "last", "pool": 4, "conv_blocks": 2, "depth": 1} | head
+    )
     config.model.image = ConfigDict({"name": "tokens", "depth": 1} | head)
-    config.model.multimodal = ConfigDict({"width": 128, "depth": 2, "heads": 4, "mlp_ratio": 2.0, "dropout_rate": 0.2})
+    config.model.multimodal = ConfigDict(
+        {"width": 128, "depth": 2, "heads": 4, "mlp_ratio": 2.0, "dropout_rate": 0.2}
+    )
 
     config.method.momentum = 0.98
     config.method.warm_up_steps = 700

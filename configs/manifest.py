@@ -6,13 +6,15 @@ Paths in the manifest are relative to it. It needs the splits train, validation 
 ``--config.data.validation_split=...``. Longer recordings: ``--config.data.bucket_seconds='(8.0,)'``.
 """
 
-from c2f_jax.config.default import default_config
+from c2f_jax.config import default_config
 
 
 def get_config(arg=""):
     """The configuration; ``arg`` is the path of the manifest, local or gs://."""
     if not arg:
-        raise ValueError("the manifest's path is expected after a colon: configs/manifest.py:path/to/manifest.jsonl")
+        raise ValueError(
+            "the manifest's path is expected after a colon: configs/manifest.py:path/to/manifest.jsonl"
+        )
     config = default_config()
     config.data.name = arg
     config.data.bucket_seconds = (6.4,)

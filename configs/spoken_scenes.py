@@ -10,13 +10,15 @@
 for ``c2f ablate``. ``--config=configs/spoken_scenes.py:runlocal`` shrinks everything to a run of seconds, for tests.
 """
 
-from c2f_jax.config.default import default_config
+from c2f_jax.config import default_config
 
 
 def get_config(arg=""):
     """The configuration; ``arg`` is "", "crowded", "simple" or "runlocal"."""
     if arg not in ("", "crowded", "simple", "runlocal"):
-        raise ValueError(f"argument {arg!r} after the colon: crowded, simple, runlocal or nothing is expected")
+        raise ValueError(
+            f"argument {arg!r} after the colon: crowded, simple, runlocal or nothing is expected"
+        )
     config = default_config()
     config.data.name = "spoken_scenes"
     # Ten minutes on two cores: plain in-batch steps first, which are cheap, then the whole method.
@@ -64,5 +66,10 @@ def get_config(arg=""):
         config.method.warm_up_steps = 1
         for part in (config.model.speech, config.model.image, config.model.multimodal):
             part.width, part.depth = 32, 1
-        config.eval.k, config.eval.batch_size, config.eval.pair_batch_size, config.eval.resamples = 4, 16, 64, 50
+        (
+            config.eval.k,
+            config.eval.batch_size,
+            config.eval.pair_batch_size,
+            config.eval.resamples,
+        ) = 4, 16, 64, 50
     return config

@@ -6,8 +6,12 @@ import os
 # Tests run each program a few times: an unoptimised one without fusion compiles three times faster.
 FAST_COMPILE = "--xla_backend_optimization_level=0"
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
-    FAST_COMPILE += " --xla_cpu_use_fusion_emitters=false"  # later ones end the process at this flag
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4 {FAST_COMPILE}"
+    FAST_COMPILE += (
+        " --xla_cpu_use_fusion_emitters=false"  # later ones end the process at this flag
+    )
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4 {FAST_COMPILE}"
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"

@@ -26,7 +26,17 @@ def test_links_and_pictures_exist():
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "evaluate", "index", "search", "ablate", "convert", "features", "data check", "data prepare"],
+    [
+        "train",
+        "evaluate",
+        "index",
+        "search",
+        "ablate",
+        "convert",
+        "features",
+        "data check",
+        "data prepare",
+    ],
 )
 def test_help_and_documented_flags(command, capsys):
     with pytest.raises(SystemExit) as exit_info:
@@ -38,7 +48,9 @@ def test_help_and_documented_flags(command, capsys):
             assert flag in shown, f"README uses c2f {command} {flag}"
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("*.sh")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "script", sorted((ROOT / "launch").glob("*.sh")), ids=lambda path: path.name
+)
 def test_launch_scripts_parse(script):
     assert subprocess.run(["bash", "-n", script]).returncode == 0
 
@@ -53,8 +65,14 @@ def test_notebook_runs(tmp_path, monkeypatch, tiny_data_dir):
     for cell in code:
         if cell.startswith("%pip"):
             continue
-        cell = cell.replace('"configs/spoken_scenes.py"', f'"{ROOT}/configs/spoken_scenes.py:runlocal"')
-        cell = cell.replace("from IPython.display import HTML, Image, display", "HTML = Image = str")
+        cell = cell.replace(
+            '"configs/spoken_scenes.py"', f'"{ROOT}/configs/spoken_scenes.py:runlocal"'
+        )
+        cell = cell.replace(
+            "from IPython.display import HTML, Image, display", "HTML = Image = str"
+        )
         cell = cell.replace("load_config(CONFIG)", "load_config(CONFIG, OVERRIDES)")
         exec(cell, scope)  # noqa: S102
-    assert len(shown) == 4 and all((tmp_path / item).exists() for item in shown if item.endswith(".png"))
+    assert len(shown) == 4 and all(
+        (tmp_path / item).exists() for item in shown if item.endswith(".png")
+    )

@@ -23,7 +23,17 @@ def fresh(code):
 def test_objectives_need_jax_alone():
     names = "embedding_queue", "momentum", "collectives", "keys"
     modules, started = fresh(f"import {', '.join(f'c2f_jax.objectives.{name}' for name in names)}")
-    assert not modules & {"tensorflow", "absl", "flax", "optax", "clu", "orbax", "ml_collections", "librosa", "grain"}
+    assert not modules & {
+        "tensorflow",
+        "absl",
+        "flax",
+        "optax",
+        "clu",
+        "orbax",
+        "ml_collections",
+        "librosa",
+        "grain",
+    }
     assert not started
 
 

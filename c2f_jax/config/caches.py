@@ -32,7 +32,11 @@ def check_features(experiment):
     """
     for _, weights, path, options in _caches(experiment):
         options = {"max_seconds": None} | options
-        layer, max_seconds, card = options.pop("layer"), options.pop("max_seconds"), open_card(weights)
+        layer, max_seconds, card = (
+            options.pop("layer"),
+            options.pop("max_seconds"),
+            open_card(weights),
+        )
         has_card(path, cache_card(card, bare_tower(card) | options, layer, max_seconds))
 
 
@@ -46,12 +50,26 @@ def _caches(experiment):
         options = {"layer": "all" if encoder.layer == "weighted_sum" else encoder.layer}
         options |= {} if part == "image" else {"max_seconds": data.max_seconds}
         weights = experiment.weights[part]
-        yield part, weights, path, options | _changes(encoder.tower, create_tower(bare_tower(open_card(weights))))
+        yield (
+            part,
+            weights,
+            path,
+            options | _changes(encoder.tower, create_tower(bare_tower(open_card(weights)))),
+        )
 
 
 def _changes(tower, published):
     """The attributes that a configuration gives to a network in place of the published ones, as a dict."""
-    names = {f.name for f in dataclasses.fields(tower)} - {"parent", "name", "dtype", "attention", "remat", "vision"}
+    names = {f.name for f in dataclasses.fields(tower)} - {
+        "parent",
+        "name",
+        "dtype",
+        "attention",
+        "remat",
+        "vision",
+    }
     values = {name: getattr(tower, name) for name in sorted(names)}
     values = {name: value for name, value in values.items() if value != getattr(published, name)}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
+    }

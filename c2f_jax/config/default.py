@@ -43,7 +43,14 @@ def default_config():
     config.data.max_padding = placeholder(float)
     config.data.augment = ConfigDict(dataclasses.asdict(AugmentConfig()))
 
-    encoder = {"width": 96, "depth": 4, "heads": 4, "mlp_ratio": 4.0, "dropout_rate": 0.0, "pooling": "cls"}
+    encoder = {
+        "width": 96,
+        "depth": 4,
+        "heads": 4,
+        "mlp_ratio": 4.0,
+        "dropout_rate": 0.0,
+        "pooling": "cls",
+    }
     config.model = ConfigDict()
     config.model.embedding_dim = 256
     config.model.branches = 1
@@ -51,7 +58,9 @@ def default_config():
     config.model.dtype = "float32"
     config.model.attention = "xla"
     config.model.remat = False
-    config.model.speech = ConfigDict({"name": "log_mel", "mels": 80, "hop": 240, "conv_layers": 3} | encoder)
+    config.model.speech = ConfigDict(
+        {"name": "log_mel", "mels": 80, "hop": 240, "conv_layers": 3} | encoder
+    )
     config.model.image = ConfigDict(
         {"name": "vit", "patch": 8, "conv_stem": True, "conv_blocks": 0, "token_pool": 2} | encoder
     )

@@ -62,8 +62,15 @@ class Experiment:
         """The DataConfig for a data set of that name; the feature caches of a network are of the run's own data."""
         if name == self.data.name:
             return self.data
-        encoders = {"speech_features": self.model.speech_encoder, "image_features": self.model.image_encoder}
-        own = {part: None for part, encoder in encoders.items() if getattr(encoder, "tower", None) is not None}
+        encoders = {
+            "speech_features": self.model.speech_encoder,
+            "image_features": self.model.image_encoder,
+        }
+        own = {
+            part: None
+            for part, encoder in encoders.items()
+            if getattr(encoder, "tower", None) is not None
+        }
         if "speech_features" in own:
             own["speech_copies"] = 0
         return dataclasses.replace(self.data, name=name, **own)
@@ -96,7 +103,9 @@ def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
         "data": _build(DataConfig, "data", data),
         "eval": _build(EvalConfig, "eval", plain.pop("eval", {})),
         "method": _build(MethodConfig, "method", method),
-        "optimizer": _build(OptimizerConfig, "optimizer", plain.pop("optimizer", {}) | {"steps": plain.get("steps")}),
+        "optimizer": _build(
+            OptimizerConfig, "optimizer", plain.pop("optimizer", {}) | {"steps": plain.get("steps")}
+        ),
         "model": _model(model),
         "weights": weights,
     }
@@ -106,7 +115,9 @@ def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
     if experiment.eval.score not in SCORES:
         raise UserError(f"eval.score={experiment.eval.score!r}: choose one of {', '.join(SCORES)}")
     if experiment.data.image_resize not in RESIZE:
-        raise UserError(f"data.image_resize={experiment.data.image_resize!r}: choose one of {', '.join(RESIZE)}")
+        raise UserError(
+            f"data.image_resize={experiment.data.image_resize!r}: choose one of {', '.join(RESIZE)}"
+        )
     if experiment.data.image_features is None:
         _check_image_grid(model["image"], experiment.data.image_size)
     _check_features(experiment)
@@ -179,10 +190,15 @@ def _with_weights(model):
 def _check_features(experiment):
     """A cache belongs to a frozen network; an encoder without a network needs one."""
     for part in ("speech", "image"):
-        encoder, path = getattr(experiment.model, f"{part}_encoder"), getattr(experiment.data, f"{part}_features")
+        encoder, path = (
+            getattr(experiment.model, f"{part}_encoder"),
+            getattr(experiment.data, f"{part}_features"),
+        )
         published = hasattr(encoder, "tower")
         if path is None and published and encoder.tower is None:
-            raise UserError(f"model.{part}.name='tokens' reads a feature cache: give data.{part}_features")
+            raise UserError(
+                f"model.{part}.name='tokens' reads a feature cache: give data.{part}_features"
+            )
         if path is not None and not published:
             raise UserError(f"data.{part}_features needs model.{part}.name 'published' or 'tokens'")
         if path is not None and encoder.tower is not None and path.endswith(".npz"):
@@ -191,11 +207,17 @@ def _check_features(experiment):
                 "without weights; the cache of a network is a folder"
             )
         if path is not None and encoder.tower is not None and encoder.frozen != "tower":
-            raise UserError(f"data.{part}_features needs a frozen network: set model.{part}.frozen='tower'")
+            raise UserError(
+                f"data.{part}_features needs a frozen network: set model.{part}.frozen='tower'"
+            )
     data = experiment.data
     if data.image_features is not None and data.augment.pictures:
-        raise UserError("data.augment cannot vary pictures that data.image_features keeps encoded: leave one out")
-    if data.speech_copies and not (data.speech_features and data.augment.recordings and "speech" in experiment.weights):
+        raise UserError(
+            "data.augment cannot vary pictures that data.image_features keeps encoded: leave one out"
+        )
+    if data.speech_copies and not (
+        data.speech_features and data.augment.recordings and "speech" in experiment.weights
+    ):
         raise UserError(
             f"data.speech_copies={data.speech_copies}: varied recordings that a frozen network has run on need "
             "data.speech_features, model.speech.weights, and something of recordings in data.augment, such as speed"
@@ -215,13 +237,17 @@ def _check_image_grid(image, size):
     if image.get("conv_stem") and patch & (patch - 1):
         raise UserError(f"model.image.patch={patch} is not a power of two, which conv_stem needs")
     if (size // patch) % pool:
-        raise UserError(f"{size // patch} patches a side do not divide into model.image.token_pool={pool}")
+        raise UserError(
+            f"{size // patch} patches a side do not divide into model.image.token_pool={pool}"
+        )
 
 
 def _build(cls, where, values):
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if not isinstance(values, dict):
-        raise UserError(f"{where} is {values!r}: a section with the values {', '.join(fields)} is expected")
+        raise UserError(
+            f"{where} is {values!r}: a section with the values {', '.join(fields)} is expected"
+        )
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise UserError(f"{where} has no {', '.join(unknown)}: its values are {', '.join(fields)}")

@@ -18,9 +18,21 @@ _RANGES = (
         "a number from 1 on",
         lambda x: 1 <= x < math.inf,
         [
-            *["batch_size", "steps", "log_every", "data.image_size", "model.embedding_dim", "model.branches"],
+            *[
+                "batch_size",
+                "steps",
+                "log_every",
+                "data.image_size",
+                "model.embedding_dim",
+                "model.branches",
+            ],
             *["eval.k", "eval.batch_size", "eval.pair_batch_size", "eval.resamples"],
-            *["model.speech.mels", "model.speech.hop", "model.image.patch", "model.image.token_pool"],
+            *[
+                "model.speech.mels",
+                "model.speech.hop",
+                "model.image.patch",
+                "model.image.token_pool",
+            ],
             *[f"{part}.{name}" for part in _PARTS for name in ("width", "heads")],
         ],
     ),
@@ -28,7 +40,14 @@ _RANGES = (
         "a number from 0 on",
         lambda x: 0 <= x < math.inf,
         [
-            *["seed", "eval_every", "checkpoint_every", "data.threads", "data.prefetch", "data.image_resize_side"],
+            *[
+                "seed",
+                "eval_every",
+                "checkpoint_every",
+                "data.threads",
+                "data.prefetch",
+                "data.image_resize_side",
+            ],
             *["data.speech_copies", "optimizer.warmup_steps", "optimizer.weight_decay"],
             *["model.speech.conv_layers", "model.speech.conv_blocks", "model.image.conv_blocks"],
             *[f"{part}.depth" for part in _PARTS],
@@ -38,7 +57,12 @@ _RANGES = (
         "a number above 0",
         lambda x: 0 < x < math.inf,
         [
-            *["optimizer.learning_rate", "optimizer.clip_norm", "model.initial_tau", "method.momentum_half_life"],
+            *[
+                "optimizer.learning_rate",
+                "optimizer.clip_norm",
+                "model.initial_tau",
+                "method.momentum_half_life",
+            ],
             *[f"{part}.mlp_ratio" for part in _PARTS],
         ],
     ),
@@ -52,11 +76,19 @@ _RANGES = (
         lambda x: 0 <= x < 1,
         [
             "optimizer.b2",
-            *[f"{part}.{name}" for part in _PARTS for name in ("dropout_rate", "token_dropout", "token_mask")],
+            *[
+                f"{part}.{name}"
+                for part in _PARTS
+                for name in ("dropout_rate", "token_dropout", "token_mask")
+            ],
         ],
     ),
     ("a number above 0 and below 1", lambda x: 0 < x < 1, ["data.max_padding"]),
-    (f"seconds, at least {_LEAST_SECONDS}", lambda x: _LEAST_SECONDS <= x < math.inf, ["data.max_seconds"]),
+    (
+        f"seconds, at least {_LEAST_SECONDS}",
+        lambda x: _LEAST_SECONDS <= x < math.inf,
+        ["data.max_seconds"],
+    ),
 )
 
 
@@ -82,7 +114,9 @@ def of_type(value, kind):
     if isinstance(kind, types.UnionType):
         return any(of_type(value, one) for one in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
-        return isinstance(value, list | tuple) and all(of_type(entry, typing.get_args(kind)[0]) for entry in value)
+        return isinstance(value, list | tuple) and all(
+            of_type(entry, typing.get_args(kind)[0]) for entry in value
+        )
     if typing.get_origin(kind) is not None:
         return isinstance(value, typing.get_origin(kind))
     if isinstance(value, bool) and kind is not bool:

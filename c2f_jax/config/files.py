@@ -23,17 +23,31 @@ def save_config(config, workdir):
       UserError: listing the values that differ; or the workdir cannot be written.
     """
     path = epath.Path(workdir) / "config.json"
-    free = {"steps", "log_every", "eval_every", "checkpoint_every", "parallel", "data.threads", "data.prefetch"}
+    free = {
+        "steps",
+        "log_every",
+        "eval_every",
+        "checkpoint_every",
+        "parallel",
+        "data.threads",
+        "data.prefetch",
+    }
     wanted = json.loads(config.to_json())
     if path.exists() and _has_checkpoint(workdir):
         found = flatten(load_saved_config(workdir).to_dict())
         asked, default = flatten(wanted), flatten(default_config().to_dict())
         # A value that the saved file does not know had its default.
-        differing = [k for k in sorted(found.keys() | asked.keys()) if found.get(k, default.get(k)) != asked.get(k)]
+        differing = [
+            k
+            for k in sorted(found.keys() | asked.keys())
+            if found.get(k, default.get(k)) != asked.get(k)
+        ]
         differing = [k for k in differing if k not in free]
         differing = [k for k in differing if not k.startswith("eval.")]
         if differing:
-            rows = "\n".join(f"  {k}: {found.get(k)!r} there, {asked.get(k)!r} asked" for k in differing)
+            rows = "\n".join(
+                f"  {k}: {found.get(k)!r} there, {asked.get(k)!r} asked" for k in differing
+            )
             raise UserError(
                 f"{workdir} holds a run of another configuration:\n{rows}\n"
                 "Give another --workdir, or the same values to go on with that run."
@@ -44,7 +58,9 @@ def save_config(config, workdir):
         if not _has_checkpoint(workdir):
             (path.parent / "weights.json").unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written ({error}): give a directory that can") from error
+        raise UserError(
+            f"--workdir={workdir} cannot be written ({error}): give a directory that can"
+        ) from error
 
 
 def _has_checkpoint(workdir):
@@ -60,11 +76,19 @@ def load_saved_config(workdir):
     """
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
-        raise UserError(f"{workdir} holds no training run (no config.json): give the --workdir of `c2f train`")
+        raise UserError(
+            f"{workdir} holds no training run (no config.json): give the --workdir of `c2f train`"
+        )
     try:
         return ml_collections.ConfigDict(json.loads(path.read_text()))
-    except (ValueError, AttributeError, OSError) as error:  # not UTF-8, not JSON, not an object of JSON, not a file
-        raise UserError(f"{path} is damaged ({error}): restore it or train into another --workdir") from error
+    except (
+        ValueError,
+        AttributeError,
+        OSError,
+    ) as error:  # not UTF-8, not JSON, not an object of JSON, not a file
+        raise UserError(
+            f"{path} is damaged ({error}): restore it or train into another --workdir"
+        ) from error
 
 
 def load_config(path, overrides=()):
@@ -76,16 +100,22 @@ def load_config(path, overrides=()):
     """
     file = path.partition(":")[0]
     if not os.path.isfile(file):
-        raise UserError(f"--config={path}: there is no file {file}; the repository's are in configs/")
+        raise UserError(
+            f"--config={path}: there is no file {file}; the repository's are in configs/"
+        )
     known = _keys(_read_config(path, ()))
     for word in overrides:
         key = word.partition("=")[0].removeprefix("--config.")
         if key not in known:
             inside = [name for name in known if name.startswith(f"{key}.")]
             if inside:
-                raise UserError(f"--config.{key} is a section: give a value of it, {', '.join(inside)}")
+                raise UserError(
+                    f"--config.{key} is a section: give a value of it, {', '.join(inside)}"
+                )
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean --config.{near[0]}?" if near else f"known keys: {', '.join(known)}"
+            hint = (
+                f"did you mean --config.{near[0]}?" if near else f"known keys: {', '.join(known)}"
+            )
             raise UserError(f"the configuration has no {key}: {hint}")
     return _read_config(path, overrides)
 
@@ -100,11 +130,15 @@ def _read_config(path, overrides):
         values(argv)
         config = values["config"].value
         if not isinstance(config, ConfigDict):
-            raise ValueError(f"get_config returns {type(config).__name__}, a ConfigDict is expected")
+            raise ValueError(
+                f"get_config returns {type(config).__name__}, a ConfigDict is expected"
+            )
         return config
     except Exception as error:  # a configuration is a program, which may fail in any way
         # What it raises for its argument comes as the text of a traceback, whose last line tells it.
-        reason = (str(error).strip() or "no reason given").splitlines()[-1].removeprefix("ValueError: ")
+        reason = (
+            (str(error).strip() or "no reason given").splitlines()[-1].removeprefix("ValueError: ")
+        )
         kind = "" if isinstance(error, flags.Error | ValueError) else f"{type(error).__name__}: "
         raise UserError(f"--config={path}: {kind}{reason}") from error
 

@@ -26,7 +26,9 @@ def data_set_config(name, encoders, light_steps):
     """
     known = ("light", *PUBLISHED_ENCODERS)
     if encoders not in known:
-        raise ValueError(f"argument {encoders!r} after the colon: one of {', '.join(known)} is expected")
+        raise ValueError(
+            f"argument {encoders!r} after the colon: one of {', '.join(known)} is expected"
+        )
     config = default_config()
     config.data.name = name
     config.data.max_seconds = 25.0

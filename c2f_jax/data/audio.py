@@ -15,7 +15,9 @@ RATES = (4_000, 768_000)  # Hz; below there is no speech, above no recorder
 _BLOCK = 2**20  # samples read at a time
 
 
-def decode_audio(data: bytes | str, *, sample_rate: int = 16_000, name: str | None = None) -> np.ndarray:
+def decode_audio(
+    data: bytes | str, *, sample_rate: int = 16_000, name: str | None = None
+) -> np.ndarray:
     """The samples, float32 (samples,) about -1 to 1, of bytes or of a file; channels averaged, rate converted.
 
     Reads what libsndfile reads: WAV, FLAC, Ogg Opus and Vorbis, MP3, AIFF and more; the content decides, not the name.
@@ -34,7 +36,8 @@ def decode_audio(data: bytes | str, *, sample_rate: int = 16_000, name: str | No
             rate, promised = file.samplerate, file.frames
             if not RATES[0] <= rate <= RATES[1]:
                 raise BadFileError(
-                    f"{name}: a rate of {rate:,} Hz; recordings have {RATES[0]:,} to {RATES[1]:,} Hz", "wrong rate"
+                    f"{name}: a rate of {rate:,} Hz; recordings have {RATES[0]:,} to {RATES[1]:,} Hz",
+                    "wrong rate",
                 )
             wave = _read(file, min(MOST_SAMPLES, MOST_SAMPLES * rate // sample_rate), name)
     except (soundfile.LibsndfileError, RuntimeError, TypeError, OverflowError, MemoryError) as e:
@@ -43,13 +46,19 @@ def decode_audio(data: bytes | str, *, sample_rate: int = 16_000, name: str | No
         raise e if isinstance(e, BadFileError) else _unreadable(name, e) from e
     gone = _bytes_gone(encoded)
     if gone:
-        raise BadFileError(f"{name}: cut off, {gone:,} bytes that its header promises are not there", "truncated")
+        raise BadFileError(
+            f"{name}: cut off, {gone:,} bytes that its header promises are not there", "truncated"
+        )
     if len(wave) < promised:
-        raise BadFileError(f"{name}: cut off, {len(wave)} of {promised} samples are there", "truncated")
+        raise BadFileError(
+            f"{name}: cut off, {len(wave)} of {promised} samples are there", "truncated"
+        )
     if len(wave) == 0:
         raise BadFileError(f"{name}: the recording is empty", "zero length")
     if not np.isfinite(wave).all():
-        raise BadFileError(f"{name}: the recording holds samples that are not numbers", "not numbers")
+        raise BadFileError(
+            f"{name}: the recording holds samples that are not numbers", "not numbers"
+        )
     if rate != sample_rate:
         import soxr
 
@@ -75,8 +84,16 @@ def _read(file, most: int, name: str) -> np.ndarray:
         blocks.append(block[:, 0] if block.shape[1] == 1 else block.mean(axis=1))
         total += len(block)
         if total > most:
-            raise BadFileError(f"{name}: longer than {most:,} samples, {most / file.samplerate:,.0f} s", "too long")
-    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+            raise BadFileError(
+                f"{name}: longer than {most:,} samples, {most / file.samplerate:,.0f} s", "too long"
+            )
+    return (
+        blocks[0]
+        if len(blocks) == 1
+        else np.concatenate(blocks)
+        if blocks
+        else np.zeros(0, np.float32)
+    )
 
 
 def _bytes_gone(encoded: bytes) -> int:
@@ -86,7 +103,9 @@ def _bytes_gone(encoded: bytes) -> int:
         while place + 8 <= len(encoded):
             size = struct.unpack_from(order, encoded, place + 4)[0]
             if encoded[place : place + 4] in (b"data", b"SSND"):
-                streamed = size >= 2**31 - 2**16  # a recorder that could not go back to write the length
+                streamed = (
+                    size >= 2**31 - 2**16
+                )  # a recorder that could not go back to write the length
                 return 0 if streamed else max(place + 8 + size - len(encoded), 0)
             place += 8 + size + size % 2
         return 0
@@ -106,14 +125,18 @@ def read_bytes(path: str) -> bytes:
             if not stat.S_ISREG(about.st_mode):
                 raise BadFileError(f"{path}: cannot be read (not a file)", "unreadable")
             if about.st_size > MOST_BYTES:
-                raise BadFileError(f"{path}: {about.st_size:,} bytes are more than {MOST_BYTES:,}", "too large")
+                raise BadFileError(
+                    f"{path}: {about.st_size:,} bytes are more than {MOST_BYTES:,}", "too large"
+                )
             with open(path, "rb") as file:
                 return file.read()
         from etils import epath
 
         return epath.Path(path).read_bytes()
     except FileNotFoundError as e:
-        raise BadFileError(f"{path}: cannot be read (No such file or directory)", "missing file") from e
+        raise BadFileError(
+            f"{path}: cannot be read (No such file or directory)", "missing file"
+        ) from e
     except OSError as e:
         raise BadFileError(f"{path}: cannot be read ({e.strerror or e})", "unreadable") from e
     except BadFileError:
@@ -124,4 +147,6 @@ def read_bytes(path: str) -> bytes:
 
 def _unreadable(name: str, error: Exception) -> BadFileError:
     reason = getattr(error, "error_string", None) or str(error)
-    return BadFileError(f"{name}: not audio that can be read ({reason}); WAV, FLAC, Ogg and MP3 can", "unreadable")
+    return BadFileError(
+        f"{name}: not audio that can be read ({reason}); WAV, FLAC, Ogg and MP3 can", "unreadable"
+    )

@@ -65,7 +65,11 @@ class AugmentConfig:
     def recording_options(self) -> dict:
         """The values that recordings are varied by, as JSON has them."""
         values = dataclasses.asdict(self) | {"noise_db": list(self.noise_db)}
-        return {k: v for k, v in values.items() if k not in ("crop_area", "crop_ratio", "flip", "jitter")}
+        return {
+            k: v
+            for k, v in values.items()
+            if k not in ("crop_area", "crop_ratio", "flip", "jitter")
+        }
 
     def check(self) -> None:
         """Raises `UserError` for a value out of range."""
@@ -76,9 +80,13 @@ class AugmentConfig:
         }  # fmt: skip
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
-                raise UserError(f"data.augment.{name}={getattr(self, name)}: {low} to {high} is expected")
+                raise UserError(
+                    f"data.augment.{name}={getattr(self, name)}: {low} to {high} is expected"
+                )
         if len(self.noise_db) not in (0, 2) or list(self.noise_db) != sorted(self.noise_db):
-            raise UserError(f"data.augment.noise_db={self.noise_db}: (lowest, highest) or () is expected")
+            raise UserError(
+                f"data.augment.noise_db={self.noise_db}: (lowest, highest) or () is expected"
+            )
 
 
 def augment_picture(

@@ -10,11 +10,18 @@ from c2f_jax.errors import UserError
 def bucket_of(num_samples: np.ndarray, bucket_samples: Sequence[int]) -> np.ndarray:
     """The shortest bucket that holds each recording, int (M,); the longest for longer and for unknown (-1) lengths."""
     bucket = np.searchsorted(np.asarray(bucket_samples), num_samples, side="left")
-    return np.where(num_samples < 0, len(bucket_samples) - 1, np.minimum(bucket, len(bucket_samples) - 1))
+    return np.where(
+        num_samples < 0, len(bucket_samples) - 1, np.minimum(bucket, len(bucket_samples) - 1)
+    )
 
 
 def plan_epoch(
-    num_samples: np.ndarray, *, batch_size: int, bucket_samples: Sequence[int], seed: int, epoch: int
+    num_samples: np.ndarray,
+    *,
+    batch_size: int,
+    bucket_samples: Sequence[int],
+    seed: int,
+    epoch: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The batches of one epoch: recordings int64 (steps, batch) and the padded length of each batch int64 (steps,).
 
@@ -36,15 +43,24 @@ def plan_epoch(
     return np.concatenate(batches)[shuffle], np.concatenate(lengths)[shuffle]
 
 
-def padding_share(num_samples: np.ndarray, *, batch_size: int, bucket_samples: Sequence[int], seed: int = 0) -> float:
+def padding_share(
+    num_samples: np.ndarray, *, batch_size: int, bucket_samples: Sequence[int], seed: int = 0
+) -> float:
     """Share of padding among all samples of the batches of one epoch, cropped and unknown lengths counted as full."""
-    plan, lengths = plan_epoch(num_samples, batch_size=batch_size, bucket_samples=bucket_samples, seed=seed, epoch=0)
+    plan, lengths = plan_epoch(
+        num_samples, batch_size=batch_size, bucket_samples=bucket_samples, seed=seed, epoch=0
+    )
     known = np.where(num_samples < 0, bucket_samples[-1], num_samples)
     return float(1 - np.minimum(known[plan], lengths[:, None]).sum() / (lengths.sum() * batch_size))
 
 
 def fit_buckets(
-    num_samples: np.ndarray, longest: int, *, batch_size: int, max_padding: float, step: int | None = None
+    num_samples: np.ndarray,
+    longest: int,
+    *,
+    batch_size: int,
+    max_padding: float,
+    step: int | None = None,
 ) -> tuple[int, ...]:
     """The fewest bucket lengths, the last one `longest`, with at most max_padding of padding in an epoch's batches.
 
@@ -79,12 +95,18 @@ def fit_buckets(
     )
 
 
-def check_plan(count: int, *, batch_size: int, bucket_seconds: Sequence[float], process_count: int = 1) -> None:
+def check_plan(
+    count: int, *, batch_size: int, bucket_seconds: Sequence[float], process_count: int = 1
+) -> None:
     """Raises `UserError` when no epoch of `count` recordings can be planned so."""
     if batch_size < 1 or batch_size % process_count:
-        raise UserError(f"batch_size {batch_size} must be a multiple of the number of processes, {process_count}")
+        raise UserError(
+            f"batch_size {batch_size} must be a multiple of the number of processes, {process_count}"
+        )
     if batch_size > count:
-        raise UserError(f"batch_size {batch_size} is more than the {count} recordings of the training split")
+        raise UserError(
+            f"batch_size {batch_size} is more than the {count} recordings of the training split"
+        )
     increasing = all(a < b for a, b in zip(bucket_seconds, bucket_seconds[1:], strict=False))
     if not len(bucket_seconds) or not increasing or bucket_seconds[0] < 0.025:
         raise UserError(

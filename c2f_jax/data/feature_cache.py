@@ -77,8 +77,12 @@ def open_features(path):
     """
     path = Path(path).expanduser()
     if not path.exists():
-        raise UserError(f"{path}: there are no features; make them with `c2f features`, or name a .npz file of tokens")
-    changed = max((p.stat().st_mtime_ns for p in path.glob("*.json")), default=0) if path.is_dir() else 0
+        raise UserError(
+            f"{path}: there are no features; make them with `c2f features`, or name a .npz file of tokens"
+        )
+    changed = (
+        max((p.stat().st_mtime_ns for p in path.glob("*.json")), default=0) if path.is_dir() else 0
+    )
     return _open(path, (changed, path.stat().st_mtime_ns))
 
 
@@ -86,7 +90,9 @@ def _open_file(path):
     try:
         with np.load(path, allow_pickle=False) as stored:
             names, tokens = stored["names"], stored["tokens"]
-            lengths = stored["lengths"] if "lengths" in stored else np.full(len(names), tokens.shape[1])
+            lengths = (
+                stored["lengths"] if "lengths" in stored else np.full(len(names), tokens.shape[1])
+            )
     except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{path}: not a token file ({error}); expected .npz with `names` (N,), `tokens` (N, P, C)"
@@ -97,7 +103,9 @@ def _open_file(path):
             "of each, and tokens (N, P, C)"
         )
     if not len(names) or lengths.min() < 1 or lengths.max() > tokens.shape[1]:
-        raise UserError(f"{path}: lengths from 1 to {tokens.shape[1]} are expected, and at least one item")
+        raise UserError(
+            f"{path}: lengths from 1 to {tokens.shape[1]} are expected, and at least one item"
+        )
     card = path.with_suffix(".json")
     card = _read_json(card) if card.exists() else {}
     items = {
@@ -114,7 +122,9 @@ def _row(tokens, row):
 def _open_folder(path):
     card = _read_json(path / "card.json") if (path / "card.json").exists() else None
     if card is None:
-        raise UserError(f"{path} is not a feature cache (no card.json): make one with `c2f features`")
+        raise UserError(
+            f"{path} is not a feature cache (no card.json): make one with `c2f features`"
+        )
     items, shape = {}, None
     for index in sorted(path.glob("*-*.json")):
         shard = _read_json(index)
@@ -125,7 +135,9 @@ def _open_folder(path):
             start += rows
         shape = shard["shape"]
     if shape is None:
-        raise UserError(f"{path} holds no finished shard: run `c2f features` again, it goes on where it stopped")
+        raise UserError(
+            f"{path} holds no finished shard: run `c2f features` again, it goes on where it stopped"
+        )
     return FeatureCache(path, card, items, shape)
 
 
@@ -133,7 +145,9 @@ def _map(path):
     try:
         return np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({error}); remove it and its .json, and run `c2f features` again") from error
+        raise UserError(
+            f"{path}: damaged ({error}); remove it and its .json, and run `c2f features` again"
+        ) from error
 
 
 def _read_json(path):
@@ -167,8 +181,12 @@ def has_card(folder, card):
     found = _read_json(path)
     differing = [k for k in sorted(found.keys() | card.keys()) if found.get(k) != card.get(k)]
     if differing:
-        rows = "\n".join(f"  {k}: {found.get(k)!r} there, {card.get(k)!r} wanted" for k in differing)
-        raise UserError(f"{folder} holds features of another kind:\n{rows}\nremove it or name another folder")
+        rows = "\n".join(
+            f"  {k}: {found.get(k)!r} there, {card.get(k)!r} wanted" for k in differing
+        )
+        raise UserError(
+            f"{folder} holds features of another kind:\n{rows}\nremove it or name another folder"
+        )
     return True
 
 
@@ -198,7 +216,11 @@ def write_shard(folder, name, items, shape):
     with open(partial, "wb") as file:
         np.save(file, data)
     os.replace(partial, folder / f"{name}.npy")
-    index = {"keys": [k for k, _ in items], "lengths": [len(t) for t in tokens], "shape": list(shape)}
+    index = {
+        "keys": [k for k, _ in items],
+        "lengths": [len(t) for t in tokens],
+        "shape": list(shape),
+    }
     _write(folder / f"{name}.json", json.dumps(index).encode())
 
 

@@ -14,7 +14,12 @@ RESIZE = ("square", "short_side", "squash")
 
 
 def decode_image(
-    data: bytes | str, size: int, *, resize: str = "square", resize_side: int = 0, name: str | None = None
+    data: bytes | str,
+    size: int,
+    *,
+    resize: str = "square",
+    resize_side: int = 0,
+    name: str | None = None,
 ) -> np.ndarray:
     """The centre square of a picture, uint8 (size, size, 3) RGB, from bytes or a file.
 
@@ -33,7 +38,9 @@ def decode_image(
     return resize_box(rgb, ((rgb.width - side) / 2, (rgb.height - side) / 2, side, side), size)
 
 
-def open_rgb(data: bytes | str, size: int, *, reduce: bool = True, name: str | None = None) -> Image.Image:
+def open_rgb(
+    data: bytes | str, size: int, *, reduce: bool = True, name: str | None = None
+) -> Image.Image:
     """The whole picture, RGB, as `decode_image` reads it; reduce decodes large JPEGs at 2 * size or more."""
     name = name or (data if isinstance(data, str) else "image")
     encoded = data if isinstance(data, bytes) else read_bytes(data)
@@ -43,7 +50,8 @@ def open_rgb(data: bytes | str, size: int, *, reduce: bool = True, name: str | N
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise BadFileError(
-                    f"{name}: {image.width} x {image.height} pixels are more than {MOST_PIXELS:,}", "too large"
+                    f"{name}: {image.width} x {image.height} pixels are more than {MOST_PIXELS:,}",
+                    "too large",
                 )
             if reduce:
                 image.draft(image.mode, (2 * size, 2 * size))
@@ -53,7 +61,9 @@ def open_rgb(data: bytes | str, size: int, *, reduce: bool = True, name: str | N
     except BadFileError:
         raise
     except UnidentifiedImageError as e:
-        raise BadFileError(f"{name}: not a picture that can be read; {', '.join(FORMATS)} can", "unreadable") from e
+        raise BadFileError(
+            f"{name}: not a picture that can be read; {', '.join(FORMATS)} can", "unreadable"
+        ) from e
     except Exception as e:  # Pillow's plugins raise nearly anything on damaged files
         kind = "truncated" if "truncated" in str(e) else "unreadable"
         raise BadFileError(f"{name}: not a picture that can be read ({e})", kind) from e
@@ -63,17 +73,25 @@ def resize_box(rgb: Image.Image, box: tuple[float, float, float, float], size: i
     """The box (left, top, width, height) of a picture as uint8 (size, size, 3), antialiased bicubic."""
     left, top, width, height = box
     # Cutting before resizing gives the same picture, and a strip of 1 x 10,000 does not grow to gigabytes.
-    resized = rgb.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+    resized = rgb.resize(
+        (size, size), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height)
+    )
     return np.asarray(resized, np.uint8)
 
 
 def _short_side(rgb: Image.Image, resize_side: int, size: int) -> np.ndarray:
     short = min(rgb.size)
-    whole = [resize_side * side // short for side in rgb.size]  # the long side is rounded down, as the references do
-    if max(whole) > 8 * resize_side:  # a strip of 1 x 10,000 would grow to gigabytes: cut its middle out first
+    whole = [
+        resize_side * side // short for side in rgb.size
+    ]  # the long side is rounded down, as the references do
+    if (
+        max(whole) > 8 * resize_side
+    ):  # a strip of 1 x 10,000 would grow to gigabytes: cut its middle out first
         half = 2 * short
         centre = [side // 2 for side in rgb.size]
-        box = [max(c - half, 0) for c in centre] + [min(c + half, n) for c, n in zip(centre, rgb.size, strict=True)]
+        box = [max(c - half, 0) for c in centre] + [
+            min(c + half, n) for c, n in zip(centre, rgb.size, strict=True)
+        ]
         return _short_side(rgb.crop(box), resize_side, size)
     resized = rgb.resize(whole, Image.Resampling.BICUBIC)
     left, top = ((side - size) // 2 for side in whole)
@@ -83,7 +101,9 @@ def _short_side(rgb: Image.Image, resize_side: int, size: int) -> np.ndarray:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
-    if image.mode.startswith(("I", "F")):  # 16 or 32 bit grey: Pillow's own conversion would clip it to white
+    if image.mode.startswith(
+        ("I", "F")
+    ):  # 16 or 32 bit grey: Pillow's own conversion would clip it to white
         grey = np.array(image, np.float32)
         if not np.isfinite(grey).all():
             raise ValueError("it holds values that are not numbers")

@@ -29,7 +29,9 @@ def bucket_seconds(source: PairSource, data, batch_size: int) -> tuple[float, ..
     if data.max_padding is None:
         return data.bucket_seconds
     longest = round(data.bucket_seconds[-1] * SAMPLE_RATE)
-    samples = batch_plan.fit_buckets(source.num_samples, longest, batch_size=batch_size, max_padding=data.max_padding)
+    samples = batch_plan.fit_buckets(
+        source.num_samples, longest, batch_size=batch_size, max_padding=data.max_padding
+    )
     return tuple(count / SAMPLE_RATE for count in samples)
 
 
@@ -63,12 +65,25 @@ def train_batches(
     import grain
 
     batch_plan.check_plan(
-        len(source), batch_size=batch_size, bucket_seconds=bucket_seconds, process_count=process_count
+        len(source),
+        batch_size=batch_size,
+        bucket_seconds=bucket_seconds,
+        process_count=process_count,
     )
     load = _TrainBatch(
-        source, batch_size, image_size, bucket_seconds, seed, process_index, process_count, cache_mib, augment
+        source,
+        batch_size,
+        image_size,
+        bucket_seconds,
+        seed,
+        process_index,
+        process_count,
+        cache_mib,
+        augment,
     )
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, 1) if threads else 0)
+    options = grain.ReadOptions(
+        num_threads=threads, prefetch_buffer_size=max(prefetch, 1) if threads else 0
+    )
     return iter(grain.MapDataset.range(start_step, 2**31 - 1).map(load).to_iter_dataset(options))
 
 
@@ -76,11 +91,27 @@ class _TrainBatch:
     """step -> (step, batch)."""
 
     def __init__(
-        self, source, batch_size, image_size, bucket_seconds, seed, process_index, process_count, cache_mib, augment
+        self,
+        source,
+        batch_size,
+        image_size,
+        bucket_seconds,
+        seed,
+        process_index,
+        process_count,
+        cache_mib,
+        augment,
     ):
-        self.source, self.batch_size, self.image_size, self.seed = source, batch_size, image_size, seed
+        self.source, self.batch_size, self.image_size, self.seed = (
+            source,
+            batch_size,
+            image_size,
+            seed,
+        )
         self.augment = augment or AugmentConfig()
-        self.may_flip = functools.cache(lambda identity: not speaks_of_sides(source.captions(identity)))
+        self.may_flip = functools.cache(
+            lambda identity: not speaks_of_sides(source.captions(identity))
+        )
         self.steps_per_epoch = steps_per_epoch(source, batch_size)
         rows = batch_size // process_count
         self.rows = range(process_index * rows, (process_index + 1) * rows)
@@ -88,7 +119,11 @@ class _TrainBatch:
         buckets = [round(s * SAMPLE_RATE) for s in bucket_seconds]
         self.plan = functools.lru_cache(maxsize=2)(
             lambda epoch: batch_plan.plan_epoch(
-                source.num_samples, batch_size=batch_size, bucket_samples=buckets, seed=seed, epoch=epoch
+                source.num_samples,
+                batch_size=batch_size,
+                bucket_samples=buckets,
+                seed=seed,
+                epoch=epoch,
             )
         )
 
@@ -103,13 +138,19 @@ class _TrainBatch:
             index, speech, image = self._load_row(epoch, plan, position, row)
             identity = int(self.source.image_ids[self.source.image_index[index]])
             if self.augment.recordings and self.source.speech_features is None:
-                speech = augment_wave(speech, self.augment, np.random.default_rng((self.seed, epoch, index, 1)))
+                speech = augment_wave(
+                    speech, self.augment, np.random.default_rng((self.seed, epoch, index, 1))
+                )
             if self.augment.pictures:
                 rng = np.random.default_rng((self.seed, epoch, index, 2))
                 may_flip = self.augment.flip > 0 and self.may_flip(identity)
-                image = augment_picture(image, self.image_size, self.augment, rng, may_flip=may_flip)
+                image = augment_picture(
+                    image, self.image_size, self.augment, rng, may_flip=may_flip
+                )
             if len(speech) > longest:
-                start = np.random.default_rng((self.seed, epoch, index)).integers(len(speech) - longest + 1)
+                start = np.random.default_rng((self.seed, epoch, index)).integers(
+                    len(speech) - longest + 1
+                )
                 speech = speech[start : start + longest]
             _put_speech(batch, out, speech)
             images.append(image)
@@ -117,7 +158,9 @@ class _TrainBatch:
         batch[_image_name(self.source)] = np.stack(images)
         return step, batch
 
-    def _load_row(self, epoch: int, plan: np.ndarray, position: int, row: int) -> tuple[int, np.ndarray, np.ndarray]:
+    def _load_row(
+        self, epoch: int, plan: np.ndarray, position: int, row: int
+    ) -> tuple[int, np.ndarray, np.ndarray]:
         """The planned recording, or instead of a damaged one that of the same row in the next batch, and so on.
 
         When all batches have been tried at this row, the next row is tried; the choice is the same in any process.
@@ -127,12 +170,19 @@ class _TrainBatch:
             index = int(plan[(position + k) % steps, (row + k // steps) % size])
             picture = int(self.source.image_index[index])
             copies = self.source.speech_copies
-            copy = int(np.random.default_rng((self.seed, epoch, index, 3)).integers(len(copies) + 1)) if copies else 0
+            copy = (
+                int(np.random.default_rng((self.seed, epoch, index, 3)).integers(len(copies) + 1))
+                if copies
+                else 0
+            )
             read = functools.partial(load_speech, self.source, index, copy)
             speech = self.cache.get(("speech", index, copy), read)
             load = load_whole_image if self.augment.pictures else load_picture
             image = (
-                self.cache.get(("image", picture), functools.partial(load, self.source, picture, self.image_size))
+                self.cache.get(
+                    ("image", picture),
+                    functools.partial(load, self.source, picture, self.image_size),
+                )
                 if speech is not None
                 else None
             )
@@ -176,9 +226,13 @@ def load_wave(source: PairSource, index: int) -> np.ndarray | None:
     return None
 
 
-def load_image(source: PairSource, row: int, size: int, resize: str = "square", side: int = 0) -> np.ndarray | None:
+def load_image(
+    source: PairSource, row: int, size: int, resize: str = "square", side: int = 0
+) -> np.ndarray | None:
     """Picture `row` as uint8 (size, size, 3); None, and an entry in `source.bad_items`, when it cannot be used."""
-    return _read_image(source, row, lambda data: decode_image(data, size, resize=resize, resize_side=side))
+    return _read_image(
+        source, row, lambda data: decode_image(data, size, resize=resize, resize_side=side)
+    )
 
 
 def load_whole_image(source: PairSource, row: int, size: int) -> np.ndarray | None:
@@ -187,7 +241,9 @@ def load_whole_image(source: PairSource, row: int, size: int) -> np.ndarray | No
     def decode(data):
         rgb = open_rgb(data, size)
         scale = min(1.0, 2 * size / min(rgb.size))
-        return np.asarray(rgb.resize([max(round(scale * side), 1) for side in rgb.size], Image.Resampling.BICUBIC))
+        return np.asarray(
+            rgb.resize([max(round(scale * side), 1) for side in rgb.size], Image.Resampling.BICUBIC)
+        )
 
     return _read_image(source, row, decode)
 
@@ -209,14 +265,18 @@ def load_speech(source: PairSource, index: int, copy: int = 0) -> np.ndarray | N
     if source.speech_features is None:
         return load_wave(source, index)
     features = source.speech_copies[copy - 1] if copy else source.speech_features
-    return _cached(source, features, source.recording_key(index), lambda: source.recording_name(index))
+    return _cached(
+        source, features, source.recording_key(index), lambda: source.recording_name(index)
+    )
 
 
 def load_picture(source: PairSource, row: int, size: int) -> np.ndarray | None:
     """Picture `row` as `load_image` gives it, or its tokens (P, C) where the source has image features."""
     if source.image_features is None:
         return load_image(source, row, size, *source.image_resize)
-    return _cached(source, source.image_features, source.image_key(row), lambda: source.image_name(row))
+    return _cached(
+        source, source.image_features, source.image_key(row), lambda: source.image_name(row)
+    )
 
 
 def _cached(source, features, key, name):
@@ -294,7 +354,9 @@ def image_batches(
     return _everything(np.arange(source.num_images), batch_size, load, threads, prefetch)
 
 
-def _everything(order, batch_size: int, load, threads: int, prefetch: int) -> Iterator[dict[str, np.ndarray]]:
+def _everything(
+    order, batch_size: int, load, threads: int, prefetch: int
+) -> Iterator[dict[str, np.ndarray]]:
     import grain
 
     if batch_size < 1:
@@ -306,8 +368,14 @@ def _everything(order, batch_size: int, load, threads: int, prefetch: int) -> It
         batch = load(index)
         return {**batch, "index": index, "valid": batch["valid"] & (rows < len(order))}
 
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, 1) if threads else 0)
-    return iter(grain.MapDataset.range(-(-len(order) // batch_size)).map(load_batch).to_iter_dataset(options))
+    options = grain.ReadOptions(
+        num_threads=threads, prefetch_buffer_size=max(prefetch, 1) if threads else 0
+    )
+    return iter(
+        grain.MapDataset.range(-(-len(order) // batch_size))
+        .map(load_batch)
+        .to_iter_dataset(options)
+    )
 
 
 def _longest(batch: dict[str, np.ndarray]) -> int:

@@ -124,7 +124,10 @@ def load_manifest(path: str, split: str, *, max_bad_share: float = 0.01) -> Mani
     rows = [row for row in listing.rows if row["split"] == split]
     if not rows:
         present = Counter(row["split"] for row in listing.rows)
-        listed = ", ".join(f"{name} ({count})" for name, count in present.items()) or "none: it has no rows"
+        listed = (
+            ", ".join(f"{name} ({count})" for name, count in present.items())
+            or "none: it has no rows"
+        )
         raise UserError(f"{path}: no rows of the split {split!r}; splits in the file: {listed}")
     bad_items = BadItems(f"{path}, split {split}", len(rows), max_bad_share)
     missing = {row["where"]: gap for row in rows if (gap := _missing_file(row))}
@@ -197,14 +200,22 @@ def _parse_jsonl(path: str, text: str, report):
         try:
             row = json.loads(content)
         except json.JSONDecodeError as e:
-            report(f"{path}:{line}", f"not JSON ({e.msg}, column {e.colno}); expected one object a line")
-        except (ValueError, RecursionError) as e:  # numbers of thousands of digits, thousands of brackets
+            report(
+                f"{path}:{line}",
+                f"not JSON ({e.msg}, column {e.colno}); expected one object a line",
+            )
+        except (
+            ValueError,
+            RecursionError,
+        ) as e:  # numbers of thousands of digits, thousands of brackets
             report(f"{path}:{line}", f"not JSON of a row ({e}); expected one object a line")
         else:
             if isinstance(row, dict):
                 yield line, row
             else:
-                report(f"{path}:{line}", f"expected a JSON object with the keys {', '.join(REQUIRED)}")
+                report(
+                    f"{path}:{line}", f"expected a JSON object with the keys {', '.join(REQUIRED)}"
+                )
 
 
 def _parse_csv(path: str, text: str, report):
@@ -213,7 +224,9 @@ def _parse_csv(path: str, text: str, report):
         header = reader.fieldnames or []
         absent = [column for column in REQUIRED if column not in header]
         if absent:
-            raise UserError(f"{path}:1: no column {', '.join(absent)}; the header has {', '.join(header) or 'nothing'}")
+            raise UserError(
+                f"{path}:1: no column {', '.join(absent)}; the header has {', '.join(header) or 'nothing'}"
+            )
         for row in reader:
             if None in row or None in row.values():
                 report(
@@ -231,7 +244,11 @@ def _checked(row: dict, where: str) -> dict:
     for column in REQUIRED:
         value = row.get(column)
         if not isinstance(value, str) or not value:
-            has = f"it is {value!r}" if column in row else f"the row has {', '.join(map(str, row)) or 'nothing'}"
+            has = (
+                f"it is {value!r}"
+                if column in row
+                else f"the row has {', '.join(map(str, row)) or 'nothing'}"
+            )
             raise ValueError(f"needs a text under {column!r}; {has}")
     seconds = row.get("seconds")
     if seconds in (None, ""):
@@ -242,7 +259,9 @@ def _checked(row: dict, where: str) -> dict:
         except (TypeError, ValueError, OverflowError):
             seconds = math.nan
         if not 0 < seconds < 1e5:
-            raise ValueError(f"seconds is {row['seconds']!r}, expected the length of the recording, above 0")
+            raise ValueError(
+                f"seconds is {row['seconds']!r}, expected the length of the recording, above 0"
+            )
         samples = round(seconds * SAMPLE_RATE)
     identity = row.get("image_id")
     checked = {

@@ -15,7 +15,11 @@ def pair_features():
 
     recording = {"audio": features.Text(), "caption": features.Text(), "speaker": features.Text()}
     return features.FeaturesDict(
-        {"image": features.Text(), "image_id": features.Text(), "recordings": features.Sequence(recording)}
+        {
+            "image": features.Text(),
+            "image_id": features.Text(),
+            "recordings": features.Sequence(recording),
+        }
     )
 
 
@@ -29,7 +33,9 @@ class PreparedSource(PairSource):
 
     def __init__(self, builder, split: str, *, name: str, max_bad_share: float = 0.01):
         if split not in builder.info.splits:
-            raise UserError(f"{name} has no split {split!r}; it has {', '.join(builder.info.splits)}")
+            raise UserError(
+                f"{name} has no split {split!r}; it has {', '.join(builder.info.splits)}"
+            )
         about = builder.info.metadata[split]
         self._records = builder.as_data_source(split)
         # A record holds the picture and all its recordings: remembering it briefly saves reading it twice.
@@ -37,7 +43,9 @@ class PreparedSource(PairSource):
         count = len(self._records)
         captions = np.broadcast_to(np.asarray(about["captions"], np.int64), count)
         self._first = np.cumsum(captions) - captions
-        bad_items = BadItems(f"{name}, split {split}", about.get("items", len(about["samples"])), max_bad_share)
+        bad_items = BadItems(
+            f"{name}, split {split}", about.get("items", len(about["samples"])), max_bad_share
+        )
         bad_items.add_all(about.get("bad_items", {}))
         super().__init__(
             name,
@@ -93,5 +101,7 @@ def open_prepared(path: str):
 
     builder = tfds.builder_from_directory(path)
     if not builder.info.metadata or not builder.info.splits:
-        raise UserError(f"{path}: a TFDS directory, but not one of `c2f data prepare`; prepare the data again")
+        raise UserError(
+            f"{path}: a TFDS directory, but not one of `c2f data prepare`; prepare the data again"
+        )
     return builder

@@ -86,7 +86,14 @@ class PairSource(abc.ABC):
     image_resize = ("square", 0)
 
     def __init__(
-        self, name: str, split: str, *, image_index, image_ids, num_samples, bad_items: BadItems | None = None
+        self,
+        name: str,
+        split: str,
+        *,
+        image_index,
+        image_ids,
+        num_samples,
+        bad_items: BadItems | None = None,
     ):
         self.name, self.split = name, split
         self.image_index = np.asarray(image_index, np.int32)
@@ -137,7 +144,11 @@ class PairSource(abc.ABC):
     def image_name(self, row: int) -> str:
         """What error messages call picture `row`."""
         image = self.image(row)
-        return image if isinstance(image, str) else f"{self.name}, {self.split}, image {self.image_id(row)}"
+        return (
+            image
+            if isinstance(image, str)
+            else f"{self.name}, {self.split}, image {self.image_id(row)}"
+        )
 
 
 MANIFEST_SUFFIXES = (".jsonl", ".csv")

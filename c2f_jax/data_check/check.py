@@ -54,24 +54,34 @@ def check_data(
 
         def facts_of(function, count):
             facts = []
-            for start in range(0, count, 4096):  # in slices: half a million waiting futures would be a gigabyte
+            for start in range(
+                0, count, 4096
+            ):  # in slices: half a million waiting futures would be a gigabyte
                 for fact in pool.map(function, range(start, min(start + 4096, count))):
                     facts.append(fact)
                     bar.update()
             return facts
 
         for split, source in sources.items():
-            pictures[split] = facts_of(lambda row, s=source: _picture_facts(s, row), source.num_images)
-            recordings[split] = facts_of(lambda k, s=source: _recording_facts(s, k, max_seconds), len(source))
+            pictures[split] = facts_of(
+                lambda row, s=source: _picture_facts(s, row), source.num_images
+            )
+            recordings[split] = facts_of(
+                lambda k, s=source: _recording_facts(s, k, max_seconds), len(source)
+            )
     splits, seconds, left_out = {}, {}, {}
     for split, source in sources.items():
         for what, facts in (("picture", pictures[split]), ("recording", recordings[split])):
             for index, fact in enumerate(facts):
                 for kind, detail in fact.problems:
-                    findings.append(Finding(kind, _NAME_OF[what](source, index), detail, split, (what, index)))
+                    findings.append(
+                        Finding(kind, _NAME_OF[what](source, index), detail, split, (what, index))
+                    )
         unusable = [not fact.usable for fact in pictures[split]]
         left_out[split] = {
-            k for k, fact in enumerate(recordings[split]) if not fact.usable or unusable[source.image_index[k]]
+            k
+            for k, fact in enumerate(recordings[split])
+            if not fact.usable or unusable[source.image_index[k]]
         }
         usable = [fact for k, fact in enumerate(recordings[split]) if k not in left_out[split]]
         seconds[split] = np.array([fact.seconds for fact in usable])
@@ -106,12 +116,16 @@ def _open(spec: str, manual_dir, data_dir):
     elif name in DATA_SETS:
         from c2f_jax.datasets.published import BUILDERS
 
-        splits = list(BUILDERS[name](data_dir=data_dir).info.splits) or ["train"]  # loading says what is missing
+        splits = list(BUILDERS[name](data_dir=data_dir).info.splits) or [
+            "train"
+        ]  # loading says what is missing
     else:
         splits = ["train"]
     sources = {split: load_pairs(spec, split, data_dir, max_bad_share=1.0) for split in splits}
     notes = [
-        ("left out", item, reason) for source in sources.values() for item, reason in source.bad_items.reasons.items()
+        ("left out", item, reason)
+        for source in sources.values()
+        for item, reason in source.bad_items.reasons.items()
     ]
     return name if name in LAYOUTS else spec, sources, notes
 
@@ -127,7 +141,10 @@ def _listed(listing: Listing):
             continue
         rows.setdefault(row["split"], []).append(row)
     if not rows:
-        raise UserError(f"{listing.name}: no rows that can be checked" + "".join(f"\n  {n}" for n in listing.notes[:3]))
+        raise UserError(
+            f"{listing.name}: no rows that can be checked"
+            + "".join(f"\n  {n}" for n in listing.notes[:3])
+        )
     return {
         split: ManifestSource(listing.name, split, part, BadItems(listing.name, len(part), 1.0))
         for split, part in rows.items()
@@ -151,7 +168,9 @@ def _recording_facts(source: PairSource, index: int, max_seconds: float) -> _Fac
         encoded = audio if isinstance(audio, bytes) else read_bytes(audio)
         wave = decode_audio(encoded, name=source.recording_name(index))
         if len(wave) < MIN_SAMPLES:
-            raise BadFileError(f"{len(wave)} samples at 16 kHz; {MIN_SAMPLES} are needed", "too short")
+            raise BadFileError(
+                f"{len(wave)} samples at 16 kHz; {MIN_SAMPLES} are needed", "too short"
+            )
     except BadFileError as e:
         return _Facts((_problem(e, source.recording_name(index)),), usable=False)
     about, problems = soundfile.info(io.BytesIO(encoded)), []
@@ -186,7 +205,9 @@ def _problem(error: BadFileError, name: str) -> tuple[str, str]:
 
 
 def _summary(source: PairSource, seconds: np.ndarray, usable: list) -> dict:
-    captions = collections.Counter(np.bincount(source.image_index, minlength=source.num_images).tolist())
+    captions = collections.Counter(
+        np.bincount(source.image_index, minlength=source.num_images).tolist()
+    )
     lengths = seconds if len(seconds) else np.zeros(1)
     return {
         "pictures": source.num_images,
@@ -222,14 +243,24 @@ def _duplicates(sources, facts, what: str) -> list[Finding]:
                 continue
             other_split, other, other_fact = like
             same = fact.content == other_fact.content
-            kind, detail = f"duplicate {what}", f"{'the same file' if same else 'looks the same'} as "
+            kind, detail = (
+                f"duplicate {what}",
+                f"{'the same file' if same else 'looks the same'} as ",
+            )
             if split != other_split:
                 kind, detail = "split leak", f"also in {other_split}: "
             elif what == "picture" and source.image_ids[index] == source.image_ids[other]:
                 kind = "repeated picture"
             first = name_of(sources[other_split], other)
             findings.append(
-                Finding(kind, name_of(source, index), detail + first, split, (what, index), (other_split, first))
+                Finding(
+                    kind,
+                    name_of(source, index),
+                    detail + first,
+                    split,
+                    (what, index),
+                    (other_split, first),
+                )
             )
     return findings
 
@@ -268,8 +299,13 @@ def _odd_numbers(sources) -> list[Finding]:
 
     A split that differs in most of its pictures is made so, and its pictures are not named.
     """
-    counts = {s: np.bincount(source.image_index, minlength=source.num_images) for s, source in sources.items()}
-    number, pictures = collections.Counter(np.concatenate([*counts.values()]).tolist()).most_common(1)[0]
+    counts = {
+        s: np.bincount(source.image_index, minlength=source.num_images)
+        for s, source in sources.items()
+    }
+    number, pictures = collections.Counter(np.concatenate([*counts.values()]).tolist()).most_common(
+        1
+    )[0]
     if pictures < 0.75 * sum(map(len, counts.values())):
         return []
     return [
@@ -283,7 +319,12 @@ def _odd_numbers(sources) -> list[Finding]:
 def _differing_counts(name: str, splits) -> list[Finding]:
     published = LAYOUTS[name].published if name in LAYOUTS else {}
     return [
-        Finding("count differs", f"{split}, {what}", f"{splits[split][what]:,}, published {expected:,}", split)
+        Finding(
+            "count differs",
+            f"{split}, {what}",
+            f"{splits[split][what]:,}, published {expected:,}",
+            split,
+        )
         for split, numbers in published.items()
         for what, expected in zip(("pictures", "recordings"), numbers, strict=True)
         if split in splits and expected is not None and splits[split][what] != expected

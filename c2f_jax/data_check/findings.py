@@ -9,7 +9,11 @@ from c2f_jax.data.source import MIN_SAMPLES, PairSource
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 VERY_SHORT = 0.25  # seconds
-EXIT_CODES = {ERROR: 3, WARNING: 1, NOTE: 0}  # 2 is left to a command line that cannot be understood
+EXIT_CODES = {
+    ERROR: 3,
+    WARNING: 1,
+    NOTE: 0,
+}  # 2 is left to a command line that cannot be understood
 # Kind of finding -> (severity, what it means for training and evaluation).
 KINDS = {
     "missing file": (ERROR, "the pair is left out"),
@@ -31,7 +35,10 @@ KINDS = {
     "caption without picture": (WARNING, "nothing to pair it with"),
     "missing split": (WARNING, "this split cannot be loaded"),
     "duplicate recording": (NOTE, "the same sound twice in a split"),
-    "repeated picture": (NOTE, "the same picture twice under one image_id: each is right for the other"),
+    "repeated picture": (
+        NOTE,
+        "the same picture twice under one image_id: each is right for the other",
+    ),
     "very short": (NOTE, f"under {VERY_SHORT} s: hardly a word"),
     "number of captions": (NOTE, "other than of most pictures"),
     "other sample rate": (NOTE, "converted to 16 kHz while loading"),
@@ -127,7 +134,9 @@ class Report:
             shown = [finding for finding in self.findings if finding.kind == kind][:most]
             lines += [f"  {finding.name}: {finding.detail}" for finding in shown]
             lines += [f"  and {count - most:,} more"] if count > most else []
-        lines.append({ERROR: "errors found", WARNING: "usable, with warnings", NOTE: "passed"}[self.severity])
+        lines.append(
+            {ERROR: "errors found", WARNING: "usable, with warnings", NOTE: "passed"}[self.severity]
+        )
         return "\n".join(lines)
 
 

@@ -10,7 +10,16 @@ from c2f_jax.data.source import PairSource
 from c2f_jax.data_check.findings import ERROR, KINDS, NOTE, WARNING, Report, captions_of
 from c2f_jax.errors import BadFileError
 from c2f_jax.reports.figures import histogram_png
-from c2f_jax.reports.html import Media, data_uri, page_header, picture, recording, section, sound, write_page
+from c2f_jax.reports.html import (
+    Media,
+    data_uri,
+    page_header,
+    picture,
+    recording,
+    section,
+    sound,
+    write_page,
+)
 
 SHOWN = 12  # of each kind
 PAIRS = 6  # drawn at random from each split
@@ -21,7 +30,10 @@ VERDICTS = {ERROR: "Errors found", WARNING: "Usable, with warnings", NOTE: "Pass
 def write_check_page(path, report: Report) -> None:
     """Writes the report as one self-contained HTML file to path, local or gs://."""
     counts = report.counts()
-    found = {s: sum(count for kind, count in counts.items() if KINDS[kind][0] == s) for s in (ERROR, WARNING, NOTE)}
+    found = {
+        s: sum(count for kind, count in counts.items() if KINDS[kind][0] == s)
+        for s in (ERROR, WARNING, NOTE)
+    }
     header = page_header(
         "Data check",
         [
@@ -37,8 +49,12 @@ def write_check_page(path, report: Report) -> None:
         ],
     )
     histogram = data_uri(Media(histogram_png(None, report.seconds, label="seconds"), "image/png"))
-    body = header + section("Splits", "Usable: recordings that can be read, with a picture.", _table(report))
-    body += section("Lengths", "", f'<img class="curves" alt="histogram of lengths" src="{histogram}">')
+    body = header + section(
+        "Splits", "Usable: recordings that can be read, with a picture.", _table(report)
+    )
+    body += section(
+        "Lengths", "", f'<img class="curves" alt="histogram of lengths" src="{histogram}">'
+    )
     for kind, count in counts.items():
         severity, meaning = KINDS[kind]
         shown = [finding for finding in report.findings if finding.kind == kind][:SHOWN]
@@ -47,8 +63,13 @@ def write_check_page(path, report: Report) -> None:
         body += section(f"{severity.capitalize()}: {kind}, {count:,}", f"{meaning}.{more}", items)
     for split, source in report.sources.items():
         usable = [k for k in range(len(source)) if k not in report.left_out[split]]
-        drawn = np.sort(np.random.default_rng(0).choice(usable, min(PAIRS, len(usable)), replace=False))
-        pairs = "".join(_article(_picture(source, source.image_index[k]), _player(source, int(k)), "") for k in drawn)
+        drawn = np.sort(
+            np.random.default_rng(0).choice(usable, min(PAIRS, len(usable)), replace=False)
+        )
+        pairs = "".join(
+            _article(_picture(source, source.image_index[k]), _player(source, int(k)), "")
+            for k in drawn
+        )
         body += section(f"Pairs of {split}", "Drawn at random.", pairs)
     write_page(path, f"Data check of {report.name}", body)
 

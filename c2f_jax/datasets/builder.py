@@ -58,7 +58,9 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
         layout = self.LAYOUT
         return tfds.core.DatasetInfo(
             builder=self,
-            description=f"{layout.name}: pictures with spoken captions. {layout.licence}." if layout else "Pairs.",
+            description=f"{layout.name}: pictures with spoken captions. {layout.licence}."
+            if layout
+            else "Pairs.",
             homepage=layout.homepage if layout else None,
             features=pair_features(),
             disable_shuffling=True,
@@ -73,7 +75,11 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
             folders = []
         missing = self.LAYOUT.missing(folders)
         if self._download and missing and all(part.direct for part in missing):
-            wanted = {part.what: part.source for part in self.LAYOUT.parts if part in missing or part.optional}
+            wanted = {
+                part.what: part.source
+                for part in self.LAYOUT.parts
+                if part in missing or part.optional
+            }
             folders += dl_manager.download_and_extract(wanted).values()
         return self.LAYOUT.listing(folders)
 
@@ -85,7 +91,9 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
         shards = {}
         for split, pictures in splits.items():
             groups = list(pictures.values())
-            shards[split] = [groups[k : k + SHARD_PICTURES] for k in range(0, len(groups), SHARD_PICTURES)]
+            shards[split] = [
+                groups[k : k + SHARD_PICTURES] for k in range(0, len(groups), SHARD_PICTURES)
+            ]
         return shards
 
     def _download_and_prepare(self, dl_manager, download_config=None):
@@ -93,7 +101,11 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
         splits = self._shard_iterators_per_split(dl_manager)
         version = epath.Path(self._data_dir_root) / ".parts" / self.info.full_name.replace("/", "-")
         version.mkdir(parents=True, exist_ok=True)
-        jobs = [(split, number, shard) for split, shards in splits.items() for number, shard in enumerate(shards)]
+        jobs = [
+            (split, number, shard)
+            for split, shards in splits.items()
+            for number, shard in enumerate(shards)
+        ]
         bar = tqdm(total=sum(len(shard) for *_, shard in jobs), desc=self.name, unit=" pictures",
                    disable=not self._progress)  # fmt: skip
         stop = threading.Event()
@@ -112,7 +124,9 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
 
     def _shard(self, folder, split, number, pictures, bar, stop):
         """Writes one shard unless it is there: (its path, what is known of it)."""
-        told = json.dumps([[row[k] for k in sorted(row) if k != "where"] for rows in pictures for row in rows])
+        told = json.dumps(
+            [[row[k] for k in sorted(row) if k != "where"] for rows in pictures for row in rows]
+        )
         fingerprint = hashlib.sha256(told.encode()).hexdigest()
         path, about_path = folder / f"{split}-{number:05d}", folder / f"{split}-{number:05d}.json"
         if path.exists() and about_path.exists():
@@ -120,7 +134,13 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
             if about["fingerprint"] == fingerprint and about.get("stamps") == _stamps(about["bad"]):
                 bar.update(len(pictures))
                 return path, about
-        about = {"fingerprint": fingerprint, "captions": [], "samples": [], "image_ids": [], "bad": {}}
+        about = {
+            "fingerprint": fingerprint,
+            "captions": [],
+            "samples": [],
+            "image_ids": [],
+            "bad": {},
+        }
         about["items"] = len(pictures) + sum(map(len, pictures))
         remote = "://" in str(folder)
         with tempfile.TemporaryDirectory(dir=None if remote else folder) as local:
@@ -149,7 +169,9 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
     def _finish(self, done) -> None:
         """Moves the shards to where TFDS looks for them and writes what is known of each split."""
         infos, checked = [], {}
-        for split in dict.fromkeys(split for split, _, _ in done):  # all are checked before any is moved
+        for split in dict.fromkeys(
+            split for split, _, _ in done
+        ):  # all are checked before any is moved
             shards = [(path, about) for name, path, about in done if name == split]
             bad = {name: reason for _, about in shards for name, reason in about["bad"].items()}
             items = sum(about["items"] for _, about in shards)
@@ -165,14 +187,18 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
             lengths = [len(about["captions"]) for _, about in full]
             size = sum(about["bytes"] for _, about in full)
             infos.append(
-                tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=template)
+                tfds.core.SplitInfo(
+                    name=split, shard_lengths=lengths, num_bytes=size, filename_template=template
+                )
             )
             identities: dict[str, int] = {}
             self.info.metadata[split] = {
                 "captions": [count for _, about in full for count in about["captions"]],
                 "samples": [count for _, about in full for count in about["samples"]],
                 "identities": [
-                    identities.setdefault(name, len(identities)) for _, about in full for name in about["image_ids"]
+                    identities.setdefault(name, len(identities))
+                    for _, about in full
+                    for name in about["image_ids"]
                 ],
                 "bad_items": bad,
                 "items": items,
@@ -208,7 +234,9 @@ def _read_picture(rows: list[dict], bad: dict[str, str]) -> tuple[dict, list[int
             audio = read_bytes(name)
             length = len(decode_audio(audio, name=name))
             if length < MIN_SAMPLES:
-                raise UserError(f"{name}: only {length} samples at 16 kHz; {MIN_SAMPLES} are needed")
+                raise UserError(
+                    f"{name}: only {length} samples at 16 kHz; {MIN_SAMPLES} are needed"
+                )
         except UserError as e:
             bad[name] = str(e).removeprefix(f"{name}: ")
             continue

@@ -7,14 +7,26 @@ from etils import epath
 
 from c2f_jax.data.manifest import Listing
 from c2f_jax.datasets.builder import FilePairs
-from c2f_jax.datasets.layout import Layout, Part, dicts, json_entries, note_strays, text_lines, text_value
+from c2f_jax.datasets.layout import (
+    Layout,
+    Part,
+    dicts,
+    json_entries,
+    note_strays,
+    text_lines,
+    text_value,
+)
 
 # Flickr8k Audio
 
 
 def _read_flickr8k_audio(parts: dict[str, epath.Path]) -> Listing:
     listing = Listing("flickr8k_audio")
-    splits, pictures, order = _flickr8k_splits(parts["splits"], listing), parts["pictures"], parts["recordings"]
+    splits, pictures, order = (
+        _flickr8k_splits(parts["splits"], listing),
+        parts["pictures"],
+        parts["recordings"],
+    )
     captions = _flickr8k_captions(parts.get("captions"))
     wavs = order.parent / "wavs"
     speaker_file = order.parent / "wav2spk.txt"
@@ -24,13 +36,17 @@ def _read_flickr8k_audio(parts: dict[str, epath.Path]) -> Listing:
     for number, line in text_lines(order):
         fields = line.split()
         if len(fields) != 3 or not fields[2].lstrip("#").isdigit():
-            listing.notes.append(("unreadable line", f"{order}:{number}", f"expected WAV JPG #K, found {line!r}"))
+            listing.notes.append(
+                ("unreadable line", f"{order}:{number}", f"expected WAV JPG #K, found {line!r}")
+            )
             continue
         audio, image, which = fields[0], fields[1], int(fields[2].lstrip("#"))
         spoken.add(image)
         if image not in splits:
             unused.append(wavs / audio)
-            listing.notes.append(("in no split", str(wavs / audio), f"{image} is in none of the lists of pictures"))
+            listing.notes.append(
+                ("in no split", str(wavs / audio), f"{image} is in none of the lists of pictures")
+            )
             continue
         listing.add(
             image=pictures / image,
@@ -43,10 +59,16 @@ def _read_flickr8k_audio(parts: dict[str, epath.Path]) -> Listing:
         )
     there = {path.name for path in pictures.iterdir()}
     for image in sorted(set(captions) - there):
-        listing.notes.append(("caption without picture", image, f"captions for it, but no such file in {pictures}"))
+        listing.notes.append(
+            ("caption without picture", image, f"captions for it, but no such file in {pictures}")
+        )
     for image in sorted(there - spoken):
         picture = image.lower().endswith((".jpg", ".jpeg", ".png"))
-        kind, detail = ("picture without caption", "no recording") if picture else ("stray file", "not a picture")
+        kind, detail = (
+            ("picture without caption", "no recording")
+            if picture
+            else ("stray file", "not a picture")
+        )
         listing.notes.append((kind, str(pictures / image), detail))
     note_strays(listing, wavs, unused)
     return listing
@@ -57,7 +79,10 @@ def _flickr8k_splits(path, listing: Listing) -> dict[str, str]:
     names = {"train": "train", "dev": "validation", "val": "validation", "test": "test"}
     if path.suffix == ".json":
         entries = json_entries(path, "images")
-        named = [(text_value(e, "filename", f"{path}, image {k}"), str(e.get("split"))) for k, e in enumerate(entries)]
+        named = [
+            (text_value(e, "filename", f"{path}, image {k}"), str(e.get("split")))
+            for k, e in enumerate(entries)
+        ]
     else:
         named = []
         for name in ("train", "dev", "test"):
@@ -96,7 +121,9 @@ def _flickr8k_captions(path) -> dict[str, dict[int, str]]:
     return captions
 
 
-_FLICKR8K_TEXT = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/Flickr8k_text.zip"
+_FLICKR8K_TEXT = (
+    "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/Flickr8k_text.zip"
+)
 FLICKR8K_AUDIO = Layout(
     "flickr8k_audio",
     (
@@ -112,7 +139,12 @@ FLICKR8K_AUDIO = Layout(
             "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/Flickr8k_Dataset.zip",
             1.1,
         ),
-        Part("splits", ("Flickr_8k.trainImages.txt", "dataset_flickr8k.json", "dataset.json"), _FLICKR8K_TEXT, 0.003),
+        Part(
+            "splits",
+            ("Flickr_8k.trainImages.txt", "dataset_flickr8k.json", "dataset.json"),
+            _FLICKR8K_TEXT,
+            0.003,
+        ),
         Part(
             "captions",
             ("Flickr8k.token.txt", "captions.txt", "dataset_flickr8k.json", "dataset.json"),

@@ -64,7 +64,10 @@ class Layout:
         missing = self.missing(folders)
         if missing:
             where = ", ".join(map(str, folders)) or "no folder was given"
-            raise UserError(f"{self.name} lacks in {where}:\n" + "\n".join(f"  {part.told()}" for part in missing))
+            raise UserError(
+                f"{self.name} lacks in {where}:\n"
+                + "\n".join(f"  {part.told()}" for part in missing)
+            )
         return self.read(self.find(folders))
 
 
@@ -74,7 +77,9 @@ def _find(folders: Sequence, names: Sequence[str]) -> epath.Path | None:
             if (folder / name).exists():
                 return folder / name
     for folder in map(epath.Path, folders):
-        below = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.exists() else []
+        below = (
+            sorted(path for path in folder.iterdir() if path.is_dir()) if folder.exists() else []
+        )
         for name in names:
             for path in below:
                 if (path / name).exists():
@@ -96,7 +101,9 @@ def json_entries(path, key: str) -> list[dict]:
     try:
         entries = json.loads(read_bytes(str(path)))[key]
     except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise UserError(f"{path}: not the JSON that was published ({type(e).__name__}: {e}); get it again") from e
+        raise UserError(
+            f"{path}: not the JSON that was published ({type(e).__name__}: {e}); get it again"
+        ) from e
     return dicts(entries, f"{path}, under {key!r}")
 
 
@@ -109,12 +116,18 @@ def dicts(values, where: str) -> list[dict]:
 def text_value(entry: dict, key: str, where: str) -> str:
     value = entry.get(key)
     if not isinstance(value, str) or not value:
-        raise UserError(f"{where}: expected a text under {key!r}, found {value!r}; get the file again")
+        raise UserError(
+            f"{where}: expected a text under {key!r}, found {value!r}; get the file again"
+        )
     return value
 
 
 def note_strays(listing: Listing, folder, also_listed: Sequence = ()) -> None:
     """Notes the files below a folder of recordings (on this machine: a bucket is not walked) that nothing names."""
     listed = {row["audio"] for row in listing.rows} | set(map(str, also_listed))
-    below = (os.path.join(place, name) for place, _, names in os.walk(str(folder)) for name in names)
-    listing.notes += [("stray file", path, "no recording of the listing") for path in sorted(set(below) - listed)]
+    below = (
+        os.path.join(place, name) for place, _, names in os.walk(str(folder)) for name in names
+    )
+    listing.notes += [
+        ("stray file", path, "no recording of the listing") for path in sorted(set(below) - listed)
+    ]

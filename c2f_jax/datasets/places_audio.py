@@ -11,7 +11,11 @@ from c2f_jax.datasets.layout import Layout, Part, json_entries, note_strays, tex
 
 def _read_places_audio(parts: dict[str, epath.Path]) -> Listing:
     listing = Listing("places_audio")
-    folder, audio_root, pictures = parts["listing"].parent, parts["recordings"].parent, parts["pictures"]
+    folder, audio_root, pictures = (
+        parts["listing"].parent,
+        parts["recordings"].parent,
+        parts["pictures"],
+    )
     files = {name: folder / f"{name}_2020.json" for name in ("train", *PLACES_2020)}
     if not files["train"].exists():
         files = {"train": folder / "train.json", "validation": folder / "val.json"}

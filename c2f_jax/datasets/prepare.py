@@ -48,7 +48,12 @@ def prepare(
     from c2f_jax.datasets.builder import ManifestPairs
     from c2f_jax.datasets.published import BUILDERS
 
-    options = {"data_dir": data_dir, "threads": threads, "max_bad_share": max_bad_share, "progress": progress}
+    options = {
+        "data_dir": data_dir,
+        "threads": threads,
+        "max_bad_share": max_bad_share,
+        "progress": progress,
+    }
     try:
         if spec in BUILDERS:
             builder = BUILDERS[spec](download=download, **options)
@@ -57,11 +62,19 @@ def prepare(
         config = tfds.download.DownloadConfig(manual_dir=manual_dir)
         builder.download_and_prepare(download_config=config)
     except OSError as e:
-        raise UserError(f"{spec} could not be prepared ({e}); the same command goes on where it stopped") from e
+        raise UserError(
+            f"{spec} could not be prepared ({e}); the same command goes on where it stopped"
+        ) from e
     return spec if spec in BUILDERS else str(builder.data_dir)
 
 
-def dry_run(spec: str, *, manual_dir: str | None = None, data_dir: str | None = None, name: str | None = None) -> str:
+def dry_run(
+    spec: str,
+    *,
+    manual_dir: str | None = None,
+    data_dir: str | None = None,
+    name: str | None = None,
+) -> str:
     """What `prepare` would do: parts found and missing, where to get these and how large they are, and the splits.
 
     Nothing is written or fetched. Raises `UserError` for an unknown name and a manifest that cannot be read.
@@ -84,7 +97,9 @@ def dry_run(spec: str, *, manual_dir: str | None = None, data_dir: str | None = 
         if missing:
             size = sum({part.source: part.gigabytes or 0.0 for part in missing}.values())
             where = manual_dir or "a folder, to be given with --manual-dir"
-            lines.append(f"  to be put, unpacked, into {where}; {size:g} GB to fetch where the size is known")
+            lines.append(
+                f"  to be put, unpacked, into {where}; {size:g} GB to fetch where the size is known"
+            )
             if all(part.direct for part in missing):
                 lines.append("  or give --download, and they are fetched from there")
             return "\n".join(lines)
@@ -99,7 +114,9 @@ def dry_run(spec: str, *, manual_dir: str | None = None, data_dir: str | None = 
     gone = sum("://" not in file and not os.path.isfile(file) for file in files)
     for split, (pictures, recordings) in count_splits(listing).items():
         lines.append(f"  {split}: {pictures:,} pictures, {recordings:,} recordings")
-    lines.append(f"  {sum(sizes) / 1e9:.2f} GB in {len(sizes):,} files; {gone:,} listed files are missing")
+    lines.append(
+        f"  {sum(sizes) / 1e9:.2f} GB in {len(sizes):,} files; {gone:,} listed files are missing"
+    )
     lines.append(f"  would be written to {data_dir or 'the default directory of TFDS'}")
     return "\n".join(lines)
 
@@ -107,7 +124,11 @@ def dry_run(spec: str, *, manual_dir: str | None = None, data_dir: str | None = 
 def _manifest_of(spec: str, manual_dir: str | None) -> str:
     if manual_dir is not None:
         layout_of(spec)
-    if spec in LAYOUTS or spec.partition("/")[0] == "spoken_scenes" or spec.lower().endswith(MANIFEST_SUFFIXES):
+    if (
+        spec in LAYOUTS
+        or spec.partition("/")[0] == "spoken_scenes"
+        or spec.lower().endswith(MANIFEST_SUFFIXES)
+    ):
         return spec
     if path := manifest_in(spec):
         return path

@@ -12,7 +12,9 @@ LAYOUTS = {layout.name: layout for layout in (FLICKR8K_AUDIO, SPOKEN_COCO, PLACE
 def layout_of(spec: str) -> Layout:
     """The layout that a folder of downloaded parts goes with; `UserError` for what is no published data set."""
     if spec not in LAYOUTS:
-        raise UserError(f"{spec} is no published data set: --manual-dir goes with one of {', '.join(LAYOUTS)}")
+        raise UserError(
+            f"{spec} is no published data set: --manual-dir goes with one of {', '.join(LAYOUTS)}"
+        )
     return LAYOUTS[spec]
 
 

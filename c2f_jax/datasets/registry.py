@@ -13,7 +13,9 @@ def make_data_set(spec: str, data_dir: str | None = None) -> None:
         prepared_builder(config, data_dir)
 
 
-def _spoken_scenes(config: str, split: str, data_dir: str | None, max_bad_share: float) -> PairSource:
+def _spoken_scenes(
+    config: str, split: str, data_dir: str | None, max_bad_share: float
+) -> PairSource:
     from c2f_jax.data.prepared import PreparedSource
     from c2f_jax.datasets.spoken_scenes.source import prepared_builder
 
@@ -51,10 +53,16 @@ def is_data_set(spec: str) -> bool:
     from c2f_jax.data.prepared import is_prepared
 
     spec = str(spec)
-    return spec.partition("/")[0] in DATA_SETS or spec.lower().endswith(MANIFEST_SUFFIXES) or is_prepared(spec)
+    return (
+        spec.partition("/")[0] in DATA_SETS
+        or spec.lower().endswith(MANIFEST_SUFFIXES)
+        or is_prepared(spec)
+    )
 
 
-def load_pairs(spec: str, split: str, data_dir: str | None = None, *, max_bad_share: float = 0.01) -> PairSource:
+def load_pairs(
+    spec: str, split: str, data_dir: str | None = None, *, max_bad_share: float = 0.01
+) -> PairSource:
     """One split of a data set: by name, by the path of a manifest, or by the directory of a prepared set.
 
     Names are `spoken_scenes`, which is made in data_dir (TFDS's default directory unless given) when it is not there,

@@ -14,10 +14,16 @@ def _read_spoken_coco(parts: dict[str, epath.Path]) -> Listing:
     listing = Listing("spoken_coco")
     path, recordings = parts["listing"], parts["recordings"].parent
     # Downloaded archives are unpacked apart, so the two years need not lie in one folder.
-    pictures = {"train2014": parts["pictures"].parent, "val2014": parts["pictures of val2014"].parent}
+    pictures = {
+        "train2014": parts["pictures"].parent,
+        "val2014": parts["pictures of val2014"].parent,
+    }
     names = {"train": "train", "restval": "train", "val": "validation", "test": "test"}
     if "ksplit" in path.name:
-        sources = [(path.parent / f"SpokenCOCO_ksplit_{name}.json", name) for name in ("train", "val", "test")]
+        sources = [
+            (path.parent / f"SpokenCOCO_ksplit_{name}.json", name)
+            for name in ("train", "val", "test")
+        ]
         split_of = place_of = None
     else:
         if "splits" not in parts:
@@ -28,7 +34,8 @@ def _read_spoken_coco(parts: dict[str, epath.Path]) -> Listing:
         sources = [(path.parent / f"SpokenCOCO_{name}.json", name) for name in ("train", "val")]
         listed = enumerate(json_entries(parts["splits"], "images"))
         karpathy = [
-            (text_value(e, "filename", f"{parts['splits']}, image {k}"), str(e.get("split"))) for k, e in listed
+            (text_value(e, "filename", f"{parts['splits']}, image {k}"), str(e.get("split")))
+            for k, e in listed
         ]
         split_of = {file: names.get(split) for file, split in karpathy}
         place_of = {file: place for place, (file, _) in enumerate(karpathy)}
@@ -40,17 +47,25 @@ def _read_spoken_coco(parts: dict[str, epath.Path]) -> Listing:
             captions = dicts(entry.get("captions") or [], f"{where}, captions")
             split = names[name] if split_of is None else split_of.get(image.rpartition("/")[2])
             if split is None:
-                listing.notes.append(("in no split", image, f"not in {parts['splits'].name} ({where})"))
+                listing.notes.append(
+                    ("in no split", image, f"not in {parts['splits'].name} ({where})")
+                )
                 unused += [recordings / str(caption.get("wav")) for caption in captions]
                 continue
             if image.partition("/")[0] not in pictures:
-                raise UserError(f"{where}: expected a picture below {' or '.join(pictures)}, found {image!r}")
+                raise UserError(
+                    f"{where}: expected a picture below {' or '.join(pictures)}, found {image!r}"
+                )
             entries.append((captions, image, split, where))
     if place_of is not None:
         # Karpathy's order, which the five folds of a thousand test pictures are cut from.
         entries.sort(key=lambda item: place_of[item[1].rpartition("/")[2]])
-        for file in sorted(place_of.keys() - {image.rpartition("/")[2] for _, image, *_ in entries}):
-            listing.notes.append(("picture without caption", file, f"in {parts['splits'].name}, but no recording"))
+        for file in sorted(
+            place_of.keys() - {image.rpartition("/")[2] for _, image, *_ in entries}
+        ):
+            listing.notes.append(
+                ("picture without caption", file, f"in {parts['splits'].name}, but no recording")
+            )
     for captions, image, split, where in entries:
         if not captions:
             listing.notes.append(("picture without caption", image, f"no recording ({where})"))
@@ -83,9 +98,19 @@ SPOKEN_COCO = Layout(
             "https://data.csail.mit.edu/placesaudio/SpokenCOCO.tar.gz",
             64,
         ),
-        Part("recordings", ("SpokenCOCO/wavs", "wavs"), "https://data.csail.mit.edu/placesaudio/SpokenCOCO.tar.gz", 64),
+        Part(
+            "recordings",
+            ("SpokenCOCO/wavs", "wavs"),
+            "https://data.csail.mit.edu/placesaudio/SpokenCOCO.tar.gz",
+            64,
+        ),
         Part("pictures", ("train2014",), "http://images.cocodataset.org/zips/train2014.zip", 13.5),
-        Part("pictures of val2014", ("val2014",), "http://images.cocodataset.org/zips/val2014.zip", 6.6),
+        Part(
+            "pictures of val2014",
+            ("val2014",),
+            "http://images.cocodataset.org/zips/val2014.zip",
+            6.6,
+        ),
         Part("splits", ("dataset_coco.json", "dataset.json"), KARPATHY, 0.04, optional=True),
     ),
     _read_spoken_coco,

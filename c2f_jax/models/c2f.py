@@ -67,7 +67,10 @@ class C2FModel(nn.Module):
     def setup(self):
         # Projection and normalisation in float32 whatever the compute type: similarities are divided by a small tau.
         self.speech_projections, self.image_projections = (
-            [Dense(self.embedding_dim, name=numbered(f"{part}_projection", m)) for m in range(self.branches)]
+            [
+                Dense(self.embedding_dim, name=numbered(f"{part}_projection", m))
+                for m in range(self.branches)
+            ]
             for part in ("speech", "image")
         )
         self.temperature = Temperature(self.initial_tau)
@@ -84,7 +87,9 @@ class C2FModel(nn.Module):
 
     def match(self, speech: Encoded, image: Encoded, keys=None):
         """SIM logits (n, 2) of n pairs; embeddings are not used and may be None."""
-        return self.multimodal_encoder(speech.tokens, speech.lengths, image.tokens, image.lengths, fold_keys(keys, 2))
+        return self.multimodal_encoder(
+            speech.tokens, speech.lengths, image.tokens, image.lengths, fold_keys(keys, 2)
+        )
 
     @property
     def embedding_size(self):
@@ -97,13 +102,18 @@ class C2FModel(nn.Module):
 
     def __call__(self, batch):
         """Every part once, for initialisation: returns (speech, image, logits, tau)."""
-        speech, image = self.encode_speech(*speech_input(batch)), self.encode_image(image_input(batch))
+        speech, image = (
+            self.encode_speech(*speech_input(batch)),
+            self.encode_image(image_input(batch)),
+        )
         return speech, image, self.match(speech, image), self.tau()
 
 
 def speech_input(batch):
     """Waveforms (n, S), or their tokens (n, T, C) from the feature cache, and the lengths (n,) in samples or tokens."""
-    return batch["speech_tokens"] if "speech_tokens" in batch else batch["waveform"], batch["speech_lengths"]
+    return batch["speech_tokens"] if "speech_tokens" in batch else batch["waveform"], batch[
+        "speech_lengths"
+    ]
 
 
 def image_input(batch):
@@ -114,6 +124,8 @@ def image_input(batch):
 def _embedding(projections, tokens):
     """The branches' parts of the first token, each projected and normalised: (n, T, M W) -> (n, M D)."""
     parts = jnp.split(tokens[:, 0].astype(jnp.float32), len(projections), axis=-1)
-    z = jnp.stack([projection(part) for projection, part in zip(projections, parts, strict=True)], axis=1)  # (n, M, D)
+    z = jnp.stack(
+        [projection(part) for projection, part in zip(projections, parts, strict=True)], axis=1
+    )  # (n, M, D)
     z = z * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(z), axis=-1, keepdims=True), 1e-12))
     return z.reshape(z.shape[0], -1) / math.sqrt(len(projections))

@@ -60,7 +60,11 @@ class PooledEncoder(TransformerEncoder):
 
     def _pooled(self, x, lengths):
         """(n, T, W) tokens, [CLS] first, (n,) valid ones -> the same with the first one as ``pooling`` says."""
-        return x if self.pooling == "cls" else jnp.concatenate([mean_token(x, lengths), x[:, 1:]], axis=1)
+        return (
+            x
+            if self.pooling == "cls"
+            else jnp.concatenate([mean_token(x, lengths), x[:, 1:]], axis=1)
+        )
 
 
 class BranchedEncoder(PooledEncoder):

@@ -18,7 +18,11 @@ from c2f_jax.models.published import FROZEN, PublishedImage, PublishedSpeech
 from c2f_jax.models.vit import ViTImageEncoder
 
 # "published" is a network that we have, "tokens" one of another tool, whose tokens a feature cache holds.
-SPEECH_ENCODERS = {"log_mel": LogMelSpeechEncoder, "published": PublishedSpeech, "tokens": PublishedSpeech}
+SPEECH_ENCODERS = {
+    "log_mel": LogMelSpeechEncoder,
+    "published": PublishedSpeech,
+    "tokens": PublishedSpeech,
+}
 IMAGE_ENCODERS = {"vit": ViTImageEncoder, "published": PublishedImage, "tokens": PublishedImage}
 SPEECH_TOWERS = {"wav2vec2": Wav2Vec2, "whisper": Whisper}
 IMAGE_TOWERS = {"vision_transformer": VisionTransformer, "blip2": Blip2}
@@ -59,18 +63,31 @@ def create_model(
     if dtype not in DTYPES:
         raise UserError(f"model.dtype={dtype!r}: choose one of {', '.join(DTYPES)}")
     if attention not in ATTENTION_IMPLEMENTATIONS:
-        raise UserError(f"model.attention={attention!r}: choose one of {', '.join(ATTENTION_IMPLEMENTATIONS)}")
+        raise UserError(
+            f"model.attention={attention!r}: choose one of {', '.join(ATTENTION_IMPLEMENTATIONS)}"
+        )
     shared = {"dtype": DTYPES[dtype], "attention": attention, "remat": remat}
     frozen = []
     for part, attributes in (("speech", speech), ("image", image)):
         if branches > 1 and not attributes.get("depth", 1):
-            raise UserError(f"model.branches={branches} are transformers: model.{part}.depth=0 leaves them out")
+            raise UserError(
+                f"model.branches={branches} are transformers: model.{part}.depth=0 leaves them out"
+            )
         if attributes.get("name") == "published":
             frozen += _frozen_paths(part, attributes.get("frozen", "tower"))
     return C2FModel(
-        _encoder("model.speech", SPEECH_ENCODERS, speech, shared, SPEECH_TOWERS).clone(branches=branches),
-        _encoder("model.image", IMAGE_ENCODERS, image, shared, IMAGE_TOWERS).clone(branches=branches),
-        _encoder("model.multimodal", {"multimodal": MultimodalEncoder}, {"name": "multimodal"} | multimodal, shared),
+        _encoder("model.speech", SPEECH_ENCODERS, speech, shared, SPEECH_TOWERS).clone(
+            branches=branches
+        ),
+        _encoder("model.image", IMAGE_ENCODERS, image, shared, IMAGE_TOWERS).clone(
+            branches=branches
+        ),
+        _encoder(
+            "model.multimodal",
+            {"multimodal": MultimodalEncoder},
+            {"name": "multimodal"} | multimodal,
+            shared,
+        ),
         embedding_dim=embedding_dim,
         branches=branches,
         initial_tau=initial_tau,
@@ -93,13 +110,17 @@ def create_tower(attributes, where="tower", towers=None, **shared):
     """
     attributes = {k: tuple(v) if isinstance(v, list) else v for k, v in attributes.items()}
     if isinstance(attributes.get("vision"), dict):
-        attributes["vision"] = create_tower(attributes["vision"], f"{where}.vision", IMAGE_TOWERS, **shared)
+        attributes["vision"] = create_tower(
+            attributes["vision"], f"{where}.vision", IMAGE_TOWERS, **shared
+        )
     return _encoder(where, towers or TOWERS, attributes, shared)
 
 
 def _frozen_paths(part, frozen):
     if frozen not in FROZEN or (frozen == "conv" and part == "image"):
-        raise UserError(f"model.{part}.frozen={frozen!r}: choose one of tower, none{', conv' * (part == 'speech')}")
+        raise UserError(
+            f"model.{part}.frozen={frozen!r}: choose one of tower, none{', conv' * (part == 'speech')}"
+        )
     paths = {"tower": ("tower",), "conv": ("tower", "conv")}
     return [(f"{part}_encoder", *paths[frozen])] if frozen in paths else []
 
@@ -110,21 +131,41 @@ def _encoder(where, registry, attributes, shared, towers=None):
     if name not in registry:
         raise UserError(f"{where}.name={name!r}: choose one of {', '.join(registry)}")
     if name in ("published", "tokens") and (name == "published") != bool(attributes.get("tower")):
-        needed = "needs `weights`, a folder of `c2f convert`, or `tower`" if name == "published" else "takes no `tower`"
+        needed = (
+            "needs `weights`, a folder of `c2f convert`, or `tower`"
+            if name == "published"
+            else "takes no `tower`"
+        )
         raise UserError(f"{where}.name={name!r} {needed}")
     if isinstance(attributes.get("tower"), dict):
         attributes["tower"] = create_tower(attributes["tower"], f"{where}.tower", towers, **shared)
     # Branches are one number for both encoders, a value of the model.
-    known = {f.name for f in dataclasses.fields(registry[name])} - {"parent", "name", "branches"} - set(shared)
+    known = (
+        {f.name for f in dataclasses.fields(registry[name])}
+        - {"parent", "name", "branches"}
+        - set(shared)
+    )
     unknown = sorted(set(attributes) - known)
     if unknown:
-        raise UserError(f"{where} ({name}) has no {', '.join(unknown)}: its attributes are {', '.join(sorted(known))}")
-    width, heads = (attributes.get(size, getattr(registry[name], size)) for size in ("width", "heads"))
+        raise UserError(
+            f"{where} ({name}) has no {', '.join(unknown)}: its attributes are {', '.join(sorted(known))}"
+        )
+    width, heads = (
+        attributes.get(size, getattr(registry[name], size)) for size in ("width", "heads")
+    )
     if width % heads:
         raise UserError(f"{where}: width {width} is not a multiple of heads {heads}")
-    if name in ("published", "tokens") and attributes.get("conv_blocks") and attributes.get("depth") == 0:
+    if (
+        name in ("published", "tokens")
+        and attributes.get("conv_blocks")
+        and attributes.get("depth") == 0
+    ):
         blocks = attributes["conv_blocks"]
-        raise UserError(f"{where}.conv_blocks={blocks} stand under a transformer: depth 0 leaves it out")
+        raise UserError(
+            f"{where}.conv_blocks={blocks} stand under a transformer: depth 0 leaves it out"
+        )
     if attributes.get("pooling", "cls") not in POOLINGS:
-        raise UserError(f"{where}.pooling={attributes['pooling']!r}: choose one of {', '.join(POOLINGS)}")
+        raise UserError(
+            f"{where}.pooling={attributes['pooling']!r}: choose one of {', '.join(POOLINGS)}"
+        )
     return registry[name](**attributes, **shared)

@@ -69,7 +69,9 @@ def length_mask(lengths, size):
 def sinusoidal_positions(length, width):
     """(length, width) fixed sine and cosine position embeddings (Vaswani et al. 2017, section 3.5)."""
     positions = jnp.arange(length, dtype=jnp.float32)[:, None]
-    frequencies = jnp.exp(-jnp.log(10_000.0) * jnp.arange(0, width, 2, dtype=jnp.float32) / width)[None, :]
+    frequencies = jnp.exp(-jnp.log(10_000.0) * jnp.arange(0, width, 2, dtype=jnp.float32) / width)[
+        None, :
+    ]
     angles = positions * frequencies  # (length, width / 2)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)[:, :width]
 
@@ -85,7 +87,9 @@ def relative_buckets(length, buckets, distance):
     relative = np.arange(length)[None, :] - np.arange(length)[:, None]
     half, exact = buckets // 2, buckets // 4
     # In float32, as the reference: its rounding decides which range a distance on a border falls into.
-    wide = np.log(np.maximum(np.abs(relative), 1).astype(np.float32) / exact) / np.float32(np.log(distance / exact))
+    wide = np.log(np.maximum(np.abs(relative), 1).astype(np.float32) / exact) / np.float32(
+        np.log(distance / exact)
+    )
     wide = np.minimum(exact + (wide * (half - exact)).astype(np.int64), half - 1)
     found = np.where(np.abs(relative) < exact, np.abs(relative), wide)
     return (found + half * (relative > 0)).astype(np.int32)
@@ -135,14 +139,18 @@ def dot_product_attention(query, key, value, bias=None, lengths=None):
 
     Source: Vaswani et al. 2017, section 3.2.1.
     """
-    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query / math.sqrt(query.shape[-1]), key, value))
+    query, key, value = (
+        jnp.swapaxes(x, 1, 2) for x in (query / math.sqrt(query.shape[-1]), key, value)
+    )
     logits = jnp.einsum("nhtd,nhsd->nhts", query, key, preferred_element_type=jnp.float32)
     if bias is not None:
         logits += bias
     if lengths is not None:
         logits = jnp.where(length_mask(lengths, key.shape[2])[:, None, None], logits, -1e30)
     weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
-    attended = jnp.einsum("nhts,nhsd->nhtd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    attended = jnp.einsum(
+        "nhts,nhsd->nhtd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
+    )
     attended /= jnp.sum(weights, axis=-1, keepdims=True)
     return jnp.swapaxes(attended, 1, 2).astype(value.dtype)
 
@@ -228,16 +236,22 @@ class TransformerBlock(nn.Module):
         """
 
         def attend(name, y, context, lengths, positions=None):
-            return Attention(self.heads, self.dtype, self.attention, name=name)(y, context, lengths, positions)
+            return Attention(self.heads, self.dtype, self.attention, name=name)(
+                y, context, lengths, positions
+            )
 
         def mlp(y):
             y = Dense(round(x.shape[-1] * self.mlp_ratio), dtype=self.dtype, name="mlp_in")(y)
-            return Dense(x.shape[-1], dtype=self.dtype, name="mlp_out")(ACTIVATIONS[self.style.activation](y))
+            return Dense(x.shape[-1], dtype=self.dtype, name="mlp_out")(
+                ACTIVATIONS[self.style.activation](y)
+            )
 
         attend_self = lambda y: attend("self_attention", y, y, lengths, positions)  # noqa: E731
         x = self._residual(x, "self_attention", attend_self, fold_keys(keys, 0))
         if self.cross_attention:
-            cross = functools.partial(attend, "cross_attention", context=context, lengths=context_lengths)
+            cross = functools.partial(
+                attend, "cross_attention", context=context, lengths=context_lengths
+            )
             x = self._residual(x, "cross_attention", cross, fold_keys(keys, 1))
         return self._residual(x, "mlp", mlp, fold_keys(keys, 2))
 
@@ -246,7 +260,9 @@ class TransformerBlock(nn.Module):
         norm = nn.LayerNorm(self.style.epsilon, dtype=self.dtype, name=f"{name}_norm")
         y = sub_layer(norm(x) if self.style.pre_norm else x)
         if self.style.layer_scale:
-            y = y * self.param(f"{name}_scale", nn.initializers.ones, (x.shape[-1],)).astype(self.dtype)
+            y = y * self.param(f"{name}_scale", nn.initializers.ones, (x.shape[-1],)).astype(
+                self.dtype
+            )
         x = x + dropout(y, self.dropout_rate, keys)
         return x if self.style.pre_norm else norm(x)
 
@@ -284,7 +300,9 @@ class Transformer(nn.Module):
         if self.style.position_buckets:
             shape = (self.style.position_buckets, self.heads)
             table = self.param("relative_positions", nn.initializers.normal(0.02), shape)
-            rows = relative_buckets(x.shape[1], self.style.position_buckets, self.style.position_distance)
+            rows = relative_buckets(
+                x.shape[1], self.style.position_buckets, self.style.position_distance
+            )
             positions = jnp.moveaxis(table[rows], -1, 0)  # (heads, T, T)
         for layer in range(self.depth):
             block = block_type(

@@ -30,7 +30,14 @@ class LogMelSpeechEncoder(BranchedEncoder):
         x = x.astype(self.dtype)
         for layer in range(self.conv_layers):
             # Windows start at every second frame; "SAME" would shift them with the parity of the padded length.
-            conv = nn.Conv(self.width, (3,), strides=(2,), padding=((0, 2),), dtype=self.dtype, name=f"conv_{layer}")
+            conv = nn.Conv(
+                self.width,
+                (3,),
+                strides=(2,),
+                padding=((0, 2),),
+                dtype=self.dtype,
+                name=f"conv_{layer}",
+            )
             x = nn.gelu(conv(x))
             lengths = (lengths + 1) // 2
             # A convolution's bias would leak past the end and reach valid positions in the next layer.

@@ -24,5 +24,9 @@ class MultimodalEncoder(PooledEncoder):
         """(n, T, Ws), (n,), (n, P, Wi), (n,) -> logits (n, 2) float32: "no match", "match"."""
         speech = Dense(self.width, dtype=self.dtype, name="speech_input")(speech_tokens)
         image = Dense(self.width, dtype=self.dtype, name="image_input")(image_tokens)
-        x = self._transformer(cross_attention=True)(speech, speech_lengths, keys, image, image_lengths)
-        return Dense(2, name="match_head")(self._pooled(x, speech_lengths)[:, 0].astype(jnp.float32))
+        x = self._transformer(cross_attention=True)(
+            speech, speech_lengths, keys, image, image_lengths
+        )
+        return Dense(2, name="match_head")(
+            self._pooled(x, speech_lengths)[:, 0].astype(jnp.float32)
+        )

@@ -44,5 +44,9 @@ def merge_params(params, others):
     """
     merged = dict(params)
     for name, value in others.items():
-        merged[name] = merge_params(params[name], value) if name in params and isinstance(value, dict) else value
+        merged[name] = (
+            merge_params(params[name], value)
+            if name in params and isinstance(value, dict)
+            else value
+        )
     return merged

@@ -44,7 +44,9 @@ def pool_tokens(tokens, lengths, size):
     valid = length_mask(lengths, length + padding).reshape(n, -1, size, 1)
     x = jnp.pad(tokens, ((0, 0), (0, padding), (0, 0))).reshape(n, -1, size, width)
     total = jnp.sum(jnp.where(valid, x, 0), axis=2)
-    return total / jnp.maximum(jnp.sum(valid, axis=2), 1).astype(x.dtype), (lengths + size - 1) // size
+    return total / jnp.maximum(jnp.sum(valid, axis=2), 1).astype(x.dtype), (
+        lengths + size - 1
+    ) // size
 
 
 class TimeConvolutions(nn.Module):
@@ -107,22 +109,32 @@ class PublishedEncoder(BranchedEncoder):
     def _features(self, keys, given, *lengths):
         """Tokens (n, T, C) of the network or of the cache, and their lengths."""
         if not self._is_raw(given):
-            lengths = lengths[0] if lengths else jnp.full((given.shape[0],), given.shape[1], jnp.int32)
-            hidden = tuple(jnp.moveaxis(given, 2, 0)) if given.ndim == 4 else None  # (n, T, layers, C)
+            lengths = (
+                lengths[0] if lengths else jnp.full((given.shape[0],), given.shape[1], jnp.int32)
+            )
+            hidden = (
+                tuple(jnp.moveaxis(given, 2, 0)) if given.ndim == 4 else None
+            )  # (n, T, layers, C)
             tokens = given if hidden is None else hidden[-1]
         elif self.tower is None:
-            raise UserError("this model reads tokens from a feature cache; it has no network to make them with")
+            raise UserError(
+                "this model reads tokens from a feature cache; it has no network to make them with"
+            )
         else:
             tower_keys = None if self.frozen == "tower" else fold_keys(keys, self.depth + 1)
             tokens, lengths, hidden = self.tower(given, *lengths, tower_keys)
         if self.layer == "weighted_sum":
             if hidden is None:
-                raise UserError("layer='weighted_sum' needs the features of all layers: c2f features --layer=all")
+                raise UserError(
+                    "layer='weighted_sum' needs the features of all layers: c2f features --layer=all"
+                )
             weights = self.param("layer_weights", nn.initializers.zeros, (len(hidden),))
             weights = jax.nn.softmax(weights)
             tokens = sum(w * h for w, h in zip(weights, hidden, strict=True))
         elif self.layer != "last" and hidden is not None:
-            tokens = choose_layer(hidden, self.layer)  # a cache without layers is of this layer already
+            tokens = choose_layer(
+                hidden, self.layer
+            )  # a cache without layers is of this layer already
         return tokens.astype(self.dtype), lengths
 
     def _convolved(self, x, lengths, keys):
@@ -164,7 +176,9 @@ class PublishedSpeech(PublishedEncoder):
         return speech.ndim == 2
 
     def _convolved(self, x, lengths, keys):
-        return TimeConvolutions(self.conv_blocks, self.dropout_rate, self.dtype, name="conv")(x, lengths, keys)
+        return TimeConvolutions(self.conv_blocks, self.dropout_rate, self.dtype, name="conv")(
+            x, lengths, keys
+        )
 
     @nn.compact
     def __call__(self, speech, lengths, keys=None):

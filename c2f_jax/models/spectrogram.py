@@ -39,10 +39,14 @@ def log_mel(waveform, lengths, mels=80, hop=160):
     windows = waveform[:, index] * jnp.asarray(np.hanning(WINDOW), jnp.float32)
     spectrum = jnp.fft.rfft(windows)
     power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
-    features = jnp.log(1e-6 + power @ jnp.asarray(mel_filters(mels)))  # (n, T, F) . (F, M) -> (n, T, M)
+    features = jnp.log(
+        1e-6 + power @ jnp.asarray(mel_filters(mels))
+    )  # (n, T, F) . (F, M) -> (n, T, M)
     frame_lengths = jnp.clip((lengths - WINDOW) // hop + 1, 0, frames).astype(jnp.int32)
     valid = length_mask(frame_lengths, frames)[..., None]
     count = jnp.maximum(frame_lengths, 1)[:, None, None]
     mean = jnp.sum(jnp.where(valid, features, 0.0), axis=1, keepdims=True) / count
-    variance = jnp.sum(jnp.where(valid, jnp.square(features - mean), 0.0), axis=1, keepdims=True) / count
+    variance = (
+        jnp.sum(jnp.where(valid, jnp.square(features - mean), 0.0), axis=1, keepdims=True) / count
+    )
     return jnp.where(valid, (features - mean) / (jnp.sqrt(variance) + 0.01), 0.0), frame_lengths

@@ -47,14 +47,20 @@ class ViTImageEncoder(BranchedEncoder):
             layers = int(math.log2(self.patch))
             for layer in range(layers):
                 channels = self.width // 2 ** (layers - 1 - layer)
-                x = nn.gelu(nn.Conv(channels, (3, 3), strides=(2, 2), dtype=self.dtype, name=f"conv_{layer}")(x))
+                x = nn.gelu(
+                    nn.Conv(
+                        channels, (3, 3), strides=(2, 2), dtype=self.dtype, name=f"conv_{layer}"
+                    )(x)
+                )
             x = Dense(self.width, dtype=self.dtype, name="patch_embedding")(x)
         else:
             x = Dense(self.width, dtype=self.dtype, name="patch_embedding")(patches(x, self.patch))
         for block in range(self.conv_blocks):
             x = x + nn.gelu(nn.Conv(self.width, (3, 3), dtype=self.dtype, name=f"block_{block}")(x))
         x = x.reshape(n, -1, self.width)
-        positions = self.param("positions", nn.initializers.normal(0.02), (1, x.shape[1], self.width))
+        positions = self.param(
+            "positions", nn.initializers.normal(0.02), (1, x.shape[1], self.width)
+        )
         x = x + positions.astype(self.dtype)
         x = prepend_cls(self, dropout(x, self.dropout_rate, fold_keys(keys, self.depth)))
         lengths = jnp.full((n,), x.shape[1], jnp.int32)

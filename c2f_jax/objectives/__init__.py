@@ -1,7 +1,17 @@
 """The paper's objectives as pure functions of arrays. Nothing here needs more than jax."""
 
-from c2f_jax.objectives.contrastive import branch_logits, sic_loss, similarity_logits, soft_target_cross_entropy
-from c2f_jax.objectives.distillation import ID_POLICIES, alpha_at, distillation_targets, identity_targets
+from c2f_jax.objectives.contrastive import (
+    branch_logits,
+    sic_loss,
+    similarity_logits,
+    soft_target_cross_entropy,
+)
+from c2f_jax.objectives.distillation import (
+    ID_POLICIES,
+    alpha_at,
+    distillation_targets,
+    identity_targets,
+)
 from c2f_jax.objectives.hard_negatives import sample_hard_negatives
 from c2f_jax.objectives.keys import row_keys
 from c2f_jax.objectives.matching import COLLAPSE_VALUE, assemble_pairs, match_logit, sim_loss

@@ -19,7 +19,10 @@ def similarity_logits(queries, bank, tau):
     [[2.0, 0.0]]
     """
     # (n, D) . (D, M) -> (n, M)
-    return jnp.matmul(queries.astype(jnp.float32), bank.astype(jnp.float32).T, precision="highest") / tau
+    return (
+        jnp.matmul(queries.astype(jnp.float32), bank.astype(jnp.float32).T, precision="highest")
+        / tau
+    )
 
 
 def branch_logits(queries, bank, tau, branches):
@@ -42,7 +45,9 @@ def branch_logits(queries, bank, tau, branches):
     >>> branch_logits(z, z, 0.5, 2).round(4).tolist()
     [[[2.0]], [[2.0]]]
     """
-    parts = zip(jnp.split(queries, branches, axis=-1), jnp.split(bank, branches, axis=-1), strict=True)
+    parts = zip(
+        jnp.split(queries, branches, axis=-1), jnp.split(bank, branches, axis=-1), strict=True
+    )
     return branches * jnp.stack([similarity_logits(own, other, tau) for own, other in parts])
 
 
@@ -66,7 +71,9 @@ def soft_target_cross_entropy(logits, targets, valid):
     valid = jnp.broadcast_to(valid, logits.shape)
     log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1, where=valid)
     # log_softmax leaves -inf in masked columns, where 0 * -inf would be nan.
-    return -jnp.sum(jnp.where(valid, targets * jnp.where(valid, log_probabilities, 0.0), 0.0), axis=-1)
+    return -jnp.sum(
+        jnp.where(valid, targets * jnp.where(valid, log_probabilities, 0.0), 0.0), axis=-1
+    )
 
 
 def sic_loss(logits_s2i, logits_i2s, targets_s2i, targets_i2s, valid):

@@ -72,7 +72,9 @@ def enqueue(queue, rows):
         name: entry.at[slots].set(jax.lax.stop_gradient(rows[name][-written:]).astype(entry.dtype))
         for name, entry in queue.entries.items()
     }
-    return EmbeddingQueue(entries, (queue.cursor + written) % size, jnp.minimum(queue.count + written, size))
+    return EmbeddingQueue(
+        entries, (queue.cursor + written) % size, jnp.minimum(queue.count + written, size)
+    )
 
 
 def bank(batch_rows, queue, name):

@@ -31,5 +31,7 @@ def sample_hard_negatives(keys, logits, ids, candidate_ids, candidate_valid):
     """
     legal = (ids[:, None] != candidate_ids[None, :]) & candidate_valid[None, :]
     gumbel = jax.vmap(lambda key: jax.random.gumbel(key, (logits.shape[1],), jnp.float32))(keys)
-    perturbed = jnp.where(legal, jax.lax.stop_gradient(logits).astype(jnp.float32) + gumbel, -jnp.inf)
+    perturbed = jnp.where(
+        legal, jax.lax.stop_gradient(logits).astype(jnp.float32) + gumbel, -jnp.inf
+    )
     return jnp.argmax(perturbed, axis=-1).astype(jnp.int32), jnp.any(legal, axis=-1)

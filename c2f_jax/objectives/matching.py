@@ -30,7 +30,12 @@ def assemble_pairs(speech, image, negative_speech, negative_image, speech_valid,
     stack = lambda *parts: jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)  # noqa: E731
     labels = jnp.concatenate([jnp.ones(rows, jnp.int32), jnp.zeros(2 * rows, jnp.int32)])
     valid = jnp.concatenate([jnp.ones(rows, bool), image_valid, speech_valid])
-    return stack(speech, speech, negative_speech), stack(image, negative_image, image), labels, valid
+    return (
+        stack(speech, speech, negative_speech),
+        stack(image, negative_image, image),
+        labels,
+        valid,
+    )
 
 
 def match_logit(logits):

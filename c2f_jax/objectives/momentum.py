@@ -22,7 +22,9 @@ def update_momentum(momentum_params, params, momentum):
     >>> update_momentum({"w": jnp.array(1.0)}, {"w": jnp.array(0.0)}, 0.75)["w"].item()
     0.75
     """
-    return jax.tree.map(lambda m, p: (momentum * m + (1.0 - momentum) * p).astype(m.dtype), momentum_params, params)
+    return jax.tree.map(
+        lambda m, p: (momentum * m + (1.0 - momentum) * p).astype(m.dtype), momentum_params, params
+    )
 
 
 def momentum_from_half_life(half_life_samples, batch_size):

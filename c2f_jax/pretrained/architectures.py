@@ -23,11 +23,21 @@ BLIP2_DEFAULTS = {
     "hidden_act": "gelu",
 }
 VISION_DEFAULTS = {
-    "clip": {"patch_size": 32, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu", "projection_dim": 512},
+    "clip": {
+        "patch_size": 32,
+        "layer_norm_eps": 1e-5,
+        "hidden_act": "quick_gelu",
+        "projection_dim": 512,
+    },
     "siglip": {"patch_size": 16, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"},
     "dinov2": {"patch_size": 14, "layer_norm_eps": 1e-6, "hidden_act": "gelu", "mlp_ratio": 4},
 }
-SIZES = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+SIZES = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+}
 # Values of config.json that our network has as constants.
 WAV2VEC2_SUPPORTED = {
     "feat_extract_activation": "gelu",
@@ -37,7 +47,12 @@ WAV2VEC2_SUPPORTED = {
     "conv_pos_batch_norm": False,
     "add_adapter": False,
 }
-ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "quick_gelu": "quick_gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
 
 
 def describe(layout, tensors, prefix, config, processor, settings, normalise=None):
@@ -87,7 +102,9 @@ def _flag(found, given):
             "(fairseq: base models false, large ones true)"
         )
     if None not in (found, given) and bool(found) != given:
-        raise UserError(f"--normalise={given} contradicts the publisher's files, which say {bool(found)}: leave it out")
+        raise UserError(
+            f"--normalise={given} contradicts the publisher's files, which say {bool(found)}: leave it out"
+        )
     return bool(given if found is None else found)
 
 
@@ -120,7 +137,9 @@ def _wav2vec2(config, normalise):
         "position_kernel": config["num_conv_pos_embeddings"],
         "position_groups": config["num_conv_pos_embedding_groups"],
         "position_buckets": config["num_buckets"] if wavlm else 0,
-        "position_distance": config["max_bucket_distance"] if wavlm else BlockStyle.position_distance,
+        "position_distance": config["max_bucket_distance"]
+        if wavlm
+        else BlockStyle.position_distance,
     }
 
 
@@ -128,7 +147,9 @@ def _fairseq(tensors, prefix, normalise, position_distance):
     tensors = {n.removeprefix(prefix): v for n, v in tensors.items()}
     width = tensors["post_extract_proj.weight"].shape[0]
     if width not in FAIRSEQ_HEADS:
-        raise UserError(f"a fairseq model of width {width}: known are {', '.join(map(str, FAIRSEQ_HEADS))}")
+        raise UserError(
+            f"a fairseq model of width {width}: known are {', '.join(map(str, FAIRSEQ_HEADS))}"
+        )
     convs = len(_numbers(tensors, r"feature_extractor\.conv_layers\.(\d+)\.0\.weight"))
     kernels = [tensors[f"feature_extractor.conv_layers.{i}.0.weight"] for i in range(convs)]
     position = tensors["encoder.pos_conv.0.weight_v"]
@@ -160,11 +181,15 @@ def _vision(layout, tensors, prefix, config, processor):
     top = config
     config = SIZES | VISION_DEFAULTS[family] | config.get("vision_config", config)
     if config.get("use_swiglu_ffn"):
-        raise UserError("config.json: DINOv2 with SwiGLU (giant) is not supported; small, base and large are")
+        raise UserError(
+            "config.json: DINOv2 with SwiGLU (giant) is not supported; small, base and large are"
+        )
     width = config["hidden_size"]
     ratio = config["mlp_ratio"] if family == "dinov2" else config["intermediate_size"] / width
     mean, std = {"clip": (CLIP_MEAN, CLIP_STD), "siglip": (HALF, HALF), "dinov2": IMAGENET}[family]
-    preprocessing = _image(processor, config.get("image_size", 224), mean, std, squash=family == "siglip")
+    preprocessing = _image(
+        processor, config.get("image_size", 224), mean, std, squash=family == "siglip"
+    )
     tower = {
         "name": "vision_transformer",
         "width": width,
@@ -185,11 +210,16 @@ def _vision(layout, tensors, prefix, config, processor):
     }
     if "visual_projection.weight" in tensors:
         tower["projection"] = top.get("projection_dim", config["projection_dim"])
-    return tower, preprocessing | {"position_side": _grid(config.get("image_size", 224), config["patch_size"])}
+    return tower, preprocessing | {
+        "position_side": _grid(config.get("image_size", 224), config["patch_size"])
+    }
 
 
 def _blip2(config, processor):
-    vision, qformer = BLIP2_DEFAULTS | config.get("vision_config", {}), SIZES | config.get("qformer_config", {})
+    vision, qformer = (
+        BLIP2_DEFAULTS | config.get("vision_config", {}),
+        SIZES | config.get("qformer_config", {}),
+    )
     preprocessing = _image(processor, vision["image_size"], CLIP_MEAN, CLIP_STD, squash=True)
     tower = {
         "name": "blip2",
@@ -205,7 +235,9 @@ def _blip2(config, processor):
     }
     if "Blip2ForImageTextRetrieval" in config.get("architectures", []):
         tower["projection"] = config.get("image_text_hidden_size", 256)
-    return tower, preprocessing | {"position_side": _grid(vision["image_size"], vision["patch_size"])}
+    return tower, preprocessing | {
+        "position_side": _grid(vision["image_size"], vision["patch_size"])
+    }
 
 
 def _lavis(tensors):
@@ -213,8 +245,12 @@ def _lavis(tensors):
     width, queries = patch.shape[0], tensors["query_tokens"]
     hidden = tensors["visual_encoder.blocks.0.mlp.fc1.weight"].shape[0]
     blocks = 1 + max(_numbers(tensors, r"visual_encoder\.blocks\.(\d+)\.norm1\.weight"))
-    layers = 1 + max(_numbers(tensors, r"Qformer\.bert\.encoder\.layer\.(\d+)\.attention\.self\.query\.weight"))
-    cross = _numbers(tensors, r"Qformer\.bert\.encoder\.layer\.(\d+)\.crossattention\.self\.query\.weight")
+    layers = 1 + max(
+        _numbers(tensors, r"Qformer\.bert\.encoder\.layer\.(\d+)\.attention\.self\.query\.weight")
+    )
+    cross = _numbers(
+        tensors, r"Qformer\.bert\.encoder\.layer\.(\d+)\.crossattention\.self\.query\.weight"
+    )
     inner = tensors["Qformer.bert.encoder.layer.0.intermediate_query.dense.weight"].shape[0]
     eva = BLIP2_DEFAULTS | {
         "hidden_size": width,
@@ -233,7 +269,9 @@ def _lavis(tensors):
         "mlp_ratio": inner / queries.shape[2],
         "cross_every": cross[1] - cross[0] if len(cross) > 1 else layers,
         "epsilon": 1e-12,
-        "projection": tensors["vision_proj.weight"].shape[0] if "vision_proj.weight" in tensors else 0,
+        "projection": tensors["vision_proj.weight"].shape[0]
+        if "vision_proj.weight" in tensors
+        else 0,
     }
 
 

@@ -34,7 +34,9 @@ def convert(sources, output, *, normalise=None, licence=None):
         all listed.
     """
     if (Path(output) / "params").exists():
-        raise UserError(f"{output} holds converted weights already: remove it or give another --output")
+        raise UserError(
+            f"{output} holds converted weights already: remove it or give another --output"
+        )
     card, params = read_published(sources, normalise=normalise, licence=licence)
     try:
         save_weights(output, card, params)
@@ -46,7 +48,11 @@ def convert(sources, output, *, normalise=None, licence=None):
 def read_published(sources, *, normalise=None, licence=None):
     """(card, parameters) of published weights; arguments and errors as in ``convert``."""
     where = [_local(source) for source in sources]
-    files = [(given, file) for given, source in zip(sources, where, strict=True) for file in weight_files(source)]
+    files = [
+        (given, file)
+        for given, source in zip(sources, where, strict=True)
+        for file in weight_files(source)
+    ]
     folder = where[0] if where[0].is_dir() else where[0].parent
     tensors, settings = {}, {}
     for _, file in files:
@@ -54,13 +60,17 @@ def read_published(sources, *, normalise=None, licence=None):
         found = _visual_encoder_names(found)
         both = sorted(tensors.keys() & found.keys())
         if both:
-            raise UserError(f"{file} holds {both[0]}, which another file given holds too: leave one of them out")
+            raise UserError(
+                f"{file} holds {both[0]}, which another file given holds too: leave one of them out"
+            )
         tensors |= found
         settings |= says
     config, processor = _json(folder / "config.json"), _json(folder / "preprocessor_config.json")
     try:
         layout, prefix = find_layout(tensors)
-        tower, preprocessing = _describe(layout, tensors, prefix, config, processor, settings, normalise)
+        tower, preprocessing = _describe(
+            layout, tensors, prefix, config, processor, settings, normalise
+        )
         params = convert_tensors(layout, prefix, tensors, tower_shapes(tower, preprocessing))
     except UserError as error:
         raise UserError(f"{', '.join(map(str, where))}: {error}") from error
@@ -68,7 +78,9 @@ def read_published(sources, *, normalise=None, licence=None):
         "layout": layout.name,
         "tower": tower,
         "preprocessing": preprocessing,
-        "source": [{"given": str(given), "file": f.name, "sha256": sha256(f)} for given, f in files],
+        "source": [
+            {"given": str(given), "file": f.name, "sha256": sha256(f)} for given, f in files
+        ],
         "licence": licence or _licence(folder),
         "parameters": int(sum(np.size(x) for x in jax.tree.leaves(params))),
     }
@@ -77,12 +89,16 @@ def read_published(sources, *, normalise=None, licence=None):
 
 def _describe(layout, tensors, prefix, config, processor, settings, normalise):
     if normalise is not None and layout not in (FAIRSEQ, WAV2VEC2):
-        raise UserError(f"--normalise is for wav2vec 2.0, HuBERT and WavLM; {layout.name} takes none")
+        raise UserError(
+            f"--normalise is for wav2vec 2.0, HuBERT and WavLM; {layout.name} takes none"
+        )
     try:
         return describe(layout, tensors, prefix, config, processor, settings, normalise)
     except KeyError as error:
         place = "config.json" if config else "the file"
-        raise UserError(f"{layout.name}: {place} has no {error.args[0]}, which it is published with") from error
+        raise UserError(
+            f"{layout.name}: {place} has no {error.args[0]}, which it is published with"
+        ) from error
 
 
 def _local(source):
@@ -93,14 +109,20 @@ def _local(source):
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise UserError(f"{source}: no such path; hub ids need the extra: pip install 'c2f_jax[hub]'") from error
+        raise UserError(
+            f"{source}: no such path; hub ids need the extra: pip install 'c2f_jax[hub]'"
+        ) from error
     try:
-        folder = Path(snapshot_download(source, allow_patterns=["*.json", "README.md", "*.safetensors"]))
+        folder = Path(
+            snapshot_download(source, allow_patterns=["*.json", "README.md", "*.safetensors"])
+        )
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(source, allow_patterns=list(HUB_FILES)))
         return folder
     except Exception as error:  # the client has many errors of its own and of its transport
-        raise UserError(f"{source}: neither a local path nor a hub id that can be downloaded ({error})") from error
+        raise UserError(
+            f"{source}: neither a local path nor a hub id that can be downloaded ({error})"
+        ) from error
 
 
 def _visual_encoder_names(tensors):
@@ -115,7 +137,10 @@ def _json(path):
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text(), object_pairs_hook=lambda pairs: {k: v for k, v in pairs if v is not None})
+        found = json.loads(
+            path.read_text(),
+            object_pairs_hook=lambda pairs: {k: v for k, v in pairs if v is not None},
+        )
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); download it again") from error
     if not isinstance(found, dict):
@@ -126,5 +151,7 @@ def _json(path):
 def _licence(folder):
     """The licence field of a README's front matter, as on the hub."""
     readme = folder / "README.md"
-    found = readme.exists() and re.search(r"\A---\n(?:.*\n)*?license:\s*(\S+)", readme.read_text(errors="replace"))
+    found = readme.exists() and re.search(
+        r"\A---\n(?:.*\n)*?license:\s*(\S+)", readme.read_text(errors="replace")
+    )
     return found.group(1) if found else "unknown"

@@ -59,16 +59,22 @@ def extract_features(
       UserError: an argument out of range, a cache of another kind is there, or too many items cannot be read.
     """
     if batch_size < 1 or max_seconds * SAMPLE_RATE < MIN_SAMPLES:
-        raise UserError(f"a batch size of {batch_size} and {max_seconds} s at most: larger numbers are expected")
+        raise UserError(
+            f"a batch size of {batch_size} and {max_seconds} s at most: larger numbers are expected"
+        )
     card = open_card(weights)
     attributes = bare_tower(card) | tower
     layers = ("last", "all", *map(str, range(attributes["depth"] + 1)))
     if layer not in layers:
-        raise UserError(f"layer={layer!r}: one of {', '.join(layers)} is expected (0 is the input of the first block)")
+        raise UserError(
+            f"layer={layer!r}: one of {', '.join(layers)} is expected (0 is the input of the first block)"
+        )
     network = create_tower(attributes, dtype=jax.numpy.dtype(dtype))
     is_image = attributes["name"] in IMAGE_TOWERS
     side = card["preprocessing"].get("image_size", 224)
-    shapes = jax.eval_shape(network.init, jax.random.key(0), *tower_inputs(attributes["name"], side))["params"]
+    shapes = jax.eval_shape(
+        network.init, jax.random.key(0), *tower_inputs(attributes["name"], side)
+    )["params"]
     start_cache(output, cache_card(card, attributes, layer, max_seconds, dtype, augment, copy))
     params = None
     apply = jax.jit(functools.partial(_tokens, network, layer))
@@ -77,10 +83,16 @@ def extract_features(
         key = source.image_key if is_image else source.recording_key
         mine = range(jax.process_index(), len(blocks), jax.process_count())
         names = {number: _shard_name(source, is_image, number) for number in mine}
-        todo = [n for n in mine if not shard_exists(output, names[n], map(key, map(int, blocks[n])))]
+        todo = [
+            n for n in mine if not shard_exists(output, names[n], map(key, map(int, blocks[n])))
+        ]
         if todo and params is None:
             params = load_weights(weights, shapes)
-        read = _read_images(source, card) if is_image else _read_waves(source, max_seconds, augment, copy)
+        read = (
+            _read_images(source, card)
+            if is_image
+            else _read_waves(source, max_seconds, augment, copy)
+        )
         total = sum(len(blocks[number]) for number in todo)
         what = f"features of {source.split}" + (f", copy {copy}" if copy else "")
         bar = tqdm(total=total, desc=what, disable=not todo, unit="", leave=False)
@@ -88,7 +100,11 @@ def extract_features(
             for number in todo:
                 read_items = pool.map(read, map(int, blocks[number]))
                 items = list(_run(functools.partial(apply, params), read_items, batch_size, bar))
-                shape = items[0][1].shape[1:] if items else _token_shape(apply, params, attributes["name"], side)
+                shape = (
+                    items[0][1].shape[1:]
+                    if items
+                    else _token_shape(apply, params, attributes["name"], side)
+                )
                 write_shard(output, names[number], items, shape)
     wait_for_all()
     return open_features(output)
@@ -104,9 +120,14 @@ def cache_card(card, attributes, layer, max_seconds, dtype="float32", augment=No
         "dtype": dtype,
     }
     if attributes["name"] not in IMAGE_TOWERS:
-        found |= {"max_seconds": max_seconds, "samples_per_token": create_tower(attributes).samples_per_token()}
+        found |= {
+            "max_seconds": max_seconds,
+            "samples_per_token": create_tower(attributes).samples_per_token(),
+        }
     if augment is not None:
-        found |= {f"augment.{name}": value for name, value in augment.recording_options().items()} | {"copy": copy}
+        found |= {
+            f"augment.{name}": value for name, value in augment.recording_options().items()
+        } | {"copy": copy}
     return found
 
 
@@ -138,7 +159,11 @@ def _read_waves(source, max_seconds, augment, copy):
         wave = loader.load_wave(source, row)
         if wave is not None and augment is not None:
             wave = augment_wave(wave, augment, np.random.default_rng((copy, row)))
-        wave = None if wave is None else wave[: round(max_seconds * SAMPLE_RATE)] * np.float32(1 / 32768)
+        wave = (
+            None
+            if wave is None
+            else wave[: round(max_seconds * SAMPLE_RATE)] * np.float32(1 / 32768)
+        )
         return source.recording_key(row), wave
 
     return read

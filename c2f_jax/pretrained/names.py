@@ -59,7 +59,9 @@ def _modules(*pairs):
 
 def _block_modules(path, source, norms, mlp):
     """Of each block: the norms of its attention and of its MLP, and the two layers of the MLP."""
-    parts = zip(("self_attention_norm", "mlp_norm", "mlp_in", "mlp_out"), (*norms, *mlp), strict=True)
+    parts = zip(
+        ("self_attention_norm", "mlp_norm", "mlp_in", "mlp_out"), (*norms, *mlp), strict=True
+    )
     return _modules(*((f"{path}/{part}", f"{source}.{name}") for part, name in parts))
 
 
@@ -101,10 +103,18 @@ FAIRSEQ = Layout(
         (r"conv/norm_(scale|bias)", r"feature_extractor.conv_layers.0.2.\LEAF"),
         ("mask_embedding", "mask_emb?"),
         ("position_conv/kernel", "encoder.pos_conv.0.weight"),
-        ("transformer/relative_positions", "encoder.layers.0.self_attn.relative_attention_bias.weight"),
+        (
+            "transformer/relative_positions",
+            "encoder.layers.0.self_attn.relative_attention_bias.weight",
+        ),
         (f"{BLOCK}/self_attention/gate_scale", r"encoder.layers.\1.self_attn.grep_a"),
         *_attention(f"{BLOCK}/self_attention", r"encoder.layers.\1.self_attn"),
-        *_block_modules(BLOCK, r"encoder.layers.\1", ("self_attn_layer_norm", "final_layer_norm"), ("fc1", "fc2")),
+        *_block_modules(
+            BLOCK,
+            r"encoder.layers.\1",
+            ("self_attn_layer_norm", "final_layer_norm"),
+            ("fc1", "fc2"),
+        ),
         *_modules(
             (r"conv/conv_(\d+)", r"feature_extractor.conv_layers.\1.0"),
             (r"conv/norm_(\d+)", r"feature_extractor.conv_layers.\1.2.1"),
@@ -124,7 +134,12 @@ WHISPER = Layout(
     (
         ("positions", "encoder.embed_positions.weight"),
         *_attention(f"{BLOCK}/self_attention", r"encoder.layers.\1.self_attn", key_bias=False),
-        *_block_modules(BLOCK, r"encoder.layers.\1", ("self_attn_layer_norm", "final_layer_norm"), ("fc1", "fc2")),
+        *_block_modules(
+            BLOCK,
+            r"encoder.layers.\1",
+            ("self_attn_layer_norm", "final_layer_norm"),
+            ("fc1", "fc2"),
+        ),
         *_modules(
             ("conv_0", "encoder.conv1"),
             ("conv_1", "encoder.conv2"),
@@ -140,7 +155,9 @@ _CLIP_RULES = (
     ("positions", "embeddings.position_embedding.weight"),
     *_attention(f"{BLOCK}/self_attention", r"encoder.layers.\1.self_attn"),
     *_block_modules(BLOCK, r"encoder.layers.\1", _CLIP_NORMS, _CLIP_MLP),
-    *_modules(("patch_embedding", "embeddings.patch_embedding"), ("transformer/norm", "post_layernorm")),
+    *_modules(
+        ("patch_embedding", "embeddings.patch_embedding"), ("transformer/norm", "post_layernorm")
+    ),
 )
 _CLIP_UNUSED = (
     r"(.*\.)?text_model\..*",
@@ -190,9 +207,16 @@ DINOV2 = Layout(
             r"encoder.layer.\1.attention",
             ("attention.query", "attention.key", "attention.value", "output.dense"),
         ),
-        *_attention(f"{BLOCK}/self_attention", r"encoder.layer.\1.attention", ("q_proj", "k_proj", "v_proj", "o_proj")),
+        *_attention(
+            f"{BLOCK}/self_attention",
+            r"encoder.layer.\1.attention",
+            ("q_proj", "k_proj", "v_proj", "o_proj"),
+        ),
         *_block_modules(BLOCK, r"encoder.layer.\1", ("norm1", "norm2"), _CLIP_MLP),
-        *_modules(("patch_embedding", "embeddings.patch_embeddings.projection"), ("transformer/norm", "layernorm")),
+        *_modules(
+            ("patch_embedding", "embeddings.patch_embeddings.projection"),
+            ("transformer/norm", "layernorm"),
+        ),
     ),
     (r"(.*\.)?embeddings\.mask_token", r"classifier\..*"),
 )
@@ -261,11 +285,14 @@ LAVIS = Layout(
         (f"{_VISION}/self_attention/key/bias", r"visual_encoder.blocks.\1.attn.k_bias?"),
         (f"{_VISION}/self_attention/value/bias", r"visual_encoder.blocks.\1.attn.v_bias"),
         *_fused_attention(
-            f"{_VISION}/self_attention", r"visual_encoder.blocks.\1.attn.qkv.", r"visual_encoder.blocks.\1.attn.proj"
+            f"{_VISION}/self_attention",
+            r"visual_encoder.blocks.\1.attn.qkv.",
+            r"visual_encoder.blocks.\1.attn.proj",
         ),
         *_block_modules(_VISION, r"visual_encoder.blocks.\1", ("norm1", "norm2"), _CLIP_MLP),
         *_modules(
-            ("vision/patch_embedding", "visual_encoder.patch_embed.proj"), ("vision/transformer/norm", "ln_vision")
+            ("vision/patch_embedding", "visual_encoder.patch_embed.proj"),
+            ("vision/transformer/norm", "ln_vision"),
         ),
         *_qformer(
             "Qformer.bert",
@@ -298,7 +325,9 @@ def find_layout(names):
         if layout is LAVIS and not any(n.startswith("Qformer.bert.") for n in names):
             continue
         prefix = layout.prefix(names)
-        if prefix is not None and not (layout in (CLIP, SIGLIP) and "query_tokens" in names):  # a part of BLIP-2
+        if prefix is not None and not (
+            layout in (CLIP, SIGLIP) and "query_tokens" in names
+        ):  # a part of BLIP-2
             return layout, prefix
     known = "; ".join(f"{layout.name} ({layout.anchor})" for layout in LAYOUTS)
     shown = ", ".join(sorted(names)[:5])
@@ -327,7 +356,12 @@ def convert_tensors(layout, prefix, tensors, shapes):
         path = "/".join(entry.key for entry in path)
         sources = _sources(layout, path)
         # Heads stand outside the prefix.
-        known = [(f"{p}{name}", part) for name, part, _ in sources for p in (prefix, "") if f"{p}{name}" in tensors]
+        known = [
+            (f"{p}{name}", part)
+            for name, part, _ in sources
+            for p in (prefix, "")
+            if f"{p}{name}" in tensors
+        ]
         if not known:
             if not any(optional for _, _, optional in sources):
                 problems.append(f"missing: {prefix}{sources[0][0]} (for {path})")
@@ -336,14 +370,18 @@ def convert_tensors(layout, prefix, tensors, shapes):
         value = np.asarray(tensors[name]).astype(np.float32)
         bad = value.size - np.count_nonzero(np.isfinite(value))
         if bad and name not in used:  # a tensor may hold three parameters
-            problems.append(f"damaged: {bad} of the {value.size} entries of {name} are NaN or infinite")
+            problems.append(
+                f"damaged: {bad} of the {value.size} entries of {name} are NaN or infinite"
+            )
         used.add(name)
         try:
             if part:
                 value = np.split(value, 3)[int(part)]
             return _arrange(path, value, shape.shape)
         except ValueError:
-            problems.append(f"misshaped: {name} {tuple(value.shape)} does not fit {path} {tuple(shape.shape)}")
+            problems.append(
+                f"misshaped: {name} {tuple(value.shape)} does not fit {path} {tuple(shape.shape)}"
+            )
             return np.zeros(shape.shape, np.float32)
 
     params = jax.tree_util.tree_map_with_path(convert, shapes)
@@ -355,7 +393,9 @@ def convert_tensors(layout, prefix, tensors, shapes):
     ]
     problems += [f"unused: {name} {tuple(np.shape(tensors[name]))}" for name in left]
     if problems:
-        listed = "\n".join(f"  {p}" for p in problems[:40]) + ("\n  ..." if len(problems) > 40 else "")
+        listed = "\n".join(f"  {p}" for p in problems[:40]) + (
+            "\n  ..." if len(problems) > 40 else ""
+        )
         raise UserError(
             f"the file does not hold the {layout.name} that its configuration describes; tensors that do not "
             f"fit: {len(problems)}\n{listed}"
@@ -365,7 +405,9 @@ def convert_tensors(layout, prefix, tensors, shapes):
 
 def _sources(layout, path):
     """Where a parameter may stand: (name without prefix, third of it or "", whether it may be missing), in order."""
-    leaf = {"kernel": "weight", "scale": "weight"}.get(path.rpartition("/")[2].removeprefix("norm_"), "bias")
+    leaf = {"kernel": "weight", "scale": "weight"}.get(
+        path.rpartition("/")[2].removeprefix("norm_"), "bias"
+    )
     found = []
     for pattern, replacement in layout.rules:
         match = re.fullmatch(pattern, path)
@@ -383,7 +425,10 @@ def _arrange(path, value, shape):
     if not path.endswith("kernel"):
         # Published with or without axes of length 1, and biases of attention not divided into heads.
         whole = [n for n in shape if n != 1]
-        if [n for n in value.shape if n != 1] not in (whole, [value.size] if path.endswith("bias") else whole):
+        if [n for n in value.shape if n != 1] not in (
+            whole,
+            [value.size] if path.endswith("bias") else whole,
+        ):
             raise ValueError
         return value.reshape(shape)
     if value.ndim == 3:  # convolution: (out, in, time) -> (time, in, out)
@@ -415,5 +460,7 @@ def _fold_weight_norm(tensors):
                 continue
             g, v = (np.asarray(folded.pop(n)).astype(np.float64) for n in (name, base + v_name))
             axes = tuple(axis for axis in range(v.ndim) if g.shape[axis] == 1)
-            folded[f"{base}weight"] = (g * v / np.sqrt(np.sum(v * v, axis=axes, keepdims=True))).astype(np.float32)
+            folded[f"{base}weight"] = (
+                g * v / np.sqrt(np.sum(v * v, axis=axes, keepdims=True))
+            ).astype(np.float32)
     return folded

@@ -37,7 +37,9 @@ def weight_files(source):
     if source.is_file():
         return [source]
     if not source.is_dir():
-        raise UserError(f"{source}: no such file or folder; give published weights, or a hub id such as owner/name")
+        raise UserError(
+            f"{source}: no such file or folder; give published weights, or a hub id such as owner/name"
+        )
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (source / name).exists():
             return [source / name]
@@ -46,15 +48,21 @@ def weight_files(source):
             try:
                 shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise UserError(f"{index}: not an index of shards ({error!r}); download it again") from error
+                raise UserError(
+                    f"{index}: not an index of shards ({error!r}); download it again"
+                ) from error
             gone = [shard for shard in shards if not (source / shard).exists()]
             if gone:
-                raise UserError(f"{source} lacks {', '.join(gone)}, which {index.name} names: download them too")
+                raise UserError(
+                    f"{source} lacks {', '.join(gone)}, which {index.name} names: download them too"
+                )
             return [source / shard for shard in shards]
     found = sorted(p for p in source.iterdir() if p.suffix in WEIGHT_SUFFIXES)
     if len(found) != 1:
         listed = ", ".join(p.name for p in found) or "none"
-        raise UserError(f"{source}: expected one file that ends in {', '.join(WEIGHT_SUFFIXES)}; found {listed}")
+        raise UserError(
+            f"{source}: expected one file that ends in {', '.join(WEIGHT_SUFFIXES)}; found {listed}"
+        )
     return found
 
 
@@ -76,14 +84,20 @@ def read_tensors(path):
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
     except Exception as error:  # each format has its own errors for damaged files
-        raise UserError(f"{path}: not weights that can be read ({error}); download it again") from error
+        raise UserError(
+            f"{path}: not weights that can be read ({error}); download it again"
+        ) from error
     settings = {}
     if isinstance(stored, dict) and isinstance(stored.get("cfg"), dict):
         settings = stored["cfg"]
     for key in ("model", "state_dict"):
         if isinstance(stored, dict) and isinstance(stored.get(key), dict):
             stored = stored[key]
-    tensors = {k: v for k, v in stored.items() if isinstance(v, np.ndarray)} if isinstance(stored, dict) else {}
+    tensors = (
+        {k: v for k, v in stored.items() if isinstance(v, np.ndarray)}
+        if isinstance(stored, dict)
+        else {}
+    )
     if not tensors:
         raise UserError(f"{path} holds no tensors by name: expected a state dict as published")
     return tensors, settings
@@ -101,7 +115,9 @@ def _load_torch(path):
             f"{path}: not PyTorch's zip format; a file from before PyTorch 1.6 must be loaded and saved once by PyTorch"
         )
     with zipfile.ZipFile(path) as archive:
-        root = next((n for n in archive.namelist() if n == "data.pkl" or n.endswith("/data.pkl")), None)
+        root = next(
+            (n for n in archive.namelist() if n == "data.pkl" or n.endswith("/data.pkl")), None
+        )
         if root is None:
             raise UserError(f"{path}: a zip file without data.pkl, not PyTorch's")
         with archive.open(root) as file:

@@ -60,7 +60,9 @@ def load_card(folder):
     except (OSError, KeyError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{folder} holds no converted weights ({error}): make them with `c2f convert`") from error
+        raise UserError(
+            f"{folder} holds no converted weights ({error}): make them with `c2f convert`"
+        ) from error
 
 
 def open_card(source):
@@ -91,7 +93,9 @@ def load_weights(source, shapes=None):
             params = checkpointer.restore(Path(source).absolute() / "params", target)
     except (ValueError, KeyError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{source}: the converted weights are damaged ({reason}): convert them again") from error
+        raise UserError(
+            f"{source}: the converted weights are damaged ({reason}): convert them again"
+        ) from error
     return params if shapes is None else fit_params(params, shapes, source)
 
 
@@ -123,7 +127,9 @@ def check_weights(workdir, weights, write=False):
     Raises:
       UserError: they are others.
     """
-    wanted = {part: [s["sha256"] for s in open_card(source)["source"]] for part, source in weights.items()}
+    wanted = {
+        part: [s["sha256"] for s in open_card(source)["source"]] for part, source in weights.items()
+    }
     path = epath.Path(workdir) / "weights.json"
     found = json.loads(path.read_text()) if path.exists() else None
     if found is None:
@@ -131,9 +137,13 @@ def check_weights(workdir, weights, write=False):
             path.write_text(json.dumps(wanted, indent=2) + "\n")
     elif found != wanted:
         differing = ", ".join(
-            f"model.{p}.weights" for p in sorted(found.keys() | wanted.keys()) if found.get(p) != wanted.get(p)
+            f"model.{p}.weights"
+            for p in sorted(found.keys() | wanted.keys())
+            if found.get(p) != wanted.get(p)
         )
-        raise UserError(f"{workdir} was trained with other weights than {differing} names: restore those")
+        raise UserError(
+            f"{workdir} was trained with other weights than {differing} names: restore those"
+        )
 
 
 def _is_converted(source):
@@ -145,7 +155,9 @@ def _convert_in_memory(source):
     from c2f_jax.pretrained.convert import read_published
 
     if not Path(source).expanduser().exists():
-        raise UserError(f"{source} does not exist: name a folder of `c2f convert`, or published files")
+        raise UserError(
+            f"{source} does not exist: name a folder of `c2f convert`, or published files"
+        )
     return read_published([source])
 
 
@@ -160,7 +172,9 @@ def fit_params(params, shapes, where):
         if path[-1].key == "positions" and value.ndim == 3:
             return resize_positions(value, wanted.shape[1])
         name = "/".join(entry.key for entry in path)
-        raise UserError(f"{where}: {name} has the shape {value.shape}, the model needs {wanted.shape}")
+        raise UserError(
+            f"{where}: {name} has the shape {value.shape}, the model needs {wanted.shape}"
+        )
 
     if jax.tree.structure(params) != jax.tree.structure(shapes):
         raise UserError(f"{where}: these weights are of another network than the model's `tower`")

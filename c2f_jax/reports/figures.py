@@ -24,7 +24,9 @@ def learning_curves_png(path, history: Mapping[str, Sequence[tuple[int, float]]]
         "SIM accuracy": [name for name in history if "sim" in name and "acc" in name],
         "R@1 (%)": [name for name in history if name.endswith("R@1")],
     }
-    panels = {title: names for title, names in panels.items() if any(len(history[name]) for name in names)}
+    panels = {
+        title: names for title, names in panels.items() if any(len(history[name]) for name in names)
+    }
     columns, rows = (2, -(-len(panels) // 2)) if len(panels) > 1 else (1, 1)
     figure = _figure(4.4 * columns, 3.1 * rows)
     figure.set_layout_engine("constrained", w_pad=0.14, h_pad=0.12)
@@ -58,7 +60,9 @@ def learning_curves_png(path, history: Mapping[str, Sequence[tuple[int, float]]]
     return _png(figure, path)
 
 
-def histogram_png(path, values: Mapping[str, Sequence[float]], *, label: str, bins: int = 40) -> bytes:
+def histogram_png(
+    path, values: Mapping[str, Sequence[float]], *, label: str, bins: int = 40
+) -> bytes:
     """One histogram a name, one below the other on a shared axis: PNG bytes, also written to path unless it is None.
 
     The axis ends at the 99.5th percentile of all values; what lies beyond is counted in the last bar.
@@ -73,7 +77,9 @@ def histogram_png(path, values: Mapping[str, Sequence[float]], *, label: str, bi
     for place, (name, numbers) in enumerate(drawn.items(), 1):
         axes = figure.add_subplot(len(drawn), 1, place)
         axes.hist(np.minimum(numbers, edges[-1]), edges, color=PLAIN[0])
-        axes.set_title(f"{name}: {len(numbers):,}", loc="left", fontsize=10, fontweight="bold", color="#1b1f27")
+        axes.set_title(
+            f"{name}: {len(numbers):,}", loc="left", fontsize=10, fontweight="bold", color="#1b1f27"
+        )
         axes.tick_params(colors="#5c6675", labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlim(0, edges[-1])
@@ -98,21 +104,46 @@ def results_png(path, examples: Sequence[Example], *, title: str = "", top: int 
     canvas = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     canvas.axis("off")
     if title:
-        canvas.text(0.15, 0.3, title, fontsize=13, fontweight="bold", color="#1b1f27", va="center", parse_math=False)
+        canvas.text(
+            0.15,
+            0.3,
+            title,
+            fontsize=13,
+            fontweight="bold",
+            color="#1b1f27",
+            va="center",
+            parse_math=False,
+        )
     first_row = 0.42 + (0.4 if title else 0.1)
     starts = {"coarse": label, "fine": label + top * side + gap}
     for stage, name in (("coarse", "coarse (SIC)"), ("fine", "fine (SIM)"))[: 1 + fine]:
         canvas.text(
-            starts[stage] + 0.04, first_row - 0.17, name, fontsize=10.5, fontweight="bold", color="#5c6675", va="center"
+            starts[stage] + 0.04,
+            first_row - 0.17,
+            name,
+            fontsize=10.5,
+            fontweight="bold",
+            color="#5c6675",
+            va="center",
         )
     for row, example in enumerate(examples):
         y = first_row + 1.12 * row
         caption = textwrap.shorten(example.query.caption or "spoken query", 90, placeholder=" …")
-        canvas.text(0.15, y + 0.05, textwrap.fill(caption, 32), fontsize=9, color="#1b1f27", va="top", parse_math=False)
+        canvas.text(
+            0.15,
+            y + 0.05,
+            textwrap.fill(caption, 32),
+            fontsize=9,
+            color="#1b1f27",
+            va="top",
+            parse_math=False,
+        )
         ranks = [f"{rank}" for rank in (example.coarse_rank, example.fine_rank) if rank is not None]
         speaker = textwrap.shorten(example.query.speaker, 38, placeholder=" …")
         notes = "\n".join(filter(None, [speaker, "rank " + " → ".join(ranks) if ranks else ""]))
-        canvas.text(0.15, y + 0.94, notes, fontsize=8, color="#5c6675", va="bottom", parse_math=False)
+        canvas.text(
+            0.15, y + 0.94, notes, fontsize=8, color="#5c6675", va="bottom", parse_math=False
+        )
         for stage, items, hits in (
             ("coarse", example.coarse, example.coarse_hits),
             ("fine", example.fine or (), example.fine_hits or ()),
@@ -123,7 +154,9 @@ def results_png(path, examples: Sequence[Example], *, title: str = "", top: int 
                 image.thumbnail((180, 180))
                 wide, tall = (0.92 * edge / max(image.size) for edge in image.size)
                 left, upper = x + (0.92 - wide) / 2, y + (0.92 - tall) / 2
-                canvas.imshow(image, extent=(left, left + wide, upper + tall, upper), interpolation="lanczos")
+                canvas.imshow(
+                    image, extent=(left, left + wide, upper + tall, upper), interpolation="lanczos"
+                )
                 if hit:
                     canvas.add_patch(Rectangle((left, upper), wide, tall, fill=False, ec=HIT, lw=3))
                     canvas.text(

@@ -30,17 +30,27 @@ def picture(image: np.ndarray, caption: str = "", max_side: int = 224) -> Media:
     png, jpeg = io.BytesIO(), io.BytesIO()
     shown.save(png, "PNG")
     shown.save(jpeg, "JPEG", quality=90)
-    mime, data = min(("image/png", png.getvalue()), ("image/jpeg", jpeg.getvalue()), key=lambda kind: len(kind[1]))
+    mime, data = min(
+        ("image/png", png.getvalue()),
+        ("image/jpeg", jpeg.getvalue()),
+        key=lambda kind: len(kind[1]),
+    )
     return Media(data, mime, caption)
 
 
-def recording(waveform: np.ndarray, sample_rate: int = 16_000, caption: str = "", speaker: str = "") -> Media:
+def recording(
+    waveform: np.ndarray, sample_rate: int = 16_000, caption: str = "", speaker: str = ""
+) -> Media:
     """A mono (S,) waveform as MP3, which every browser plays, or as WAV where libsndfile writes no MP3."""
     import soundfile
 
-    kind, mime = ("MP3", "audio/mpeg") if "MP3" in soundfile.available_formats() else ("WAV", "audio/wav")
+    kind, mime = (
+        ("MP3", "audio/mpeg") if "MP3" in soundfile.available_formats() else ("WAV", "audio/wav")
+    )
     data = io.BytesIO()
-    soundfile.write(data, np.clip(np.asarray(waveform, np.float32), -1.0, 1.0), sample_rate, format=kind)
+    soundfile.write(
+        data, np.clip(np.asarray(waveform, np.float32), -1.0, 1.0), sample_rate, format=kind
+    )
     return Media(data.getvalue(), mime, caption, speaker)
 
 
@@ -68,9 +78,15 @@ def section(heading: str, note: str, body: str) -> str:
     return f"\n<section><h2>{escape(heading)}</h2>{note}{body}</section>"
 
 
-def page_header(title: str, facts: Iterable[tuple], tiles: Iterable[tuple[str, str, str, str]]) -> str:
+def page_header(
+    title: str, facts: Iterable[tuple], tiles: Iterable[tuple[str, str, str, str]]
+) -> str:
     """The head of a page: facts are (name, value), left out where that is None; tiles (name, number, unit, note)."""
-    facts = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts if value is not None)
+    facts = "".join(
+        f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>"
+        for name, value in facts
+        if value is not None
+    )
     tiles = "".join(
         f'<div class="tile"><span>{name}</span><b>{number}<i>{unit}</i></b><small>{note}</small></div>'
         for name, number, unit, note in tiles
@@ -91,7 +107,11 @@ def sound(media: Media) -> str:
 def page_footer(result: dict) -> str:
     bootstrap, counts = result["bootstrap"], result["queries"]
     left_out = counts["recordings_without_image"] + counts["images_without_recording"]
-    dropped = f" {left_out:,} queries without a right answer in the gallery were left out." if left_out else ""
+    dropped = (
+        f" {left_out:,} queries without a right answer in the gallery were left out."
+        if left_out
+        else ""
+    )
     return (
         f"<footer><p>R@K: share of queries with a right item among the first K, in per cent; image → speech counts "
         f"any of the image's own recordings. Equal scores: the item that stands first in the gallery ranks first, "

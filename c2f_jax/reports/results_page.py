@@ -4,7 +4,16 @@ from collections.abc import Sequence
 from html import escape
 
 from c2f_jax.reports.examples import Example
-from c2f_jax.reports.html import BRAND, Media, data_uri, page_footer, page_header, section, sound, write_page
+from c2f_jax.reports.html import (
+    BRAND,
+    Media,
+    data_uri,
+    page_footer,
+    page_header,
+    section,
+    sound,
+    write_page,
+)
 from c2f_jax.retrieval.evaluation import DIRECTIONS, SCORES
 
 METRICS = (("R@1", 1), ("R@5", 1), ("R@10", 1), ("median_rank", 1), ("MRR", 3))
@@ -43,11 +52,23 @@ def write_results_page(
             speech_examples,
             "s2i",
         ),
-        ("Worst failures", "The spoken queries whose right picture ended furthest down.", failures, "s2i"),
-        ("Image → speech", "The query is a picture, the answers are recordings.", image_examples, "i2s"),
+        (
+            "Worst failures",
+            "The spoken queries whose right picture ended furthest down.",
+            failures,
+            "s2i",
+        ),
+        (
+            "Image → speech",
+            "The query is a picture, the answers are recordings.",
+            image_examples,
+            "i2s",
+        ),
     ):
         if examples:
-            sections.append(section(heading, note, "".join(_example(example, way) for example in examples)))
+            sections.append(
+                section(heading, note, "".join(_example(example, way) for example in examples))
+            )
     write_page(path, title, "".join(sections) + page_footer(result))
 
 
@@ -87,9 +108,14 @@ def _metrics(result: dict) -> str:
     for way, key in DIRECTIONS.items():
         rows = ""
         for metric, digits in METRICS:
-            cells = "".join(_cell(result[stage][key], metric, digits, stage == "difference") for stage, _ in stages)
+            cells = "".join(
+                _cell(result[stage][key], metric, digits, stage == "difference")
+                for stage, _ in stages
+            )
             rows += f'<tr><th scope="row">{metric.replace("_", " ")}</th>{cells}</tr>'
-        times = "".join(f"<td>{result['seconds'][f'{stage}_{way}']:.1f} s</td>" for stage, _ in stages[:2])
+        times = "".join(
+            f"<td>{result['seconds'][f'{stage}_{way}']:.1f} s</td>" for stage, _ in stages[:2]
+        )
         rows += f'<tr class="time"><th scope="row">time</th>{times}{"<td></td>" * (len(stages) - 2)}</tr>'
         tables += (
             f"<table><caption>{ARROWS[way]} · {result['queries'][key]:,} queries</caption>"
@@ -99,7 +125,9 @@ def _metrics(result: dict) -> str:
         heads = "".join(f'<th scope="col">{name}</th>' for name in SCORES)
         rows = ""
         for way, key in DIRECTIONS.items():
-            cells = "".join(f"<td>{result['fine_scores'][name][key]['R@1']:.1f}</td>" for name in SCORES)
+            cells = "".join(
+                f"<td>{result['fine_scores'][name][key]['R@1']:.1f}</td>" for name in SCORES
+            )
             rows += f'<tr><th scope="row">{ARROWS[way]}</th>{cells}</tr>'
         tables += (
             f'<table class="wide"><caption>R@1 by the score that re-ranks</caption><thead><tr><td></td>{heads}'
@@ -118,7 +146,11 @@ def _cell(values: dict, metric: str, digits: int, signed: bool) -> str:
 
 
 def _example(example: Example, way: str) -> str:
-    query = sound(example.query) if way == "s2i" else f'<img class="asked" alt="query" src="{data_uri(example.query)}">'
+    query = (
+        sound(example.query)
+        if way == "s2i"
+        else f'<img class="asked" alt="query" src="{data_uri(example.query)}">'
+    )
     ranks = [
         f"{stage} rank <b>{rank:,}</b>"
         for stage, rank in (("coarse", example.coarse_rank), ("fine", example.fine_rank))
@@ -126,7 +158,11 @@ def _example(example: Example, way: str) -> str:
     ]
     query += f'<p class="ranks">{" → ".join(ranks)}</p>' if ranks else ""
     if example.answer is not None:
-        shown = f'<img alt="right picture" src="{data_uri(example.answer)}">' if way == "s2i" else sound(example.answer)
+        shown = (
+            f'<img alt="right picture" src="{data_uri(example.answer)}">'
+            if way == "s2i"
+            else sound(example.answer)
+        )
         query += f'<div class="answer"><span>right answer</span>{shown}</div>'
     lists = _list("Coarse (SIC)", example.coarse, example.coarse_hits, way)
     if example.fine is not None:
@@ -137,8 +173,16 @@ def _example(example: Example, way: str) -> str:
 def _list(name: str, items: Sequence[Media], hits: Sequence[bool], way: str) -> str:
     entries = ""
     for place, (media, hit) in enumerate(zip(items, hits, strict=True), 1):
-        mark = '<span class="mark" title="right">✓</span>' if hit else f'<span class="mark">{place}</span>'
+        mark = (
+            '<span class="mark" title="right">✓</span>'
+            if hit
+            else f'<span class="mark">{place}</span>'
+        )
         alt = escape(f"place {place}{', right' if hit else ''} {media.caption}".strip())
-        body = f'<img alt="{alt}" title="{alt}" src="{data_uri(media)}">' if way == "s2i" else sound(media)
+        body = (
+            f'<img alt="{alt}" title="{alt}" src="{data_uri(media)}">'
+            if way == "s2i"
+            else sound(media)
+        )
         entries += f"<li{' class=hit' if hit else ''}>{mark}{body}</li>"
     return f"<div><h3>{name}</h3><ol>{entries}</ol></div>"

@@ -19,11 +19,15 @@ NAMES = {"s2i": "speech -> image", "i2s": "image -> speech"}
 class RankedLists:
     """The rankings of one direction, for pages and analysis: q queries, L = min(max(k, 10), gallery size) items."""
 
-    queries: np.ndarray  # (q,) row of each query in its own table; queries without a right item are left out
+    queries: (
+        np.ndarray
+    )  # (q,) row of each query in its own table; queries without a right item are left out
     coarse: np.ndarray  # (q, L) gallery rows, best first
     coarse_hits: np.ndarray  # (q, L) bool, the right ones among them
     coarse_rank: np.ndarray  # (q,) 1-based rank of the first right item in the whole gallery
-    fine: np.ndarray | None = None  # the same after re-ranking by the chosen score; None without a matcher
+    fine: np.ndarray | None = (
+        None  # the same after re-ranking by the chosen score; None without a matcher
+    )
     fine_hits: np.ndarray | None = None
     fine_rank: np.ndarray | None = None
 
@@ -70,7 +74,9 @@ def evaluate_retrieval(
     for direction, other in (("s2i", "i2s"), ("i2s", "s2i")):
         (queries, query_ids), (gallery, gallery_ids) = tables[direction], tables[other]
         answered = np.flatnonzero(np.isin(query_ids, gallery_ids))
-        rows = slice(None) if len(answered) == len(queries) else answered  # a slice copies no tokens
+        rows = (
+            slice(None) if len(answered) == len(queries) else answered
+        )  # a slice copies no tokens
         queries, query_ids = queries[rows], query_ids[rows]
 
         start = time.perf_counter()
@@ -102,8 +108,12 @@ def evaluate_retrieval(
         names, counts = np.unique(gallery_ids, return_counts=True)
         relevant_counts = counts[np.searchsorted(names, query_ids)]
         for name, (_, name_hits, ranks) in ranked.items():
-            metrics[name, direction] = recall.rank_metrics(ranks) | recall.list_metrics(name_hits, relevant_counts)
-            samples[name, direction] = recall.bootstrap_metrics(ranks, query_ids, resamples=resamples, seed=seed)
+            metrics[name, direction] = recall.rank_metrics(ranks) | recall.list_metrics(
+                name_hits, relevant_counts
+            )
+            samples[name, direction] = recall.bootstrap_metrics(
+                ranks, query_ids, resamples=resamples, seed=seed
+            )
         lists[direction] = RankedLists(answered, *ranked["coarse"], *ranked.get(score, ()))
 
     result = {"coarse": _both_directions("coarse", metrics, samples)}
@@ -142,7 +152,9 @@ def format_table(result: dict) -> str:
     fine = "fine" in result
     lines = []
     for direction, key in DIRECTIONS.items():
-        gallery = result["queries"]["gallery_images" if direction == "s2i" else "gallery_recordings"]
+        gallery = result["queries"][
+            "gallery_images" if direction == "s2i" else "gallery_recordings"
+        ]
         lines.append(f"{NAMES[direction]}: {result['queries'][key]} queries, gallery of {gallery}")
         stages = [("coarse (SIC)", result["coarse"][key])]
         if fine:
@@ -152,12 +164,22 @@ def format_table(result: dict) -> str:
             ]
         lines.append(f"  {'':12}" + "".join(f"{name:>27}" for name, _ in stages))
         for name, digits in (("R@1", 1), ("R@5", 1), ("R@10", 1), ("median_rank", 1), ("MRR", 3)):
-            cells = (_cell(values, name, digits, signed=number == 2) for number, (_, values) in enumerate(stages))
-            lines.append(f"  {name.replace('_', ' '):12}" + "".join(f"{cell:>27}" for cell in cells))
-        times = [f"{result['seconds'][f'{stage}_{direction}']:.1f} s" for stage in (["coarse", "fine"][: 1 + fine])]
+            cells = (
+                _cell(values, name, digits, signed=number == 2)
+                for number, (_, values) in enumerate(stages)
+            )
+            lines.append(
+                f"  {name.replace('_', ' '):12}" + "".join(f"{cell:>27}" for cell in cells)
+            )
+        times = [
+            f"{result['seconds'][f'{stage}_{direction}']:.1f} s"
+            for stage in (["coarse", "fine"][: 1 + fine])
+        ]
         lines.append(f"  {'time':12}" + "".join(f"{cell:>27}" for cell in times) + "\n")
     stages = ["coarse"] + ["fine", "difference"] * fine
-    cells = (_cell(result[stage], "mean_recall", 1, signed=stage == "difference") for stage in stages)
+    cells = (
+        _cell(result[stage], "mean_recall", 1, signed=stage == "difference") for stage in stages
+    )
     lines.append(f"{'mean R@K':14}" + "".join(f"{cell:>27}" for cell in cells))
     if fine:
         lines.append("\nR@1 by score " + "".join(f"{name:>8}" for name in SCORES))
@@ -179,7 +201,9 @@ def _check(tables, k, score, match_fn, speech_tokens, speech_lengths, image_toke
         raise UserError(f"k must be at least 1, the number of candidates to re-rank; got {k}.")
     for (embeddings, ids), kind in zip(tables.values(), ("speech", "image"), strict=True):
         if embeddings.ndim != 2 or ids.shape != embeddings.shape[:1]:
-            raise UserError(f"{kind}_embeddings must be (rows, D), one id a row; got {embeddings.shape}, {ids.shape}.")
+            raise UserError(
+                f"{kind}_embeddings must be (rows, D), one id a row; got {embeddings.shape}, {ids.shape}."
+            )
         ranking.check_finite(f"{kind}_embeddings", embeddings)
         norms = np.linalg.norm(embeddings, axis=1)
         if np.any(np.abs(norms - 1.0) > 0.02):
@@ -189,14 +213,20 @@ def _check(tables, k, score, match_fn, speech_tokens, speech_lengths, image_toke
                 f"{norms[row]:.3g}. Divide each row by its norm."
             )
     if not np.isin(tables["s2i"][1], tables["i2s"][1]).any():
-        raise UserError("no recording shares its id with an image; speech_ids and image_ids must name the same images.")
+        raise UserError(
+            "no recording shares its id with an image; speech_ids and image_ids must name the same images."
+        )
     if match_fn is not None:
         expected = {
             "speech_tokens": len(tables["s2i"][0]),
             "speech_lengths": len(tables["s2i"][0]),
             "image_tokens": len(tables["i2s"][0]),
         }
-        given = {"speech_tokens": speech_tokens, "speech_lengths": speech_lengths, "image_tokens": image_tokens}
+        given = {
+            "speech_tokens": speech_tokens,
+            "speech_lengths": speech_lengths,
+            "image_tokens": image_tokens,
+        }
         for name, rows in expected.items():
             if given[name] is None or len(given[name]) != rows:
                 raise UserError(
@@ -217,8 +247,13 @@ def _reordered(coarse, hits, rank, values):
 
 
 def _both_directions(name, metrics, samples) -> dict:
-    result = {key: recall.with_intervals(metrics[name, way], samples[name, way]) for way, key in DIRECTIONS.items()}
-    return result | _mean_of_six(metrics[name, "s2i"], metrics[name, "i2s"], samples[name, "s2i"], samples[name, "i2s"])
+    result = {
+        key: recall.with_intervals(metrics[name, way], samples[name, way])
+        for way, key in DIRECTIONS.items()
+    }
+    return result | _mean_of_six(
+        metrics[name, "s2i"], metrics[name, "i2s"], samples[name, "s2i"], samples[name, "i2s"]
+    )
 
 
 def _differences(name, metrics, samples) -> dict:
@@ -228,17 +263,25 @@ def _differences(name, metrics, samples) -> dict:
         )
         for way, key in DIRECTIONS.items()
     }
-    means = {stage: recall.mean_recall(metrics[stage, "s2i"], metrics[stage, "i2s"]) for stage in (name, "coarse")}
-    drawn = {stage: recall.mean_recall(samples[stage, "s2i"], samples[stage, "i2s"]) for stage in (name, "coarse")}
+    means = {
+        stage: recall.mean_recall(metrics[stage, "s2i"], metrics[stage, "i2s"])
+        for stage in (name, "coarse")
+    }
+    drawn = {
+        stage: recall.mean_recall(samples[stage, "s2i"], samples[stage, "i2s"])
+        for stage in (name, "coarse")
+    }
     return result | recall.with_intervals(
-        {"mean_recall": means[name] - means["coarse"]}, {"mean_recall": drawn[name] - drawn["coarse"]}
+        {"mean_recall": means[name] - means["coarse"]},
+        {"mean_recall": drawn[name] - drawn["coarse"]},
     )
 
 
 def _mean_of_six(s2i, i2s, s2i_samples, i2s_samples) -> dict:
     # The same images are drawn for both directions (same ids, same seed), so the samples may be averaged one by one.
     return recall.with_intervals(
-        {"mean_recall": recall.mean_recall(s2i, i2s)}, {"mean_recall": recall.mean_recall(s2i_samples, i2s_samples)}
+        {"mean_recall": recall.mean_recall(s2i, i2s)},
+        {"mean_recall": recall.mean_recall(s2i_samples, i2s_samples)},
     )
 
 

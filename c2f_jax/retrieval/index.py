@@ -54,7 +54,9 @@ class GalleryIndex:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(buffer.getvalue())
         except OSError as error:
-            raise UserError(f"{path} cannot be written ({error}): give the path of a file") from error
+            raise UserError(
+                f"{path} cannot be written ({error}): give the path of a file"
+            ) from error
 
     @classmethod
     def load(cls, path):
@@ -78,12 +80,23 @@ class GalleryIndex:
                     stored["tokens"].astype(np.float32),
                     stored["lengths"],
                 )
-                rows = {len(x) for x in (index.names, index.media, index.embeddings, index.tokens, index.lengths)}
+                rows = {
+                    len(x)
+                    for x in (
+                        index.names,
+                        index.media,
+                        index.embeddings,
+                        index.tokens,
+                        index.lengths,
+                    )
+                }
                 if len(rows) > 1 or offsets[-1] != len(data):
                     raise ValueError("its parts are of different lengths")
                 return index
         except Exception as error:  # numpy and zipfile raise nearly anything on damaged files
-            raise UserError(f"{path} is not an index that can be read: make it again with `c2f index`") from error
+            raise UserError(
+                f"{path} is not an index that can be read: make it again with `c2f index`"
+            ) from error
 
 
 def list_media(folder, suffixes):

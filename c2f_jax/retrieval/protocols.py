@@ -94,7 +94,10 @@ def find_protocol(name: str) -> Protocol:
 
 
 def open_protocol(
-    protocol: Protocol, load: Callable[[str, str], PairSource], data: str | None = None, split: str | None = None
+    protocol: Protocol,
+    load: Callable[[str, str], PairSource],
+    data: str | None = None,
+    split: str | None = None,
 ) -> PairSource:
     """The recordings and the gallery of a protocol; load(data set, split) opens a split.
 
@@ -132,7 +135,9 @@ class WithMorePictures(PairSource):
             source.name,
             source.split,
             image_index=source.image_index,
-            image_ids=np.concatenate([source.image_ids, np.arange(first, first + len(self._more), dtype=np.int32)]),
+            image_ids=np.concatenate(
+                [source.image_ids, np.arange(first, first + len(self._more), dtype=np.int32)]
+            ),
             num_samples=source.num_samples,
             bad_items=source.bad_items,
         )
@@ -179,13 +184,17 @@ def rank(protocol: Protocol, encoded, retrieve: Callable):
     if protocol.pictures is not None and not protocol.all_pictures and pictures > protocol.pictures:
         encoded = part_of(encoded, np.arange(protocol.pictures))
     if pictures < protocol.folds:
-        raise UserError(f"{protocol.name} cuts {protocol.folds} folds, but there are {pictures} pictures")
+        raise UserError(
+            f"{protocol.name} cuts {protocol.folds} folds, but there are {pictures} pictures"
+        )
     folds = [encoded] if protocol.folds == 1 else [
         part_of(encoded, rows) for rows in np.array_split(np.arange(len(encoded.images)), protocol.folds)
     ]  # fmt: skip
     ranked = [retrieve(fold) for fold in folds]
     result = mean_of_folds([result for result, _ in ranked])
-    used_pictures, used = (sum(len(getattr(fold, name)) for fold in folds) for name in ("images", "recordings"))
+    used_pictures, used = (
+        sum(len(getattr(fold, name)) for fold in folds) for name in ("images", "recordings")
+    )
     result["protocol"] = {
         "name": protocol.name,
         "about": protocol.about,
@@ -193,7 +202,8 @@ def rank(protocol: Protocol, encoded, retrieve: Callable):
         "pictures": used_pictures,
         "recordings": used,
         "of": {"pictures": pictures, "recordings": recordings},
-        "as_published": used_pictures == (protocol.pictures or used_pictures) and used == (protocol.recordings or used),
+        "as_published": used_pictures == (protocol.pictures or used_pictures)
+        and used == (protocol.recordings or used),
     }
     return result, ranked[0][1], folds[0]
 
@@ -238,10 +248,14 @@ def mean_of_folds(results: Sequence):
             values = [result[key] for result in results]
             if key.endswith("_interval"):
                 centres = np.array([result[key.removesuffix("_interval")] for result in results])
-                widths = np.sqrt(np.sum((np.array(values) - centres[:, None]) ** 2, axis=0)) / len(results)
+                widths = np.sqrt(np.sum((np.array(values) - centres[:, None]) ** 2, axis=0)) / len(
+                    results
+                )
                 merged[key] = [float(centres.mean() - widths[0]), float(centres.mean() + widths[1])]
             else:
-                merged[key] = mean_of_folds(values) if isinstance(value, dict | float | int) else value
+                merged[key] = (
+                    mean_of_folds(values) if isinstance(value, dict | float | int) else value
+                )
         return merged
     if isinstance(first, float):
         return float(np.mean(results))
@@ -262,6 +276,10 @@ def format_protocol(result: dict) -> str:
     if told["name"] == "mteb":
         stage = result.get("fine", result["coarse"])
         for way, key in DIRECTIONS.items():
-            values = "  ".join(f"@{cut} {stage[key][f'fraction_recall@{cut}']:.1f}" for cut in (1, 5, 10))
-            lines.append(f"  {NAMES[way]}: nDCG@10 {stage[key]['nDCG@10']:.3f}, fraction recall {values}")
+            values = "  ".join(
+                f"@{cut} {stage[key][f'fraction_recall@{cut}']:.1f}" for cut in (1, 5, 10)
+            )
+            lines.append(
+                f"  {NAMES[way]}: nDCG@10 {stage[key]['nDCG@10']:.3f}, fraction recall {values}"
+            )
     return "\n".join(lines) + "\n"

@@ -19,7 +19,9 @@ GALLERY_CHUNK = 8192
 PAIR_CHUNK = 256
 
 
-def coarse_top_k(queries, gallery, k: int, *, chunk: int = QUERY_CHUNK, gallery_chunk: int = GALLERY_CHUNK):
+def coarse_top_k(
+    queries, gallery, k: int, *, chunk: int = QUERY_CHUNK, gallery_chunk: int = GALLERY_CHUNK
+):
     """The k gallery items nearest to each query by inner product, best first.
 
     queries (Q, D), gallery (G, D), L2-normalised -> scores (Q, k) float32, indices (Q, k) int32. k above G is cut to G.
@@ -27,7 +29,9 @@ def coarse_top_k(queries, gallery, k: int, *, chunk: int = QUERY_CHUNK, gallery_
     """
     queries, gallery = _matched(queries, gallery)
     if k < 1:
-        raise UserError(f"k must be at least 1, the number of items to return for each query; got {k}.")
+        raise UserError(
+            f"k must be at least 1, the number of items to return for each query; got {k}."
+        )
     k, size = min(k, len(gallery)), len(gallery)
     chunk, gallery_chunk = min(chunk, len(queries)), min(gallery_chunk, size)
     empty = jnp.full((chunk, k), -jnp.inf, jnp.float32), jnp.zeros((chunk, k), jnp.int32)
@@ -37,13 +41,20 @@ def coarse_top_k(queries, gallery, k: int, *, chunk: int = QUERY_CHUNK, gallery_
         for number, (_, block) in enumerate(_blocks(queries, chunk)):
             best[number] = _merge_top_k(block, items, start, size, *best[number])
     scores, indices = (
-        np.concatenate([np.asarray(part) for part in parts])[: len(queries)] for parts in zip(*best, strict=True)
+        np.concatenate([np.asarray(part) for part in parts])[: len(queries)]
+        for parts in zip(*best, strict=True)
     )
     return scores, indices
 
 
 def first_relevant_rank(
-    queries, gallery, query_ids, gallery_ids, *, chunk: int = QUERY_CHUNK, gallery_chunk: int = GALLERY_CHUNK
+    queries,
+    gallery,
+    query_ids,
+    gallery_ids,
+    *,
+    chunk: int = QUERY_CHUNK,
+    gallery_chunk: int = GALLERY_CHUNK,
 ) -> np.ndarray:
     """The exact 1-based coarse rank of each query's best right item in the whole gallery: (Q,) int64.
 
@@ -65,12 +76,16 @@ def first_relevant_rank(
             f"id {query_ids[orphans[0]]}; leave such queries out."
         )
     # Dense ids fit int32 whatever the caller's ids are; -1 and -2 pad queries and gallery and never meet.
-    dense = np.unique(np.concatenate([query_ids, gallery_ids]), return_inverse=True)[1].astype(np.int32)
+    dense = np.unique(np.concatenate([query_ids, gallery_ids]), return_inverse=True)[1].astype(
+        np.int32
+    )
     query_ids, gallery_ids = dense[: len(queries)], dense[len(queries) :]
     chunk, gallery_chunk = min(chunk, len(queries)), min(gallery_chunk, len(gallery))
 
     def walk(step, carries):
-        gallery_blocks = zip(_blocks(gallery, gallery_chunk), _blocks(gallery_ids, gallery_chunk, -2), strict=True)
+        gallery_blocks = zip(
+            _blocks(gallery, gallery_chunk), _blocks(gallery_ids, gallery_chunk, -2), strict=True
+        )
         for (start, items), (_, item_ids) in gallery_blocks:
             items = jnp.asarray(items)
             query_blocks = zip(_blocks(queries, chunk), _blocks(query_ids, chunk, -1), strict=True)
@@ -81,7 +96,9 @@ def first_relevant_rank(
     blocks = -(-len(queries) // chunk)
     best = walk(_best_relevant, [(jnp.full(chunk, -jnp.inf), jnp.zeros(chunk, jnp.int32))] * blocks)
     counted = walk(_count_ahead, [(*pair, jnp.ones(chunk, jnp.int32)) for pair in best])
-    return np.concatenate([np.asarray(ranks) for *_, ranks in counted])[: len(queries)].astype(np.int64)
+    return np.concatenate([np.asarray(ranks) for *_, ranks in counted])[: len(queries)].astype(
+        np.int64
+    )
 
 
 def rerank(
@@ -106,9 +123,14 @@ def rerank(
     Raises UserError on an unknown direction, lengths that do not fit and match logits that are not finite.
     """
     if direction not in ("s2i", "i2s"):
-        raise UserError(f"direction must be 's2i' (speech queries) or 'i2s' (image queries); got {direction!r}.")
+        raise UserError(
+            f"direction must be 's2i' (speech queries) or 'i2s' (image queries); got {direction!r}."
+        )
     candidates = np.asarray(candidates)
-    query_rows, gallery_rows = np.repeat(np.arange(len(candidates)), candidates.shape[1]), candidates.ravel()
+    query_rows, gallery_rows = (
+        np.repeat(np.arange(len(candidates)), candidates.shape[1]),
+        candidates.ravel(),
+    )
     speech_tokens, image_tokens, speech_rows, image_rows = (
         (query_tokens, gallery_tokens, query_rows, gallery_rows)
         if direction == "s2i"
@@ -116,18 +138,32 @@ def rerank(
     )
     speech_lengths = np.asarray(speech_lengths, np.int32)
     if len(speech_lengths) != len(speech_tokens):
-        raise UserError(f"{len(speech_lengths)} speech_lengths for {len(speech_tokens)} recordings; give one each.")
+        raise UserError(
+            f"{len(speech_lengths)} speech_lengths for {len(speech_tokens)} recordings; give one each."
+        )
 
-    frames = np.ceil(np.arange(1, length_buckets + 1) / length_buckets * speech_tokens.shape[1]).astype(int)
+    frames = np.ceil(
+        np.arange(1, length_buckets + 1) / length_buckets * speech_tokens.shape[1]
+    ).astype(int)
     bucket = np.searchsorted(frames[:-1], speech_lengths)[speech_rows]
     match_logits = np.empty(len(query_rows), np.float32)
     waiting = None  # one chunk computes while the host gathers the next
-    with tqdm(total=len(query_rows), desc=f"re-ranking {direction}", unit="pair", disable=None, leave=False) as bar:
+    with tqdm(
+        total=len(query_rows),
+        desc=f"re-ranking {direction}",
+        unit="pair",
+        disable=None,
+        leave=False,
+    ) as bar:
         for number in range(length_buckets):
             members = np.flatnonzero(bucket == number)
             for start, pairs in _blocks(members, pair_chunk, members[:1]):
                 speech, image = speech_rows[pairs], image_rows[pairs]
-                logits = match_fn(speech_tokens[speech, : frames[number]], speech_lengths[speech], image_tokens[image])
+                logits = match_fn(
+                    speech_tokens[speech, : frames[number]],
+                    speech_lengths[speech],
+                    image_tokens[image],
+                )
                 if waiting is not None:
                     bar.update(_store(match_logits, *waiting))
                 waiting = members[start : start + pair_chunk], logits
@@ -195,7 +231,9 @@ def fine_ranks(coarse_rank, scores, relevant) -> np.ndarray:
 
 def check_finite(name: str, values) -> None:
     """Raises UserError, naming the array and its first bad row, when a value is NaN or infinite."""
-    bad = np.flatnonzero(~np.isfinite(np.asarray(values, np.float32)).reshape(len(values), -1).all(1))
+    bad = np.flatnonzero(
+        ~np.isfinite(np.asarray(values, np.float32)).reshape(len(values), -1).all(1)
+    )
     if len(bad):
         raise UserError(
             f"{name}: {len(bad)} of {len(values)} rows hold NaN or infinity, the first is row {bad[0]}; "
@@ -206,9 +244,13 @@ def check_finite(name: str, values) -> None:
 def _matched(queries, gallery) -> tuple[np.ndarray, np.ndarray]:
     queries, gallery = np.asarray(queries, np.float32), np.asarray(gallery, np.float32)
     if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
-        raise UserError(f"queries (Q, D) and gallery (G, D) must share D; got {queries.shape} and {gallery.shape}.")
+        raise UserError(
+            f"queries (Q, D) and gallery (G, D) must share D; got {queries.shape} and {gallery.shape}."
+        )
     if not len(queries) or not len(gallery):
-        raise UserError(f"nothing to search: {len(queries)} queries and {len(gallery)} gallery items.")
+        raise UserError(
+            f"nothing to search: {len(queries)} queries and {len(gallery)} gallery items."
+        )
     check_finite("queries", queries)
     check_finite("gallery", gallery)
     return queries, gallery
@@ -219,7 +261,9 @@ def _blocks(rows: np.ndarray, size: int, fill=0) -> Iterator[tuple[int, np.ndarr
     for start in range(0, len(rows), size):
         block = rows[start : start + size]
         if len(block) < size:
-            block = np.concatenate([block, np.full((size - len(block), *rows.shape[1:]), fill, rows.dtype)])
+            block = np.concatenate(
+                [block, np.full((size - len(block), *rows.shape[1:]), fill, rows.dtype)]
+            )
         yield start, block
 
 
@@ -242,7 +286,9 @@ def _merge_top_k(queries, items, start, size, best_scores, best_indices):
     scores = jnp.concatenate([best_scores, scores], axis=1)
     columns = jnp.broadcast_to(columns[None, :], (queries.shape[0], columns.size))
     top, places = jax.lax.top_k(scores, best_scores.shape[1])
-    return top, jnp.take_along_axis(jnp.concatenate([best_indices, columns], axis=1), places, axis=1)
+    return top, jnp.take_along_axis(
+        jnp.concatenate([best_indices, columns], axis=1), places, axis=1
+    )
 
 
 @jax.jit
@@ -251,7 +297,9 @@ def _best_relevant(queries, items, query_ids, item_ids, start, best_score, best_
     scores = jnp.where(right, _inner_products(queries, items), -jnp.inf)
     place, score = scores.argmax(1), scores.max(1)
     better = score > best_score
-    return jnp.where(better, score, best_score), jnp.where(better, start + place.astype(jnp.int32), best_index)
+    return jnp.where(better, score, best_score), jnp.where(
+        better, start + place.astype(jnp.int32), best_index
+    )
 
 
 @jax.jit

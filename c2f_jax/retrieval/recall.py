@@ -52,7 +52,9 @@ def list_metrics(hits, relevant_counts) -> dict[str, float]:
     ideal = np.cumsum(gains)[np.minimum(relevant_counts, 10) - 1]
     metrics = {"nDCG@10": float(np.mean((top * gains[None, : top.shape[1]]).sum(1) / ideal))}
     for cut in RECALL_AT:
-        metrics[f"fraction_recall@{cut}"] = 100.0 * float(np.mean(hits[:, :cut].sum(1) / relevant_counts))
+        metrics[f"fraction_recall@{cut}"] = 100.0 * float(
+            np.mean(hits[:, :cut].sum(1) / relevant_counts)
+        )
     return metrics
 
 
@@ -62,10 +64,15 @@ def mean_recall(speech_to_image: Mapping, image_to_speech: Mapping):
     >>> mean_recall({"R@1": 10, "R@5": 20, "R@10": 30}, {"R@1": 40, "R@5": 50, "R@10": 60})
     35.0
     """
-    return sum(side[f"R@{cut}"] for side in (speech_to_image, image_to_speech) for cut in RECALL_AT) / 6
+    return (
+        sum(side[f"R@{cut}"] for side in (speech_to_image, image_to_speech) for cut in RECALL_AT)
+        / 6
+    )
 
 
-def bootstrap_metrics(ranks, clusters, *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, np.ndarray]:
+def bootstrap_metrics(
+    ranks, clusters, *, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, np.ndarray]:
     """rank_metrics of `resamples` bootstrap resamples of the clusters: name -> (resamples,).
 
     Recordings of one image are not independent, so whole images (clusters) are drawn with replacement, each with all
@@ -77,14 +84,21 @@ def bootstrap_metrics(ranks, clusters, *, resamples: int = RESAMPLES, seed: int 
     ranks = _checked(ranks)
     names, cluster_of = np.unique(np.asarray(clusters), return_inverse=True)
     if cluster_of.shape != ranks.shape:
-        raise UserError(f"clusters has shape {cluster_of.shape} but ranks has {ranks.shape}; give one image per query.")
+        raise UserError(
+            f"clusters has shape {cluster_of.shape} but ranks has {ranks.shape}; give one image per query."
+        )
     drawn = np.random.default_rng(seed).integers(len(names), size=(resamples, len(names)))
-    counts = np.bincount((drawn + len(names) * np.arange(resamples)[:, None]).ravel(), minlength=resamples * len(names))
+    counts = np.bincount(
+        (drawn + len(names) * np.arange(resamples)[:, None]).ravel(),
+        minlength=resamples * len(names),
+    )
     counts = counts.reshape(resamples, len(names))
 
     values = {f"R@{cut}": 100.0 * (ranks <= cut) for cut in RECALL_AT} | {"MRR": 1.0 / ranks}
     sizes = counts @ np.bincount(cluster_of)
-    samples = {name: counts @ np.bincount(cluster_of, value) / sizes for name, value in values.items()}
+    samples = {
+        name: counts @ np.bincount(cluster_of, value) / sizes for name, value in values.items()
+    }
     samples["median_rank"] = _weighted_medians(ranks, counts, cluster_of)
     return samples
 
@@ -99,11 +113,15 @@ def with_intervals(metrics: Mapping[str, float], samples: Mapping[str, np.ndarra
     for name, value in metrics.items():
         result[name] = value
         if name in samples:
-            result[f"{name}_interval"] = [float(bound) for bound in np.percentile(samples[name], INTERVAL)]
+            result[f"{name}_interval"] = [
+                float(bound) for bound in np.percentile(samples[name], INTERVAL)
+            ]
     return result
 
 
-def difference_with_intervals(fine: Mapping, coarse: Mapping, fine_samples: Mapping, coarse_samples: Mapping) -> dict:
+def difference_with_intervals(
+    fine: Mapping, coarse: Mapping, fine_samples: Mapping, coarse_samples: Mapping
+) -> dict:
     """fine - coarse of each metric with its paired interval: the samples of both must come from the same draws.
 
     >>> difference_with_intervals({"R@1": 60.0}, {"R@1": 50.0}, {"R@1": np.full(9, 61.0)}, {"R@1": np.full(9, 52.0)})

@@ -43,5 +43,8 @@ def _rows(encoded, rows):
     """The EncodedSplit with some of its recordings."""
     speech = type(encoded.speech)(*(leaf[rows] for leaf in encoded.speech))
     return dataclasses.replace(
-        encoded, speech=speech, recordings=encoded.recordings[rows], speech_ids=encoded.speech_ids[rows]
+        encoded,
+        speech=speech,
+        recordings=encoded.recordings[rows],
+        speech_ids=encoded.speech_ids[rows],
     )

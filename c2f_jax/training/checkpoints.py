@@ -24,12 +24,16 @@ class Checkpoints:
 
     def __init__(self, workdir, read_only=False):
         # Orbax takes no relative path; a gs:// one is absolute.
-        root = str(workdir) if "://" in str(workdir) else os.path.abspath(os.path.expanduser(workdir))
+        root = (
+            str(workdir) if "://" in str(workdir) else os.path.abspath(os.path.expanduser(workdir))
+        )
         self.directory = epath.Path(root) / "checkpoints"
         if read_only and not self.directory.exists():
             raise UserError(f"{workdir} holds no checkpoints: give the --workdir of a training run")
         if self.directory.exists() and not self.directory.is_dir():
-            raise UserError(f"{self.directory} is not a folder: remove it or give another --workdir")
+            raise UserError(
+                f"{self.directory} is not a folder: remove it or give another --workdir"
+            )
         self._read_only = read_only
         policies = checkpoint_managers
         try:
@@ -39,7 +43,9 @@ class Checkpoints:
                     preservation_policy=policies.AnyPreservationPolicy(
                         [
                             policies.LatestN(1),
-                            policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
+                            policies.BestN(
+                                get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False
+                            ),
                         ]
                     ),
                     best_fn=_score,
@@ -116,15 +122,23 @@ class Checkpoints:
 
     def _restore(self, step, **items):
         if step is None:
-            raise UserError(f"{self.directory} holds no finished checkpoint: train that run until it has one")
+            raise UserError(
+                f"{self.directory} holds no finished checkpoint: train that run until it has one"
+            )
         if step not in self._manager.all_steps():
-            raise UserError(f"no checkpoint of step {step} in {self.directory}: there are {self._manager.all_steps()}")
+            raise UserError(
+                f"no checkpoint of step {step} in {self.directory}: there are {self._manager.all_steps()}"
+            )
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # each reader of a damaged file has errors of its own
             reason = " ".join(str(error).split()) or type(error).__name__
-            reason = reason.partition(" See full TensorStore details")[0][:300]  # an object's address, no details
-            other = f"remove {self.directory / str(step)} to go on from another one, if there is one"
+            reason = reason.partition(" See full TensorStore details")[0][
+                :300
+            ]  # an object's address, no details
+            other = (
+                f"remove {self.directory / str(step)} to go on from another one, if there is one"
+            )
             if self._read_only:  # not this command's to remove
                 other = "bring its files back, or choose another step, if there is one"
             raise UserError(
@@ -140,7 +154,10 @@ class Checkpoints:
 
 def abstract(tree):
     """Shapes, types and shardings of a tree, as a restore target."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), tree)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
+        tree,
+    )
 
 
 def _named_arrays(tree):

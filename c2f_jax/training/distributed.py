@@ -26,7 +26,9 @@ def initialize(coordinator=None, num_processes=None, process_id=None):
     """
     given = [coordinator is not None, num_processes is not None, process_id is not None]
     if any(given) and not all(given):
-        raise UserError("--coordinator, --num-processes and --process-id go together: give all three, or none on a pod")
+        raise UserError(
+            "--coordinator, --num-processes and --process-id go together: give all three, or none on a pod"
+        )
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:

@@ -55,28 +55,42 @@ class MethodConfig:
     def check(self, queue_size, token_queue_size):
         """Raise UserError for values that contradict each other."""
         if self.id_policy not in objectives.ID_POLICIES:
-            raise UserError(f"method.id_policy={self.id_policy!r}: choose one of {', '.join(objectives.ID_POLICIES)}")
+            raise UserError(
+                f"method.id_policy={self.id_policy!r}: choose one of {', '.join(objectives.ID_POLICIES)}"
+            )
         if self.negatives not in NEGATIVE_POOLS:
-            raise UserError(f"method.negatives={self.negatives!r}: choose one of {', '.join(NEGATIVE_POOLS)}")
+            raise UserError(
+                f"method.negatives={self.negatives!r}: choose one of {', '.join(NEGATIVE_POOLS)}"
+            )
         if not 0.0 <= self.alpha <= 1.0:
             raise UserError(f"method.alpha={self.alpha}: a weight from 0 to 1 is expected")
         if self.momentum is not None and not 0.0 <= self.momentum <= 1.0:
-            raise UserError(f"method.momentum={self.momentum}: a value from 0 to 1, or None, is expected")
+            raise UserError(
+                f"method.momentum={self.momentum}: a value from 0 to 1, or None, is expected"
+            )
         if min(self.sic_weight, self.sim_weight) < 0 or not self.sic_weight + self.sim_weight > 0:
-            raise UserError("method.sic_weight and method.sim_weight must not be negative, and one of them above 0")
+            raise UserError(
+                "method.sic_weight and method.sim_weight must not be negative, and one of them above 0"
+            )
         if queue_size < 0 or token_queue_size < 0:
-            raise UserError(f"queue_size={queue_size}, token_queue_size={token_queue_size}: sizes are 0 or more")
+            raise UserError(
+                f"queue_size={queue_size}, token_queue_size={token_queue_size}: sizes are 0 or more"
+            )
         if self.warm_up_steps < 0:
             raise UserError(f"method.warm_up_steps={self.warm_up_steps}: 0 or more is expected")
         if self.alpha_ramp_steps is not None and self.alpha_ramp_steps < 0:
-            raise UserError(f"method.alpha_ramp_steps={self.alpha_ramp_steps}: 0 or more, or None, is expected")
+            raise UserError(
+                f"method.alpha_ramp_steps={self.alpha_ramp_steps}: 0 or more, or None, is expected"
+            )
         if not 0 < self.min_tau <= self.max_tau:
             raise UserError(
                 f"method.min_tau={self.min_tau}, method.max_tau={self.max_tau}: temperatures above 0, the lower one "
                 "first, are expected"
             )
         if self.mining_tau is not None and not self.mining_tau > 0:
-            raise UserError(f"method.mining_tau={self.mining_tau}: a temperature above 0, or None for tau, is expected")
+            raise UserError(
+                f"method.mining_tau={self.mining_tau}: a temperature above 0, or None for tau, is expected"
+            )
         if self.momentum is None and (queue_size or token_queue_size or self.alpha):
             raise UserError(
                 "method.momentum=None trains without a momentum model, which the queue and distillation need: "

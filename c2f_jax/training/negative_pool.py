@@ -40,7 +40,11 @@ def negative_pool(token_queue, rows, speech, image, logits, tau, pool, axis_name
       ids (C,), valid (C,). "batch": C = n, "global": C = N, "queue": C = N + token queue slots.
     """
     n = rows.ids.shape[0]
-    speech_pool, image_pool, pool_ids = without_embedding(speech), without_embedding(image), rows.ids
+    speech_pool, image_pool, pool_ids = (
+        without_embedding(speech),
+        without_embedding(image),
+        rows.ids,
+    )
     if pool == "batch":
         own = tuple(jax.lax.dynamic_slice_in_dim(x, rows.index[0], n, axis=1) for x in logits)
         return speech_pool, image_pool, own, pool_ids, jnp.ones((n,), bool)
@@ -53,11 +57,18 @@ def negative_pool(token_queue, rows, speech, image, logits, tau, pool, axis_name
     entries = token_queue.entries
     scores = tuple(
         jnp.concatenate([own, objectives.similarity_logits(z, entries[name], tau)], axis=1)
-        for own, z, name in ((in_batch[0], speech.embedding, "image"), (in_batch[1], image.embedding, "speech"))
+        for own, z, name in (
+            (in_batch[0], speech.embedding, "image"),
+            (in_batch[1], image.embedding, "speech"),
+        )
     )
     padded = pad_tokens(speech_pool, entries["speech_tokens"].shape[1])
-    queued_speech = Encoded(None, entries["speech_tokens"].astype(padded.tokens.dtype), entries["speech_lengths"])
-    queued_image = Encoded(None, entries["image_tokens"].astype(image_pool.tokens.dtype), entries["image_lengths"])
+    queued_speech = Encoded(
+        None, entries["speech_tokens"].astype(padded.tokens.dtype), entries["speech_lengths"]
+    )
+    queued_image = Encoded(
+        None, entries["image_tokens"].astype(image_pool.tokens.dtype), entries["image_lengths"]
+    )
     append = lambda a, b: jax.tree.map(lambda x, y: jnp.concatenate([x, y]), a, b)  # noqa: E731
     return (
         append(padded, queued_speech),
@@ -92,7 +103,10 @@ def queue_rows(momentum, ids):
 
 
 def token_rows(momentum, ids, token_queue):
-    speech, image = pad_tokens(momentum[0], token_queue.entries["speech_tokens"].shape[1]), momentum[1]
+    speech, image = (
+        pad_tokens(momentum[0], token_queue.entries["speech_tokens"].shape[1]),
+        momentum[1],
+    )
     return queue_rows(momentum, ids) | {
         "speech_tokens": speech.tokens,
         "speech_lengths": speech.lengths,

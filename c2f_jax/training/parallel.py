@@ -16,7 +16,9 @@ MODES = ("pmap", "shard_map")
 
 def replicate(tree, devices=None):
     """A tree of host or single-device arrays on each of the devices; None for all of this process."""
-    return jax.device_put(tree, NamedSharding(Mesh(np.array(devices or jax.local_devices()), (AXIS,)), P()))
+    return jax.device_put(
+        tree, NamedSharding(Mesh(np.array(devices or jax.local_devices()), (AXIS,)), P())
+    )
 
 
 def split_rows(params, rows):
@@ -74,7 +76,9 @@ class DataParallel:
                 donate_argnums=0,
             )
         # check_vma=False: what all_gather returns is equal on all devices, which the checker cannot see.
-        mapped = jax.shard_map(step, mesh=self.mesh, in_specs=(P(), P(AXIS)), out_specs=P(), check_vma=False)
+        mapped = jax.shard_map(
+            step, mesh=self.mesh, in_specs=(P(), P(AXIS)), out_specs=P(), check_vma=False
+        )
         return jax.jit(mapped, donate_argnums=0)
 
     def place_state(self, state):
@@ -83,15 +87,23 @@ class DataParallel:
         Without it two processes with a donated, unstacked state die with "Array has been deleted".
         """
         if self.mode == "pmap":
-            return jax.device_put(state, NamedSharding(Mesh(np.array(self.local_devices), (AXIS,)), P()))
-        return multihost_utils.host_local_array_to_global_array(jax.tree.map(np.asarray, state), self.mesh, P())
+            return jax.device_put(
+                state, NamedSharding(Mesh(np.array(self.local_devices), (AXIS,)), P())
+            )
+        return multihost_utils.host_local_array_to_global_array(
+            jax.tree.map(np.asarray, state), self.mesh, P()
+        )
 
     def place_batch(self, batch):
         """Put this process's rows (n, ...) of the global batch on its devices."""
         if self.mode == "pmap":
             local = len(self.local_devices)
-            batch = {k: v.reshape(local, v.shape[0] // local, *v.shape[1:]) for k, v in batch.items()}
-            return jax.device_put(batch, NamedSharding(Mesh(np.array(self.local_devices), (AXIS,)), P(AXIS)))
+            batch = {
+                k: v.reshape(local, v.shape[0] // local, *v.shape[1:]) for k, v in batch.items()
+            }
+            return jax.device_put(
+                batch, NamedSharding(Mesh(np.array(self.local_devices), (AXIS,)), P(AXIS))
+            )
         sharding = NamedSharding(self.mesh, P(AXIS))
         return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
@@ -100,7 +112,10 @@ class DataParallel:
         if jax.process_count() == 1 or self.mode == "shard_map":
             return state
         return jax.tree.map(
-            lambda x: multihost_utils.host_local_array_to_global_array(np.asarray(x), self.mesh, P()), state
+            lambda x: multihost_utils.host_local_array_to_global_array(
+                np.asarray(x), self.mesh, P()
+            ),
+            state,
         )
 
     def host_copy(self, tree):

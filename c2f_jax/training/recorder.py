@@ -28,7 +28,12 @@ class Recorder:
 
     def __init__(self, logdir, *, steps, batch_size, sim_from):
         self.history = {}
-        self._reports, self._steps, self._batch_size, self._sim_from = logdir is not None, steps, batch_size, sim_from
+        self._reports, self._steps, self._batch_size, self._sim_from = (
+            logdir is not None,
+            steps,
+            batch_size,
+            sim_from,
+        )
         self._window, self._sums = [], {}
         self._waited, self._window_began, self._window_steps = 0.0, time.perf_counter(), 0
         self._alarmed, self._bar, self._writer = False, None, None
@@ -71,7 +76,9 @@ class Recorder:
         seconds = time.perf_counter() - self._window_began
         speed = self._window_steps * self._batch_size / seconds
         self._remember(step, {f"train/{name}": value for name, value in values.items()})
-        self._write(step, {"train/pairs_per_second": speed, "train/data_wait": self._waited / seconds})
+        self._write(
+            step, {"train/pairs_per_second": speed, "train/data_wait": self._waited / seconds}
+        )
         line = f"loss {values['loss']:.3f}  tau {values['tau']:.4f}"
         if "sim_accuracy" in values:
             line += f"  SIM accuracy {100 * values['sim_accuracy']:.1f} %"

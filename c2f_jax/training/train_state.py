@@ -18,15 +18,29 @@ class C2FTrainState:
     step: jax.Array  # int32 [], optimiser steps taken
     params: Any  # online parameters that are trained, float32
     frozen: Any  # parameters that are not: no gradient, optimiser state or momentum copy, not in checkpoints
-    momentum_params: Any  # moving average of both encoders and projections; {} without a momentum model
+    momentum_params: (
+        Any  # moving average of both encoders and projections; {} without a momentum model
+    )
     opt_state: Any  # optax state of ``params``
     queue: EmbeddingQueue  # K momentum embeddings of each modality and their ids
-    token_queue: EmbeddingQueue  # the same and momentum token sequences, bf16, for ``queue`` negatives
-    rng: jax.Array  # raw key of the run; every draw folds in the step, so nothing replays and resume is exact
+    token_queue: (
+        EmbeddingQueue  # the same and momentum token sequences, bf16, for ``queue`` negatives
+    )
+    rng: (
+        jax.Array
+    )  # raw key of the run; every draw folds in the step, so nothing replays and resume is exact
 
 
 def create_train_state(
-    model: C2FModel, optimizer, batch, *, seed, queue_size, token_queue_size, momentum_model=True, weights=None
+    model: C2FModel,
+    optimizer,
+    batch,
+    *,
+    seed,
+    queue_size,
+    token_queue_size,
+    momentum_model=True,
+    weights=None,
 ):
     """Initialise the state; device-independent and deterministic in ``seed``.
 
@@ -44,7 +58,9 @@ def create_train_state(
     names = ("waveform", "speech_tokens", "speech_lengths", "image", "image_tokens")
     one = {name: jnp.asarray(batch[name][:1]) for name in names if name in batch}
     given = _paths(weights or {})
-    params = jax.jit(lambda rng, b: split_params(model.init(rng, b)["params"], given)[0])(init_rng, one)
+    params = jax.jit(lambda rng, b: split_params(model.init(rng, b)["params"], given)[0])(
+        init_rng, one
+    )
     params = merge_params(params, jax.tree.map(jnp.asarray, weights or {}))
     speech, image, _, _ = jax.eval_shape(lambda p, b: model.apply({"params": p}, b), params, one)
     params, frozen = split_params(params, model.frozen)

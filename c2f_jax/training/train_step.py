@@ -47,12 +47,16 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
     index = axis_index(axis_name) * ids.shape[0] + jnp.arange(ids.shape[0])
     step_key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     rows = Rows(ids, index, objectives.row_keys(step_key, index))
-    alpha = objectives.alpha_at(state.step - method.warm_up_steps, method.alpha, method.alpha_ramp_steps)
+    alpha = objectives.alpha_at(
+        state.step - method.warm_up_steps, method.alpha, method.alpha_ramp_steps
+    )
 
     # 1. Momentum forward: no gradient, no dropout.
     momentum = None
     if method.momentum is not None:
-        momentum = jax.lax.stop_gradient(encode(model, merge_params(state.momentum_params, state.frozen), batch))
+        momentum = jax.lax.stop_gradient(
+            encode(model, merge_params(state.momentum_params, state.frozen), batch)
+        )
 
     def loss_fn(trained):
         params = merge_params(trained, state.frozen)
@@ -85,9 +89,14 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
         if momentum is not None and method.alpha:
             soft = [
                 objectives.similarity_logits(z, other, tau)
-                for z, other in ((momentum[0].embedding, bank_image), (momentum[1].embedding, bank_speech))
+                for z, other in (
+                    (momentum[0].embedding, bank_image),
+                    (momentum[1].embedding, bank_speech),
+                )
             ]
-            targets_s2i, targets_i2s = (objectives.distillation_targets(s, hard, keep, alpha) for s in soft)
+            targets_s2i, targets_i2s = (
+                objectives.distillation_targets(s, hard, keep, alpha) for s in soft
+            )
         branch_loss = jax.vmap(objectives.sic_loss, in_axes=(0, 0, None, None, None))
         sic_rows = jnp.mean(branch_loss(*of_branches, targets_s2i, targets_i2s, keep), axis=0)
         sic = pmean(jnp.mean(sic_rows), axis_name)
@@ -108,10 +117,16 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
             method=method,
             axis_name=axis_name,
         )
-        return method.sic_weight * sic + method.sim_weight * sim, (metrics | sim_metrics, momentum, global_ids)
+        return method.sic_weight * sic + method.sim_weight * sim, (
+            metrics | sim_metrics,
+            momentum,
+            global_ids,
+        )
 
     # 7. Gradients. The loss is averaged over the devices inside, the gradients outside: right for pmap and shard_map.
-    (loss, (metrics, momentum, global_ids)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    (loss, (metrics, momentum, global_ids)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+        state.params
+    )
     grads = pmean(grads, axis_name)
 
     # 8. Optimiser step; the temperature stays in its range.
@@ -125,9 +140,13 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
         momentum_params = update_momentum(momentum_params, momentum_subset(params), method.momentum)
         queue = enqueue(queue, all_gather(queue_rows(momentum, ids), axis_name))
         if token_queue.size:
-            token_queue = enqueue(token_queue, all_gather(token_rows(momentum, ids, token_queue), axis_name))
+            token_queue = enqueue(
+                token_queue, all_gather(token_rows(momentum, ids, token_queue), axis_name)
+            )
     elif momentum_params:
-        momentum_params = momentum_subset(params)  # warm-up: the momentum model will start from the online one
+        momentum_params = momentum_subset(
+            params
+        )  # warm-up: the momentum model will start from the online one
 
     metrics |= {"loss": loss, "gradient_norm": optax.global_norm(grads), "alpha": alpha}
     state = state.replace(
@@ -141,7 +160,9 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
     return state, {name: _average(value, axis_name) for name, value in metrics.items()}
 
 
-def sim_stage(params, token_queue, rows, online, momentum, logits, tau, *, model, method, axis_name):
+def sim_stage(
+    params, token_queue, rows, online, momentum, logits, tau, *, model, method, axis_name
+):
     """Stages 5 and 6: mine hard negatives, match 3n pairs.
 
     Args:
@@ -169,7 +190,9 @@ def sim_stage(params, token_queue, rows, online, momentum, logits, tau, *, model
     if method.mining_tau is not None:
         scores = [s * (tau / method.mining_tau) for s in scores]
     (image_index, image_valid), (speech_index, speech_valid) = (
-        objectives.sample_hard_negatives(fold_keys(rows.keys, site), s, rows.ids, pool_ids, pool_valid)
+        objectives.sample_hard_negatives(
+            fold_keys(rows.keys, site), s, rows.ids, pool_ids, pool_valid
+        )
         for site, s in zip((1, 2), scores, strict=True)
     )
 

@@ -15,7 +15,9 @@ def changed(**values):
     config = default_config()
     config.data.name = "spoken_scenes"
     with config.ignore_type():
-        config.update_from_flattened_dict({name.replace("__", "."): value for name, value in values.items()})
+        config.update_from_flattened_dict(
+            {name.replace("__", "."): value for name, value in values.items()}
+        )
     return config
 
 
@@ -35,7 +37,11 @@ def changed(**values):
         ("data.image_size", -8, "data.image_size=-8"),
         ("data.image_size", 64.5, "image_size=64.5 is not of the type int"),
         ("data.max_seconds", 0.0, "data.max_seconds=0.0: seconds, at least 0.025"),
-        ("data.bucket_seconds", ("a",), "bucket_seconds=['a'] is not of the type tuple[float, ...]"),
+        (
+            "data.bucket_seconds",
+            ("a",),
+            "bucket_seconds=['a'] is not of the type tuple[float, ...]",
+        ),
         ("data.threads", -1, "data.threads=-1"),
         ("data.max_bad_share", 2.0, "data.max_bad_share=2.0: a number from 0 to 1"),
         ("data.max_padding", 1.0, "data.max_padding=1.0: a number above 0 and below 1"),
@@ -60,7 +66,11 @@ def test_the_defaults_are_legal_and_ranges_are_of_values_that_there_are():
     create_experiment(changed())
     known = set(flatten(default_config().to_dict()))
     named = {name for _, _, names in _RANGES for name in names}
-    published = ("token_dropout", "token_mask", "speech.conv_blocks")  # of encoders that are not the default
+    published = (
+        "token_dropout",
+        "token_mask",
+        "speech.conv_blocks",
+    )  # of encoders that are not the default
     assert {name for name in named - known if not name.endswith(published)} == set()
 
 
@@ -68,9 +78,15 @@ def test_the_defaults_are_legal_and_ranges_are_of_values_that_there_are():
     ("program", "expected"),
     [
         ("def get_config(:\n", "SyntaxError: invalid syntax"),
-        ("import nowhere_to_be_found\n", "ModuleNotFoundError: No module named 'nowhere_to_be_found'"),
+        (
+            "import nowhere_to_be_found\n",
+            "ModuleNotFoundError: No module named 'nowhere_to_be_found'",
+        ),
         ("def get_config():\n    return 1 / 0\n", "ZeroDivisionError: division by zero"),
-        ("def get_config():\n    return {'steps': 1}\n", "get_config returns dict, a ConfigDict is expected"),
+        (
+            "def get_config():\n    return {'steps': 1}\n",
+            "get_config returns dict, a ConfigDict is expected",
+        ),
         ("def get_config():\n    return None\n", "a ConfigDict is expected"),
     ],
 )
@@ -83,14 +99,18 @@ def test_a_configuration_that_fails_is_one_line(tmp_path, capsys, program, expec
 
 
 def test_a_section_is_no_value():
-    with pytest.raises(UserError, match=r"--config.optimizer is a section: .*optimizer.learning_rate"):
+    with pytest.raises(
+        UserError, match=r"--config.optimizer is a section: .*optimizer.learning_rate"
+    ):
         load_config(f"{CONFIGS}/spoken_scenes.py", ["--config.optimizer=1"])
 
 
 @pytest.mark.parametrize("content", [b"", b"[1, 2]", b'{"seed": ', b"\xff\xfe\x00"])
 def test_a_damaged_saved_configuration_is_named(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(UserError, match="config.json is damaged .*restore it or train into another --workdir"):
+    with pytest.raises(
+        UserError, match="config.json is damaged .*restore it or train into another --workdir"
+    ):
         load_saved_config(tmp_path)
 
 

@@ -39,7 +39,9 @@ def test_samples_come_back(kind, subtype, tolerance):
     np.testing.assert_allclose(wave, tone(16_000), atol=tolerance)
 
 
-@pytest.mark.parametrize("kind, subtype", [("OGG", "OPUS"), ("OGG", "VORBIS"), ("MP3", "MPEG_LAYER_III")])
+@pytest.mark.parametrize(
+    "kind, subtype", [("OGG", "OPUS"), ("OGG", "VORBIS"), ("MP3", "MPEG_LAYER_III")]
+)
 def test_compressed_speech_formats(kind, subtype):
     wave = decode_audio(encode(tone(16_000), 16_000, kind, subtype))
     middle = wave[2000:6000]
@@ -133,11 +135,15 @@ def test_grey_palette_one_bit_and_cmyk():
     grey = RAMP[..., 0]
     np.testing.assert_array_equal(decode_image(png(grey), 16), np.repeat(grey[..., None], 3, 2))
     palette = Image.fromarray(RAMP).quantize(16)
-    np.testing.assert_array_equal(decode_image(png(palette), 16), np.asarray(palette.convert("RGB")))
+    np.testing.assert_array_equal(
+        decode_image(png(palette), 16), np.asarray(palette.convert("RGB"))
+    )
     bits = Image.fromarray(grey > 127)
     assert set(np.unique(decode_image(png(bits), 16))) == {0, 255}
     red = Image.new("CMYK", (32, 32), (0, 255, 255, 0))
-    np.testing.assert_allclose(decode_image(png(red, "JPEG", quality=95), 8)[4, 4], (255, 0, 0), atol=6)
+    np.testing.assert_allclose(
+        decode_image(png(red, "JPEG", quality=95), 8)[4, 4], (255, 0, 0), atol=6
+    )
 
 
 def test_sixteen_bit_grey_keeps_its_tones():
@@ -163,8 +169,14 @@ def test_transparency_shows_white(mode):
 
 def test_large_jpegs_decode_to_nearly_the_same_at_reduced_scale():
     y, x = np.mgrid[0:1200, 0:1600] / 1200
-    photo = np.stack([255 * x / 1.4, 255 * y, 127 + 100 * np.sin(9 * x)], -1).clip(0, 255).astype(np.uint8)
-    whole = Image.fromarray(photo).resize((64, 64), Image.Resampling.BICUBIC, box=(200, 0, 1400, 1200))
+    photo = (
+        np.stack([255 * x / 1.4, 255 * y, 127 + 100 * np.sin(9 * x)], -1)
+        .clip(0, 255)
+        .astype(np.uint8)
+    )
+    whole = Image.fromarray(photo).resize(
+        (64, 64), Image.Resampling.BICUBIC, box=(200, 0, 1400, 1200)
+    )
     decoded = decode_image(png(photo, "JPEG", quality=95), 64)
     assert abs(decoded.astype(int) - np.asarray(whole).astype(int)).mean() < 1.5
 

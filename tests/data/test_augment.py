@@ -15,7 +15,9 @@ from c2f_jax.datasets.config import DataConfig
 from c2f_jax.errors import UserError
 
 Y, X = np.mgrid[0:60, 0:80]
-RAMP = np.stack([X * 3, Y * 4, 0 * X + 50], -1).astype(np.uint8)  # red tells the column, green the row
+RAMP = np.stack([X * 3, Y * 4, 0 * X + 50], -1).astype(
+    np.uint8
+)  # red tells the column, green the row
 TONE = np.round(8000 * np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)).astype(np.int16)
 
 
@@ -36,14 +38,19 @@ def test_crops_stay_inside_and_keep_area_and_ratio():
     for seed in range(100):
         cut = picture({"crop_area": 0.2, "crop_ratio": 1.5}, seed).astype(float)
         # Off the borders, where resampling repeats pixels: the ramp tells how far apart two pixels were.
-        w, h = (cut[12, 20, 0] - cut[12, 3, 0]) / 17 / 3 * 24, (cut[20, 12, 1] - cut[3, 12, 1]) / 17 / 4 * 24
+        w, h = (
+            (cut[12, 20, 0] - cut[12, 3, 0]) / 17 / 3 * 24,
+            (cut[20, 12, 1] - cut[3, 12, 1]) / 17 / 4 * 24,
+        )
         areas.append(w * h / 4800)
         ratios.append(w / h)
         assert (abs(cut[..., 2] - 50) <= 1).all()
     assert 0.15 < min(areas) < 0.35 and max(areas) > 0.7
     assert 0.6 < min(ratios) < 0.8 and 1.2 < max(ratios) < 1.6
     whole = picture({})
-    np.testing.assert_allclose(whole[12, :, 0], (10 + (np.arange(24) + 0.5) * 2.5 - 0.5) * 3, atol=4)
+    np.testing.assert_allclose(
+        whole[12, :, 0], (10 + (np.arange(24) + 0.5) * 2.5 - 0.5) * 3, atol=4
+    )
 
 
 def test_flip_mirrors_unless_forbidden():
@@ -58,7 +65,9 @@ def test_jitter_moves_brightness_contrast_and_saturation_within_bounds():
     assert 0.65 < min(means) < 0.85 and 1.15 < max(means) < 1.35
     grey = np.full((24, 24, 3), 100, np.uint8)
     jittered = augment_picture(grey, 24, AugmentConfig(jitter=0.3), rng(1), may_flip=False)
-    assert np.ptp(jittered) == 0  # grey stays grey whatever the saturation, and flat whatever the contrast
+    assert (
+        np.ptp(jittered) == 0
+    )  # grey stays grey whatever the saturation, and flat whatever the contrast
 
 
 def test_speed_changes_length_and_pitch():
@@ -86,7 +95,9 @@ def test_gain_keeps_the_shape_and_does_not_clip():
 def test_noise_has_the_level_that_was_asked():
     for seed in range(5):
         noise = wave({"noise_db": (10.0, 10.0)}, seed).astype(float) - TONE
-        assert 10 * np.log10(np.mean(TONE.astype(float) ** 2) / np.mean(noise**2)) == pytest.approx(10, abs=0.3)
+        assert 10 * np.log10(np.mean(TONE.astype(float) ** 2) / np.mean(noise**2)) == pytest.approx(
+            10, abs=0.3
+        )
 
 
 def test_reverb_fades_as_long_as_asked():
@@ -103,7 +114,9 @@ def test_masks_mute_stretches_and_bands():
     changed = muted != TONE
     assert 100 < changed.sum() <= 9600 and not muted[changed].any()
     noise = (rng(5).standard_normal(16_000) * 3000).astype(np.int16)
-    before, after = (abs(np.fft.rfft(w.astype(float))) for w in (noise, wave({"frequency_masks": 1}, 4, noise)))
+    before, after = (
+        abs(np.fft.rfft(w.astype(float))) for w in (noise, wave({"frequency_masks": 1}, 4, noise))
+    )
     gone = after < 0.05 * before
     low, high = np.flatnonzero(gone)[[0, -1]]
     assert gone[low : high + 1].mean() > 0.95 and high > low and high <= low * 2**0.5 + 2
@@ -137,7 +150,10 @@ def test_batches_are_the_same_bytes_for_any_number_of_threads(threads, cache_mib
     options = {"bucket_seconds": (0.1, 0.2), "augment": ALL}
     plain = take(Photos(lengths), 12, threads=0, **options)
     same(plain, take(Photos(lengths), 12, threads=threads, cache_mib=cache_mib, **options))
-    same(plain[7:], take(Photos(lengths), 5, threads=threads, start_step=7, cache_mib=cache_mib, **options))
+    same(
+        plain[7:],
+        take(Photos(lengths), 5, threads=threads, start_step=7, cache_mib=cache_mib, **options),
+    )
 
 
 def test_two_processes_together_give_the_batch_of_one():
@@ -174,14 +190,23 @@ def test_pictures_whose_captions_speak_of_sides_are_not_mirrored():
     straight = dict(zip(batch["image_id"].tolist(), batch["image"], strict=True))
     ((_, batch),) = take(Sided([800] * 6), 1, batch_size=6, augment=AugmentConfig(flip=1.0))
     for identity, shown in zip(batch["image_id"], batch["image"], strict=True):
-        mirrored = int(identity) == 101  # "a cat": no side is spoken of; the others name one, or do not tell
-        np.testing.assert_array_equal(shown, straight[int(identity)][:, ::-1] if mirrored else straight[int(identity)])
+        mirrored = (
+            int(identity) == 101
+        )  # "a cat": no side is spoken of; the others name one, or do not tell
+        np.testing.assert_array_equal(
+            shown, straight[int(identity)][:, ::-1] if mirrored else straight[int(identity)]
+        )
 
 
 def test_values_out_of_range_are_refused():
     config = default_config()
     config.data.name = "spoken_scenes"
-    for key, value in (("flip", 1.5), ("crop_area", 0.0), ("noise_db", (20.0, 10.0)), ("speed", -0.1)):
+    for key, value in (
+        ("flip", 1.5),
+        ("crop_area", 0.0),
+        ("noise_db", (20.0, 10.0)),
+        ("speed", -0.1),
+    ):
         with config.ignore_type():
             changed = config.copy_and_resolve_references()
             changed.data.augment[key] = value
@@ -201,11 +226,15 @@ def test_lengths_are_chosen_for_a_bound_on_padding(bound):
     assert buckets[-1] == 160_000 and list(buckets) == sorted(set(buckets))
     for seed in range(3):
         padded = filled = 0
-        plan, sizes = batch_plan.plan_epoch(lengths, batch_size=32, bucket_samples=buckets, seed=seed, epoch=2)
+        plan, sizes = batch_plan.plan_epoch(
+            lengths, batch_size=32, bucket_samples=buckets, seed=seed, epoch=2
+        )
         for row, size in zip(plan, sizes, strict=True):
             padded += int(size) * 32
             filled += int(np.minimum(lengths[row], size).sum())
-        assert 1 - filled / padded <= bound + 0.003  # counted on one epoch, kept in the others but for leftovers
+        assert (
+            1 - filled / padded <= bound + 0.003
+        )  # counted on one epoch, kept in the others but for leftovers
     assert len(buckets) <= {0.3: 3, 0.2: 4, 0.1: 8}[bound]
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from helpers.paths import ROOT
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux")
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="peak memory is read from Linux"
+)
 SCRIPT = ROOT / "tests" / "helpers" / "fuzz_files.py"
 
 

@@ -33,7 +33,9 @@ def test_batches_hold_what_the_source_holds():
             expected[:length] = source.wave(index)
             np.testing.assert_allclose(batch["waveform"][row], expected, atol=1 / 32768)
             assert batch["speech_lengths"][row] == length
-            assert (batch["image"][row] == index // 2).all() and batch["image_id"][row] == 100 + index // 2
+            assert (batch["image"][row] == index // 2).all() and batch["image_id"][
+                row
+            ] == 100 + index // 2
         assert step < 7
 
 
@@ -47,14 +49,19 @@ def test_every_epoch_visits_everything_once_but_the_remainder_in_another_order()
 
 def test_the_seed_decides_the_order():
     one, other = take(Memory(SOURCE_LENGTHS), 3), take(Memory(SOURCE_LENGTHS), 3, seed=4)
-    assert not all((indices(a) == indices(b)).all() for (_, a), (_, b) in zip(one, other, strict=True))
+    assert not all(
+        (indices(a) == indices(b)).all() for (_, a), (_, b) in zip(one, other, strict=True)
+    )
 
 
 @pytest.mark.parametrize("start", [1, 5, 9])
 def test_resuming_at_a_step_gives_the_batches_that_would_have_come(start):
     lengths = np.random.default_rng(1).integers(500, 4000, 43)  # cropped, so crops are tested too
     options = {"bucket_seconds": (0.05, 0.1)}
-    same(take(Memory(lengths), 12, **options)[start:], take(Memory(lengths), 12 - start, start_step=start, **options))
+    same(
+        take(Memory(lengths), 12, **options)[start:],
+        take(Memory(lengths), 12 - start, start_step=start, **options),
+    )
 
 
 def test_threads_and_the_cache_change_nothing():
@@ -90,7 +97,10 @@ def test_rows_of_all_processes_are_the_batch_of_one(processes):
     lengths = np.random.default_rng(1).integers(500, 4000, 43)
     options = {"bucket_seconds": (0.05, 0.2)}
     whole = take(Memory(lengths), 11, **options)
-    parts = [take(Memory(lengths), 11, process_index=p, process_count=processes, **options) for p in range(processes)]
+    parts = [
+        take(Memory(lengths), 11, process_index=p, process_count=processes, **options)
+        for p in range(processes)
+    ]
     joined = [
         (step, {key: np.concatenate([part[k][1][key] for part in parts]) for key in batch})
         for k, (step, batch) in enumerate(whole)
@@ -123,23 +133,33 @@ def test_plan_against_a_plain_loop():
         expected_bucket.append(2 if n < 0 or not fits else fits[0])
     np.testing.assert_array_equal(batch_plan.bucket_of(lengths, buckets), expected_bucket)
     for epoch in range(5):
-        plan, padded = batch_plan.plan_epoch(lengths, batch_size=3, bucket_samples=buckets, seed=0, epoch=epoch)
+        plan, padded = batch_plan.plan_epoch(
+            lengths, batch_size=3, bucket_samples=buckets, seed=0, epoch=epoch
+        )
         assert plan.shape == (4, 3) and padded.shape == (4,)
         assert len(set(plan.ravel())) == 12
         for row, samples in zip(plan, padded, strict=True):
             for index in row:
-                assert buckets[expected_bucket[index]] <= samples  # never cropped below its own bucket
-        again, _ = batch_plan.plan_epoch(lengths, batch_size=3, bucket_samples=buckets, seed=0, epoch=epoch)
+                assert (
+                    buckets[expected_bucket[index]] <= samples
+                )  # never cropped below its own bucket
+        again, _ = batch_plan.plan_epoch(
+            lengths, batch_size=3, bucket_samples=buckets, seed=0, epoch=epoch
+        )
         np.testing.assert_array_equal(plan, again)
 
 
 def test_buckets_save_padding_and_are_mixed_over_the_epoch():
     lengths = np.random.default_rng(0).integers(400, 16_000, 1000)
-    plan, padded = batch_plan.plan_epoch(lengths, batch_size=10, bucket_samples=[4000, 8000, 16_000], seed=0, epoch=0)
+    plan, padded = batch_plan.plan_epoch(
+        lengths, batch_size=10, bucket_samples=[4000, 8000, 16_000], seed=0, epoch=0
+    )
     assert len(plan) == 100
     assert {4000, 8000, 16_000} == set(padded) and padded.mean() < 12_000
     assert len(set(padded[:30])) == 3
-    short = np.concatenate([row for row, samples in zip(plan, padded, strict=True) if samples == 4000])
+    short = np.concatenate(
+        [row for row, samples in zip(plan, padded, strict=True) if samples == 4000]
+    )
     assert (lengths[short] <= 4000).all()
 
 
@@ -151,7 +171,9 @@ def test_damaged_items_are_replaced_and_named():
     batches = take(source, 25)
     for _, batch in batches:
         assert not {5, 7, 11} & set(indices(batch)) and (batch["speech_lengths"] == 800).all()
-        assert (batch["image_id"] == indices(batch) + 100).all()  # the replacement brings its own picture
+        assert (
+            batch["image_id"] == indices(batch) + 100
+        ).all()  # the replacement brings its own picture
     reasons = source.bad_items.reasons
     assert len(reasons) == 3
     assert "not audio" in reasons["memory, train, recording 5"]
@@ -169,14 +191,18 @@ def test_replacements_are_the_same_in_any_process(processes):
     whole = take(make(), 10)
     parts = [take(make(), 10, process_index=p, process_count=processes) for p in range(processes)]
     for k, (_, batch) in enumerate(whole):
-        np.testing.assert_array_equal(indices(batch), np.concatenate([indices(part[k][1]) for part in parts]))
+        np.testing.assert_array_equal(
+            indices(batch), np.concatenate([indices(part[k][1]) for part in parts])
+        )
     same(whole[4:], take(make(), 6, start_step=4))
 
 
 @pytest.mark.parametrize("threads", [0, 2])
 def test_too_many_damaged_items_stop_with_an_error(threads):
     source = Memory(np.full(200, 800), broken=set(range(0, 200, 10)))
-    with pytest.raises(UserError, match="memory, split train: 3 of 200 items.*max_bad_share") as caught:
+    with pytest.raises(
+        UserError, match="memory, split train: 3 of 200 items.*max_bad_share"
+    ) as caught:
         take(source, 25, threads=threads)
     assert "recording" in str(caught.value) and "not audio" in str(caught.value)
 
@@ -184,7 +210,14 @@ def test_too_many_damaged_items_stop_with_an_error(threads):
 def test_the_next_batches_are_loaded_while_the_caller_works():
     source = Memory(SOURCE_LENGTHS)
     batches = loader.train_batches(
-        source, batch_size=8, image_size=8, bucket_seconds=(0.1,), seed=0, threads=2, prefetch=3, cache_mib=0
+        source,
+        batch_size=8,
+        image_size=8,
+        bucket_seconds=(0.1,),
+        seed=0,
+        threads=2,
+        prefetch=3,
+        cache_mib=0,
     )
     next(batches)
     waited = threading.Event()
@@ -253,8 +286,12 @@ def test_evaluation_reads_every_picture_once_in_order(threads):
     images = np.concatenate([b["image"] for b in batches])
     assert images.shape == (24, 6, 6, 3) and images.dtype == np.uint8
     np.testing.assert_array_equal(index[valid], [j for j in range(22) if j != 3])
-    np.testing.assert_array_equal(images[valid], np.broadcast_to(index[valid][:, None, None, None], (21, 6, 6, 3)))
-    assert not images[3].any() and list(source.bad_items.reasons) == ["memory, train, image picture 3"]
+    np.testing.assert_array_equal(
+        images[valid], np.broadcast_to(index[valid][:, None, None, None], (21, 6, 6, 3))
+    )
+    assert not images[3].any() and list(source.bad_items.reasons) == [
+        "memory, train, image picture 3"
+    ]
 
 
 def test_an_unreadable_recording_is_marked_in_evaluation():
@@ -262,11 +299,16 @@ def test_an_unreadable_recording_is_marked_in_evaluation():
     batches = list(loader.speech_batches(source, batch_size=60, seconds_max=0.1, threads=0))
     valid = np.concatenate([b["valid"] for b in batches])
     np.testing.assert_array_equal(np.flatnonzero(~valid), [6])
-    assert batches[0]["speech_lengths"][6] == loader.MIN_SAMPLES and not batches[0]["waveform"][6].any()
+    assert (
+        batches[0]["speech_lengths"][6] == loader.MIN_SAMPLES
+        and not batches[0]["waveform"][6].any()
+    )
 
 
 def test_a_batch_larger_than_the_set_is_fine_in_evaluation():
-    (batch,) = loader.speech_batches(Memory(SOURCE_LENGTHS), batch_size=64, seconds_max=0.1, threads=0)
+    (batch,) = loader.speech_batches(
+        Memory(SOURCE_LENGTHS), batch_size=64, seconds_max=0.1, threads=0
+    )
     assert batch["valid"].sum() == 43
     with pytest.raises(UserError, match="batch_size 0"):
         loader.speech_batches(Memory(SOURCE_LENGTHS), batch_size=0, seconds_max=0.1)

@@ -32,9 +32,30 @@ ROWS = [
         "speaker": "a",
         "seconds": 0.1,
     },
-    {"image": "жаба 2.png", "audio": "1.wav", "split": "train", "caption": "蛙", "speaker": "b", "seconds": 0.2},
-    {"image": "frog.png", "audio": "2.wav", "split": "train", "caption": "ضفدع", "speaker": "a", "seconds": 0.3},
-    {"image": "frog.png", "audio": "0.wav", "split": "test", "caption": "", "speaker": "", "seconds": 0.1},
+    {
+        "image": "жаба 2.png",
+        "audio": "1.wav",
+        "split": "train",
+        "caption": "蛙",
+        "speaker": "b",
+        "seconds": 0.2,
+    },
+    {
+        "image": "frog.png",
+        "audio": "2.wav",
+        "split": "train",
+        "caption": "ضفدع",
+        "speaker": "a",
+        "seconds": 0.3,
+    },
+    {
+        "image": "frog.png",
+        "audio": "0.wav",
+        "split": "test",
+        "caption": "",
+        "speaker": "",
+        "seconds": 0.1,
+    },
 ]
 
 
@@ -64,7 +85,11 @@ def test_a_manifest_is_read(files, kind, encoding):
     np.testing.assert_array_equal(pairs.image_ids, [0, 1])
     np.testing.assert_array_equal(pairs.num_samples, [1600, 3200, 4800])
     assert pairs.image_index.dtype == pairs.image_ids.dtype == pairs.num_samples.dtype == np.int32
-    assert pairs.recording(0) == {"audio": f"{files}/0.wav", "caption": 'Жаба, "зелена"', "speaker": "a"}
+    assert pairs.recording(0) == {
+        "audio": f"{files}/0.wav",
+        "caption": 'Жаба, "зелена"',
+        "speaker": "a",
+    }
     assert pairs.image(1) == f"{files}/жаба 2.png" and pairs.image_id(1).endswith("жаба 2.png")
     assert pairs.split == "train" and not pairs.bad_items.reasons
 
@@ -80,7 +105,9 @@ def test_equal_image_ids_join_different_pictures(files):
     rows = [{**row, "image_id": 7} for row in ROWS]
     pairs = load_pairs(write(files, rows), "train")
     assert pairs.num_images == 2
-    np.testing.assert_array_equal(pairs.image_index, [0, 1, 0])  # each recording keeps its own picture
+    np.testing.assert_array_equal(
+        pairs.image_index, [0, 1, 0]
+    )  # each recording keeps its own picture
     np.testing.assert_array_equal(pairs.image_ids, [0, 0])
     assert pairs.image_id(0) == pairs.image_id(1) == "7"
 
@@ -128,10 +155,22 @@ def test_a_missing_column_is_named(files, column):
     [
         ('{"image": "frog.png", "audio": ', "not JSON"),
         ('["frog.png", "0.wav", "train"]', "expected a JSON object"),
-        ('{"image": "frog.png", "audio": 3, "split": "train"}', "needs a text under 'audio'; it is 3"),
-        ('{"image": "", "audio": "0.wav", "split": "train"}', "needs a text under 'image'; it is ''"),
-        ('{"image": "frog.png", "audio": "0.wav", "split": "train", "seconds": "long"}', "seconds is 'long'"),
-        ('{"image": "frog.png", "audio": "0.wav", "split": "train", "seconds": -1}', "seconds is -1"),
+        (
+            '{"image": "frog.png", "audio": 3, "split": "train"}',
+            "needs a text under 'audio'; it is 3",
+        ),
+        (
+            '{"image": "", "audio": "0.wav", "split": "train"}',
+            "needs a text under 'image'; it is ''",
+        ),
+        (
+            '{"image": "frog.png", "audio": "0.wav", "split": "train", "seconds": "long"}',
+            "seconds is 'long'",
+        ),
+        (
+            '{"image": "frog.png", "audio": "0.wav", "split": "train", "seconds": -1}',
+            "seconds is -1",
+        ),
     ],
 )
 def test_a_wrong_line_is_named_with_its_number(files, line, reason):
@@ -150,7 +189,9 @@ def test_a_csv_row_with_an_unquoted_comma_is_named(files):
 
 
 def test_text_that_is_not_utf8(files):
-    (files / "manifest.csv").write_bytes("image,audio,split\nfrög.png,0.wav,train\n".encode("latin-1"))
+    (files / "manifest.csv").write_bytes(
+        "image,audio,split\nfrög.png,0.wav,train\n".encode("latin-1")
+    )
     assert "not UTF-8" in error_of(str(files / "manifest.csv"))
 
 
@@ -163,7 +204,11 @@ def test_one_picture_with_two_ids_is_an_error(files):
 def test_any_missing_file_stops_a_small_set(files):
     rows = [*ROWS, {**ROWS[0], "audio": "gone.wav"}]
     message = error_of(write(files, rows))
-    assert "1 of 4 items" in message and "gone.wav: no such file" in message and "manifest.jsonl:5" in message
+    assert (
+        "1 of 4 items" in message
+        and "gone.wav: no such file" in message
+        and "manifest.jsonl:5" in message
+    )
 
 
 def test_a_few_missing_files_of_a_large_set_are_left_out_and_named(files):

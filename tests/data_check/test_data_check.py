@@ -62,16 +62,22 @@ def test_each_oddity_of_flickr8k_audio_is_named(flickr_report):
     assert flickr_report.severity == "error"
     train = flickr_report.splits["train"]
     assert (train["pictures"], train["recordings"], train["usable"]) == (8, 40, 34)
-    assert train["seconds"]["min"] == pytest.approx(0.23) and train["seconds"]["max"] == pytest.approx(323.5)
+    assert train["seconds"]["min"] == pytest.approx(0.23) and train["seconds"][
+        "max"
+    ] == pytest.approx(323.5)
     assert train["captions_per_picture"] == {"5": 8}
 
 
 def test_spoken_coco_and_places(tmp_path):
-    report = check_data("spoken_coco", manual_dir=str(spoken_coco(tmp_path / "coco")), progress=False)
+    report = check_data(
+        "spoken_coco", manual_dir=str(spoken_coco(tmp_path / "coco")), progress=False
+    )
     assert found(report)["missing file"] == {"COCO_train2014_000000000007.jpg"}
     assert report.splits["test"]["captions_per_picture"] == {"5": 1, "6": 1}
     assert "test, recordings" in found(report)["count differs"]
-    report = check_data("places_audio", manual_dir=str(places_audio(tmp_path / "places")), progress=False)
+    report = check_data(
+        "places_audio", manual_dir=str(places_audio(tmp_path / "places")), progress=False
+    )
     assert found(report) == {"zero length": {"utterance_1.wav"}}
 
 
@@ -83,11 +89,19 @@ def test_a_set_with_every_oddity_is_told_and_trains(name, tmp_path):
     names = found(report)
     assert all(planted[kind] <= names[kind] for kind in planted)
     assert "5 to 6" in report.text() or "1 to 2" in report.text()
-    prepare(name, manual_dir=str(tmp_path / "set"), data_dir=str(tmp_path / "tfds"), max_bad_share=0.4, progress=False)
+    prepare(
+        name,
+        manual_dir=str(tmp_path / "set"),
+        data_dir=str(tmp_path / "tfds"),
+        max_bad_share=0.4,
+        progress=False,
+    )
     pairs = load_pairs(name, "train", str(tmp_path / "tfds"), max_bad_share=0.4)
     bad = {Path(item).name for item in pairs.bad_items.reasons}
     assert bad == planted["missing file"] | planted["unreadable"]
-    batches = train_batches(pairs, batch_size=4, image_size=16, bucket_seconds=(1.0,), seed=0, threads=0)
+    batches = train_batches(
+        pairs, batch_size=4, image_size=16, bucket_seconds=(1.0,), seed=0, threads=0
+    )
     assert all(np.isfinite(next(batches)[1]["waveform"]).all() for _ in range(len(pairs) // 4 + 1))
 
 
@@ -116,7 +130,9 @@ def test_a_leak_is_mended_with_all_copies_of_a_picture(tmp_path):
     put(tmp_path / "5.jpg", jpeg(0))
     path = manifest(tmp_path, rows)
     report = check_data(path, progress=False)
-    assert found(report)["duplicate picture"] == {"2.jpg"} and found(report)["repeated picture"] == {"4.jpg"}
+    assert found(report)["duplicate picture"] == {"2.jpg"} and found(report)[
+        "repeated picture"
+    ] == {"4.jpg"}
     write_clean_manifest(report, tmp_path / "clean.jsonl")
     left = [json.loads(line)["image"] for line in open(tmp_path / "clean.jsonl")]
     assert left == ["1.jpg", "3.jpg", "5.jpg"]
@@ -125,7 +141,9 @@ def test_a_leak_is_mended_with_all_copies_of_a_picture(tmp_path):
 
 def manifest(folder, rows):
     path = folder / "manifest.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" if isinstance(row, dict) else row + "\n" for row in rows))
+    path.write_text(
+        "".join(json.dumps(row) + "\n" if isinstance(row, dict) else row + "\n" for row in rows)
+    )
     return str(path)
 
 
@@ -133,7 +151,8 @@ def manifest(folder, rows):
 def oddities(tmp_path):
     """A manifest with one of everything that can be wrong with files; 40 good pairs beside."""
     rows = [
-        {"image": f"good{k}.jpg", "audio": f"good{k}.wav", "split": "train", "image_id": f"g{k}"} for k in range(40)
+        {"image": f"good{k}.jpg", "audio": f"good{k}.wav", "split": "train", "image_id": f"g{k}"}
+        for k in range(40)
     ]
     for k in range(40):
         put(tmp_path / f"good{k}.jpg", jpeg(1000 + k))
@@ -161,7 +180,9 @@ def oddities(tmp_path):
     soundfile.write(tmp_path / "nan.wav", nan, 16_000, subtype="FLOAT")
     soundfile.write(tmp_path / "zero.wav", np.zeros(0), 16_000)
     soundfile.write(tmp_path / "silence.wav", np.zeros(8000), 16_000)
-    soundfile.write(tmp_path / "stereo.wav", np.stack([0.1 * np.sin(np.arange(8000))] * 2, 1), 16_000)
+    soundfile.write(
+        tmp_path / "stereo.wav", np.stack([0.1 * np.sin(np.arange(8000))] * 2, 1), 16_000
+    )
     Image.new("RGB", (8, 9)).save(tmp_path / "tiny.png")
     Image.open(tmp_path / "good5.jpg").save(tmp_path / "again.png")
     for k, audio in enumerate(
@@ -200,7 +221,9 @@ def test_each_oddity_of_a_manifest_is_named(oddities):
         "stereo": {"stereo.wav"},
         "tiny picture": {"tiny.png"},
     }
-    assert names.pop("number of captions") == {f"good{k}.jpg" for k in range(11)}  # most pictures have one
+    assert names.pop("number of captions") == {
+        f"good{k}.jpg" for k in range(11)
+    }  # most pictures have one
     again = names.pop("duplicate recording")
     assert "dup.wav" in again and names == expected
     assert set(names) <= set(KINDS)
@@ -209,7 +232,20 @@ def test_each_oddity_of_a_manifest_is_named(oddities):
 def test_fix_writes_a_manifest_that_passes_and_trains(oddities, capsys):
     folder = Path(oddities).parent
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert main(["data", "check", oddities, "--fix", str(folder / "clean.jsonl"), "--output", str(folder / "out")]) == 3
+    assert (
+        main(
+            [
+                "data",
+                "check",
+                oddities,
+                "--fix",
+                str(folder / "clean.jsonl"),
+                "--output",
+                str(folder / "out"),
+            ]
+        )
+        == 3
+    )
     clean = str(folder / "clean.jsonl")
     assert {name: (folder / name).read_bytes() for name in before} == before
     rows = [json.loads(line) for line in open(clean)]
@@ -255,7 +291,9 @@ def test_exit_codes_follow_the_severity(tmp_path):
     rows = [{"image": f"{k}.jpg", "audio": f"{k}.wav", "split": "train"} for k in range(3)]
     assert main(["data", "check", manifest(tmp_path, rows)]) == 0
     assert main(["data", "check", manifest(tmp_path, rows), "--max-seconds=0.4"]) == 1
-    assert main(["data", "check", manifest(tmp_path, [*rows, {**rows[0], "audio": "gone.wav"}])]) == 3
+    assert (
+        main(["data", "check", manifest(tmp_path, [*rows, {**rows[0], "audio": "gone.wav"}])]) == 3
+    )
     assert main(["data", "check", str(tmp_path / "nothing.jsonl")]) == 2
 
 
@@ -265,9 +303,19 @@ def test_a_prepared_manifest_loads_by_its_directory_and_is_checked(oddities, tmp
         prepare(oddities, data_dir=data_dir, progress=False)
     write_clean_manifest(check_data(oddities, progress=False), tmp_path / "set" / "manifest.jsonl")
     ready = prepare(str(tmp_path / "set"), data_dir=data_dir, progress=False)
-    assert "/set/" in ready and prepare(str(tmp_path / "set"), data_dir=data_dir, progress=False) == ready
-    prepared, listed = load_pairs(ready, "train"), load_pairs(str(tmp_path / "set" / "manifest.jsonl"), "train")
-    assert is_data_set(ready) and is_data_set("spoken_scenes/tiny") and not is_data_set(str(tmp_path / "set"))
+    assert (
+        "/set/" in ready
+        and prepare(str(tmp_path / "set"), data_dir=data_dir, progress=False) == ready
+    )
+    prepared, listed = (
+        load_pairs(ready, "train"),
+        load_pairs(str(tmp_path / "set" / "manifest.jsonl"), "train"),
+    )
+    assert (
+        is_data_set(ready)
+        and is_data_set("spoken_scenes/tiny")
+        and not is_data_set(str(tmp_path / "set"))
+    )
     assert len(prepared) == len(listed) and prepared.num_images == listed.num_images
     assert len(set(prepared.image_ids)) == len(set(listed.image_ids)) < prepared.num_images
     report = check_data(ready, progress=False)
@@ -278,7 +326,13 @@ def test_a_prepared_manifest_loads_by_its_directory_and_is_checked(oddities, tmp
 
 def test_the_dry_run_tells_what_is_missing_and_writes_nothing(tmp_path, capsys):
     told = dry_run("spoken_coco")
-    for part in ("missing  listing", "SpokenCOCO.tar.gz (64 GB)", "train2014.zip (13.5 GB)", "84.1 GB", "--download"):
+    for part in (
+        "missing  listing",
+        "SpokenCOCO.tar.gz (64 GB)",
+        "train2014.zip (13.5 GB)",
+        "84.1 GB",
+        "--download",
+    ):
         assert part in told
     told = dry_run("places_audio")
     assert "size not stated" in told and "--download" not in told and "85 GB to fetch" in told
@@ -297,11 +351,21 @@ def test_the_dry_run_tells_what_is_missing_and_writes_nothing(tmp_path, capsys):
 
 def test_the_command_prepares(tmp_path, capsys):
     folder, data_dir = flickr8k_audio(tmp_path / "flickr"), str(tmp_path / "tfds")
-    command = ["data", "prepare", "flickr8k_audio", "--manual-dir", str(folder), "--data-dir", data_dir]
+    command = [
+        "data",
+        "prepare",
+        "flickr8k_audio",
+        "--manual-dir",
+        str(folder),
+        "--data-dir",
+        data_dir,
+    ]
     assert main(command) == 2
     assert "2 of 48 items cannot be used" in capsys.readouterr().err
     assert main([*command, "--max-bad-share=0.1"]) == 0
     assert "use it with --config.data.name=flickr8k_audio" in capsys.readouterr().out
     assert len(load_pairs("flickr8k_audio", "test", data_dir)) == 15
-    assert main(["data", "check", "flickr8k_audio", "--data-dir", data_dir]) == 1  # warnings: duplicate, long, counts
+    assert (
+        main(["data", "check", "flickr8k_audio", "--data-dir", data_dir]) == 1
+    )  # warnings: duplicate, long, counts
     assert "left out" in capsys.readouterr().out

@@ -49,9 +49,17 @@ def named(listing, kind):
 )
 def test_flickr8k_audio_in_every_layout(tmp_path, pictures, captions):
     listing = FLICKR8K_AUDIO.listing([flickr8k_audio(tmp_path, pictures, captions)])
-    assert builders.count_splits(listing) == {"train": (8, 40), "validation": (2, 10), "test": (3, 15)}
+    assert builders.count_splits(listing) == {
+        "train": (8, 40),
+        "validation": (2, 10),
+        "test": (3, 15),
+    }
     row = listing.rows[0]
-    assert row["image"] == f"{tmp_path}/{pictures}/pic00.jpg" and row["image_id"] == "pic00" and row["speaker"] == "1"
+    assert (
+        row["image"] == f"{tmp_path}/{pictures}/pic00.jpg"
+        and row["image_id"] == "pic00"
+        and row["speaker"] == "1"
+    )
     assert row["audio"] == f"{tmp_path}/flickr_audio/wavs/pic00_0.wav"
     for row in listing.rows:
         name, k = Path(row["audio"]).stem.rsplit("_", 1)
@@ -86,7 +94,9 @@ def test_lines_that_make_no_sense_are_noted(tmp_path):
     with open(tmp_path / "Flickr_8k.testImages.txt", "a") as file:
         file.write("pic00.jpg\n")
     listing = FLICKR8K_AUDIO.listing([tmp_path])
-    assert {kind: len(named(listing, kind)) for kind in ("unreadable line", "in no split", "split leak")} == {
+    assert {
+        kind: len(named(listing, kind)) for kind in ("unreadable line", "in no split", "split leak")
+    } == {
         "unreadable line": 1,
         "in no split": 1,
         "split leak": 1,
@@ -98,9 +108,15 @@ def test_lines_that_make_no_sense_are_noted(tmp_path):
 @pytest.mark.parametrize("images", ["", "mscoco_img"])
 def test_spoken_coco_official_with_karpathy_and_ksplit(tmp_path, ksplit, images):
     listing = SPOKEN_COCO.listing([spoken_coco(tmp_path, ksplit, images)])
-    assert builders.count_splits(listing) == {"train": (5, 25), "validation": (1, 5), "test": (2, 11)}
+    assert builders.count_splits(listing) == {
+        "train": (5, 25),
+        "validation": (1, 5),
+        "test": (2, 11),
+    }
     test = [row for row in listing.rows if row["split"] == "test"]
-    assert [row["image_id"] for row in test] == ["COCO_val2014_000000000004"] * 5 + ["COCO_val2014_000000000005"] * 6
+    assert [row["image_id"] for row in test] == ["COCO_val2014_000000000004"] * 5 + [
+        "COCO_val2014_000000000005"
+    ] * 6
     assert test[0]["caption"] == "CAPTION 0 OF 4" and test[0]["speaker"] == "m4spk0"
     assert all(Path(row["audio"]).exists() for row in listing.rows)
     assert COCO_SPLITS.count("test") == 2
@@ -128,7 +144,9 @@ def test_one_stray_quote_in_kaggles_captions_costs_one_caption(tmp_path):
     path.write_text("\n".join(lines))
     rows = FLICKR8K_AUDIO.listing([tmp_path]).rows
     assert rows[2]["caption"] == "a caption, whose quote is never closed"
-    assert rows[3]["caption"] == caption("pic00.jpg", 3) + " ." and all(row["caption"] for row in rows)
+    assert rows[3]["caption"] == caption("pic00.jpg", 3) + " ." and all(
+        row["caption"] for row in rows
+    )
 
 
 def test_official_spoken_coco_without_a_split_is_an_error(tmp_path):
@@ -141,7 +159,10 @@ def test_official_spoken_coco_without_a_split_is_an_error(tmp_path):
 def test_places_audio_2020_and_older(tmp_path, older):
     listing = PLACES_AUDIO.listing([places_audio(tmp_path, older)])
     splits = ("validation",) if older else PLACES_2020
-    assert builders.count_splits(listing) == {"train": (8, 8), **{split: (2, 2) for split in splits}}
+    assert builders.count_splits(listing) == {
+        "train": (8, 8),
+        **{split: (2, 2) for split in splits},
+    }
     assert listing.rows[0]["caption"] == "an abbey 0" and Path(listing.rows[0]["image"]).exists()
 
 
@@ -177,13 +198,18 @@ def test_a_prepared_set_holds_the_files_as_found(flickr):
     assert pairs.num_images == 7 and len(pairs) == 34 and pairs.name == "flickr8k_audio"
     assert {Path(name).name for name in pairs.bad_items.reasons} == {BROKEN, GONE}
     rows = [row for row in FLICKR8K_AUDIO.listing([folder]).rows if row["split"] == "train"]
-    rows = [row for row in rows if Path(row["audio"]).name != BROKEN and Path(row["image"]).name != GONE]
+    rows = [
+        row for row in rows if Path(row["audio"]).name != BROKEN and Path(row["image"]).name != GONE
+    ]
     for index, row in enumerate(rows):
         recording = pairs.recording(index)
         assert recording["audio"] == Path(row["audio"]).read_bytes()
         assert (recording["caption"], recording["speaker"]) == (row["caption"], row["speaker"])
         picture = int(pairs.image_index[index])
-        assert pairs.image(picture) == Path(row["image"]).read_bytes() and pairs.image_id(picture) == row["image_id"]
+        assert (
+            pairs.image(picture) == Path(row["image"]).read_bytes()
+            and pairs.image_id(picture) == row["image_id"]
+        )
         if Path(row["audio"]).name == LONG:
             assert pairs.num_samples[index] == 323.5 * 16_000
     assert pairs.num_samples.min() == round(0.23 * 16_000)
@@ -193,11 +219,17 @@ def test_a_prepared_set_holds_the_files_as_found(flickr):
 def test_a_prepared_set_trains_and_evaluates(flickr):
     _, data_dir = flickr
     pairs = load_pairs("flickr8k_audio", "train", str(data_dir), max_bad_share=0.1)
-    batches = loader.train_batches(pairs, batch_size=8, image_size=16, bucket_seconds=(0.6, 1.0), seed=0, threads=2)
+    batches = loader.train_batches(
+        pairs, batch_size=8, image_size=16, bucket_seconds=(0.6, 1.0), seed=0, threads=2
+    )
     seen = Counter()
     for _ in range(8):
         _, batch = next(batches)
-        assert np.isfinite(batch["waveform"]).all() and batch["image"].any() and batch["speech_lengths"].min() >= 3680
+        assert (
+            np.isfinite(batch["waveform"]).all()
+            and batch["image"].any()
+            and batch["speech_lengths"].min() >= 3680
+        )
         seen.update(batch["image_id"].tolist())
     assert len(seen) == 7
     test = load_pairs("flickr8k_audio", "test", str(data_dir))
@@ -230,7 +262,11 @@ def test_an_interrupted_preparation_goes_on(tmp_path, flickr, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         prepare(Flickr8kAudio, folder, tmp_path, threads=1, max_bad_share=0.1)
     before = read.copy()
-    monkeypatch.setattr(builders, "_read_picture", lambda rows, bad: read.append(rows[0]["image"]) or real(rows, bad))
+    monkeypatch.setattr(
+        builders,
+        "_read_picture",
+        lambda rows, bad: read.append(rows[0]["image"]) or real(rows, bad),
+    )
     builder = prepare(Flickr8kAudio, folder, tmp_path, threads=3, max_bad_share=0.1)
     assert len(read) - len(before) == 13 - 6  # two shards of three were whole
     assert builder.info.splits["train"].num_shards == 3 and not (tmp_path / ".parts").exists()
@@ -242,12 +278,19 @@ def test_an_interrupted_preparation_goes_on(tmp_path, flickr, monkeypatch):
 
 
 def test_parts_of_another_listing_are_not_taken(tmp_path, monkeypatch):
-    first, second = flickr8k_audio(tmp_path / "one", odd=False), flickr8k_audio(tmp_path / "two", odd=False)
-    monkeypatch.setattr(builders.FilePairs, "_finish", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    first, second = (
+        flickr8k_audio(tmp_path / "one", odd=False),
+        flickr8k_audio(tmp_path / "two", odd=False),
+    )
+    monkeypatch.setattr(
+        builders.FilePairs, "_finish", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
+    )
     with pytest.raises(OSError, match="disk full"):
         prepare(Flickr8kAudio, first, tmp_path / "tfds")
     monkeypatch.undo()
-    (second / "Flicker8k_Dataset" / "pic00.jpg").write_bytes((first / "Flicker8k_Dataset" / "pic01.jpg").read_bytes())
+    (second / "Flicker8k_Dataset" / "pic00.jpg").write_bytes(
+        (first / "Flicker8k_Dataset" / "pic01.jpg").read_bytes()
+    )
     prepare(Flickr8kAudio, second, tmp_path / "tfds")
     pairs = load_pairs("flickr8k_audio", "train", str(tmp_path / "tfds"))
     assert pairs.image(0) == pairs.image(1)
@@ -260,7 +303,9 @@ def test_a_mended_file_is_read_again(tmp_path):
         prepare(Flickr8kAudio, folder, tmp_path / "tfds")
     wavs = folder / "flickr_audio" / "wavs"
     (wavs / BROKEN).write_bytes((wavs / "pic00_0.wav").read_bytes())
-    (folder / "Flicker8k_Dataset" / GONE).write_bytes((folder / "Flicker8k_Dataset" / "pic01.jpg").read_bytes())
+    (folder / "Flicker8k_Dataset" / GONE).write_bytes(
+        (folder / "Flicker8k_Dataset" / "pic01.jpg").read_bytes()
+    )
     prepare(Flickr8kAudio, folder, tmp_path / "tfds")
     assert len(load_pairs("flickr8k_audio", "train", str(tmp_path / "tfds"))) == 40
 
@@ -270,11 +315,15 @@ def test_spoken_coco_and_places_prepare(tmp_path):
     test = load_pairs("spoken_coco", "test", str(tmp_path / "tfds"))
     np.testing.assert_array_equal(np.bincount(test.image_index), [5, 6])
     train = load_pairs("spoken_coco", "train", str(tmp_path / "tfds"), max_bad_share=0.1)
-    assert [Path(name).name for name in train.bad_items.reasons] == ["COCO_train2014_000000000007.jpg"]
+    assert [Path(name).name for name in train.bad_items.reasons] == [
+        "COCO_train2014_000000000007.jpg"
+    ]
     prepare(PlacesAudio, places_audio(tmp_path / "places"), tmp_path / "tfds", max_bad_share=0.1)
     assert len(load_pairs("places_audio", "dev_seen", str(tmp_path / "tfds"))) == 2
     train = load_pairs("places_audio", "train", str(tmp_path / "tfds"), max_bad_share=0.1)
-    assert len(train) == 7 and [Path(name).name for name in train.bad_items.reasons] == ["utterance_1.wav"]
+    assert len(train) == 7 and [Path(name).name for name in train.bad_items.reasons] == [
+        "utterance_1.wav"
+    ]
 
 
 def test_tfds_knows_the_builders(flickr):
@@ -282,7 +331,10 @@ def test_tfds_knows_the_builders(flickr):
 
     _, data_dir = flickr
     source = tfds.data_source(
-        "flickr8k_audio", split="validation", data_dir=str(data_dir), builder_kwargs={"file_format": "array_record"}
+        "flickr8k_audio",
+        split="validation",
+        data_dir=str(data_dir),
+        builder_kwargs={"file_format": "array_record"},
     )
     assert len(source) == 2 and len(source[0]["recordings"]["audio"]) == 5
 
@@ -298,11 +350,16 @@ def test_parts_with_a_direct_link_are_fetched(tmp_path, monkeypatch):
     served.mkdir()
     with tarfile.open(served / "flickr_audio.tar.gz", "w:gz") as archive:
         archive.add(folder / "flickr_audio", "flickr_audio")
-    for name, members in (("Flickr8k_Dataset.zip", "Flicker8k_Dataset/*"), ("Flickr8k_text.zip", "Flickr*.txt")):
+    for name, members in (
+        ("Flickr8k_Dataset.zip", "Flicker8k_Dataset/*"),
+        ("Flickr8k_text.zip", "Flickr*.txt"),
+    ):
         with zipfile.ZipFile(served / name, "w") as archive:
             for path in folder.glob(members):
                 archive.write(path, path.relative_to(folder))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(served)))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(served))
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         parts = tuple(
@@ -323,11 +380,16 @@ def test_parts_with_a_direct_link_are_fetched(tmp_path, monkeypatch):
         server.shutdown()
         server.server_close()
     pairs = load_pairs("flickr8k_audio", "test", str(tmp_path / "tfds"))
-    assert len(pairs) == 15 and pairs.recording(0)["caption"] == "a dog, number 0 on the left of pic10.jpg ."
+    assert (
+        len(pairs) == 15
+        and pairs.recording(0)["caption"] == "a dog, number 0 on the left of pic10.jpg ."
+    )
 
 
 def test_nothing_is_fetched_unless_asked(tmp_path):
-    with pytest.raises(UserError, match="(?s)recordings: .*flickr_audio.tar.gz.*4.2 GB.*pictures: "):
+    with pytest.raises(
+        UserError, match="(?s)recordings: .*flickr_audio.tar.gz.*4.2 GB.*pictures: "
+    ):
         prepare(Flickr8kAudio, tmp_path / "empty", tmp_path / "tfds")
 
 
@@ -339,7 +401,10 @@ def test_the_shipped_configuration_with_light_encoders_opens(name):
     path = CONFIGS / f"{name}.py"
     experiment = create_experiment(load_config(f"{path}:light"))
     assert experiment.data.name == name and experiment.data.max_padding == 0.1
-    with pytest.raises(UserError, match="argument 'small' after the colon: one of light, base, large, base_finetuned"):
+    with pytest.raises(
+        UserError,
+        match="argument 'small' after the colon: one of light, base, large, base_finetuned",
+    ):
         load_config(f"{path}:small")
 
 
@@ -371,8 +436,14 @@ def test_one_command_trains_and_evaluates_zero_shot(tmp_path, flickr, capsys):
     assert main([*command, "nonsense"]) == 2 and not (tmp_path / "run").exists()
     assert main([*command, "flickr8k_1k"]) == 0
     told = capsys.readouterr().out
-    assert "zero-shot: flickr8k_1k" in told and "NOT the published number" in told and "trained on spoken_coco" in told
-    result = json.loads((tmp_path / "run" / "eval" / "flickr8k_audio-test-flickr8k_1k.json").read_text())
+    assert (
+        "zero-shot: flickr8k_1k" in told
+        and "NOT the published number" in told
+        and "trained on spoken_coco" in told
+    )
+    result = json.loads(
+        (tmp_path / "run" / "eval" / "flickr8k_audio-test-flickr8k_1k.json").read_text()
+    )
     assert result["protocol"]["pictures"] == 3 and result["protocol"]["recordings"] == 15
     evaluate = ["evaluate", f"--workdir={tmp_path / 'run'}"]
     assert main([*evaluate, "--protocol=mteb"]) == 0

@@ -32,15 +32,29 @@ def data_dir(tmp_path_factory):
 def facts_told(sentence: str) -> frozenset:
     """What a listener learns from a caption, by a grammar written independently of the one that speaks."""
     nouns = re.findall(r"\ba (\w+) (\w+) (\w+)", sentence)
-    small = {"small": True, "little": True, "tiny": True, "large": False, "big": False, "huge": False}
-    objects = [scenes.SceneObject("small" if small[size] else "large", colour, shape) for size, colour, shape in nouns]
+    small = {
+        "small": True,
+        "little": True,
+        "tiny": True,
+        "large": False,
+        "big": False,
+        "huge": False,
+    }
+    objects = [
+        scenes.SceneObject("small" if small[size] else "large", colour, shape)
+        for size, colour, shape in nouns
+    ]
     relations = re.findall(r"\b(above|below|under|left|right)\b", sentence)
     relations = ["below" if word == "under" else word for word in relations]
     assert len(relations) == len(objects) - 1
     told = [(objects[0], relations[0], objects[1])]
     if len(objects) == 3:
-        told.append((objects[1] if "which is" in sentence else objects[0], relations[1], objects[2]))
-    return frozenset((a, r, b) if r in ("above", "left") else (b, OPPOSITE[r], a) for a, r, b in told)
+        told.append(
+            (objects[1] if "which is" in sentence else objects[0], relations[1], objects[2])
+        )
+    return frozenset(
+        (a, r, b) if r in ("above", "left") else (b, OPPOSITE[r], a) for a, r, b in told
+    )
 
 
 def draw(count, seed=0):
@@ -87,23 +101,36 @@ def test_scenes_have_the_stated_make_up():
         if len(scene.objects) == 3:
             assert len({r in ("above", "below") for r in scene.relations}) == 2
     seen = [o for s in described for o in s.objects]
-    assert {o.colour for o in seen} == set(scenes.COLOURS) and {o.shape for o in seen} == set(scenes.SHAPES)
+    assert {o.colour for o in seen} == set(scenes.COLOURS) and {o.shape for o in seen} == set(
+        scenes.SHAPES
+    )
 
 
 def test_facts_ignore_the_order_of_telling():
     a, b, c = (scenes.SceneObject("small", colour, "star") for colour in ("red", "blue", "green"))
     assert scenes.Scene((a, b), ("above",)).facts() == scenes.Scene((b, a), ("below",)).facts()
     assert scenes.Scene((a, b), ("above",)).facts() != scenes.Scene((b, a), ("above",)).facts()
-    assert scenes.Scene((a, b, c), ("left", "below")).facts() == scenes.Scene((a, c, b), ("below", "left")).facts()
-    assert scenes.Scene((a, b, c), ("left", "below")).facts() != scenes.Scene((b, a, c), ("right", "below")).facts()
+    assert (
+        scenes.Scene((a, b, c), ("left", "below")).facts()
+        == scenes.Scene((a, c, b), ("below", "left")).facts()
+    )
+    assert (
+        scenes.Scene((a, b, c), ("left", "below")).facts()
+        != scenes.Scene((b, a, c), ("right", "below")).facts()
+    )
 
 
 @pytest.mark.parametrize("relation", list(OPPOSITE))
 @pytest.mark.parametrize("size", ["small", "large"])
 def test_the_picture_shows_the_relation(relation, size):
-    red, blue = scenes.SceneObject(size, "red", "circle"), scenes.SceneObject("large", "blue", "square")
+    red, blue = (
+        scenes.SceneObject(size, "red", "circle"),
+        scenes.SceneObject("large", "blue", "square"),
+    )
     for seed in range(10):
-        picture = scenes.draw_picture(scenes.Scene((red, blue), (relation,)), np.random.default_rng(seed)).astype(int)
+        picture = scenes.draw_picture(
+            scenes.Scene((red, blue), (relation,)), np.random.default_rng(seed)
+        ).astype(int)
         assert picture.shape == (64, 64, 3)
         masks = [picture[..., 0] - picture[..., 2] > 90, picture[..., 2] - picture[..., 0] > 90]
         (red_x, red_y), (blue_x, blue_y) = [np.argwhere(m)[:, ::-1].mean(0) for m in masks]
@@ -134,7 +161,12 @@ def test_the_objects_of_a_crowded_scene_stay_in_their_quarters():
     for _ in range(200):
         places = scenes._grid_layout(rng)
         for (x, y), (left, top) in zip(places, [(0, 0), (32, 0), (0, 32), (32, 32)], strict=True):
-            assert left <= x - reach and x + reach <= left + 32 and top <= y - reach and y + reach <= top + 32
+            assert (
+                left <= x - reach
+                and x + reach <= left + 32
+                and top <= y - reach
+                and y + reach <= top + 32
+            )
 
 
 def test_every_shape_can_be_told_from_every_other():
@@ -156,7 +188,9 @@ def test_speakers_of_the_splits_are_disjoint_and_exist():
     present = {p.name for p in (Path(loader.get_data_path()) / "voices" / "!v").iterdir()}
     assert set(everyone) <= present
     for accent in speech.ACCENTS:
-        speech.speak("a red star", voice=f"{accent}+f3", rate=200, pitch=50, pitch_range=50, level=-20)
+        speech.speak(
+            "a red star", voice=f"{accent}+f3", rate=200, pitch=50, pitch_range=50, level=-20
+        )
 
 
 def utterances(count, split="train"):
@@ -188,7 +222,9 @@ def test_spoken_audio_is_as_documented():
 def test_long_sentences_are_spoken_faster_and_never_exceed_five_seconds():
     pytest.importorskip("espeakng_loader")
     manner = {"voice": "en-us+m1", "rate": 170, "pitch": 50, "pitch_range": 50, "level": -22.0}
-    sentence = "a small red circle above a large blue square and to the left of a large yellow triangle"
+    sentence = (
+        "a small red circle above a large blue square and to the left of a large yellow triangle"
+    )
     _, samples = speech.speak(sentence + " and below a ring", **manner)
     assert 3.5 * 16_000 < samples <= 4.5 * 16_000
     _, samples = speech.speak(sentence * 8, **manner)
@@ -197,7 +233,14 @@ def test_long_sentences_are_spoken_faster_and_never_exceed_five_seconds():
 
 def test_a_failing_worker_names_the_reason():
     pytest.importorskip("espeakng_loader")
-    bad = {"text": "hello", "voice": "xx+nobody", "rate": 200, "pitch": 50, "pitch_range": 50, "level": -20.0}
+    bad = {
+        "text": "hello",
+        "voice": "xx+nobody",
+        "rate": 200,
+        "pitch": 50,
+        "pitch_range": 50,
+        "level": -20.0,
+    }
     with pytest.raises(RuntimeError, match=r"no voice 'xx\+nobody'"):
         list(speech.speak_all([bad], processes=1))
 
@@ -235,12 +278,17 @@ def test_workers_import_neither_jax_nor_tensorflow():
         "import runpy, sys; runpy.run_path(sys.argv[1], run_name='worker');"
         "print([m for m in ('jax', 'tensorflow', 'c2f_jax') if m in sys.modules])"
     )
-    out = subprocess.run([sys.executable, "-c", code, speech.__file__], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code, speech.__file__], capture_output=True, text=True, check=True
+    )
     assert out.stdout.strip() == "[]"
 
 
 def test_splits_are_complete_and_disjoint(data_dir):
-    found = {split: load_pairs("spoken_scenes/tiny", split, data_dir) for split in ("train", "validation", "test")}
+    found = {
+        split: load_pairs("spoken_scenes/tiny", split, data_dir)
+        for split in ("train", "validation", "test")
+    }
     assert {s: (len(p), p.num_images) for s, p in found.items()} == {
         "train": (128, 64),
         "validation": (32, 16),
@@ -255,14 +303,18 @@ def test_splits_are_complete_and_disjoint(data_dir):
         for row in range(pairs.num_images):
             of_row = [r for r, j in zip(recordings, pairs.image_index, strict=True) if j == row]
             told = {facts_told(r["caption"]) for r in of_row}
-            assert len(of_row) == 2 and len(told) == 1  # both captions of a picture tell the same scene
+            assert (
+                len(of_row) == 2 and len(told) == 1
+            )  # both captions of a picture tell the same scene
             assert len({r["speaker"] for r in of_row}) == 2
             keys.append(told.pop())
         assert pairs.image_id(5) == f"{split}-00005"
         with Image.open(io.BytesIO(pairs.image(5))) as picture:
             assert picture.size == (64, 64) and picture.format == "PNG"
     assert len(keys) == len(set(keys)) == 96
-    assert not variants["train"] & variants["test"] and not variants["train"] & variants["validation"]
+    assert (
+        not variants["train"] & variants["test"] and not variants["train"] & variants["validation"]
+    )
     assert not variants["validation"] & variants["test"]
     assert found["train"].num_samples.max() <= 5 * 16_000
 
@@ -274,7 +326,9 @@ def test_a_second_call_makes_nothing(data_dir, monkeypatch):
 
 def digest(data_dir, split="validation"):
     pairs = load_pairs("spoken_scenes/tiny", split, data_dir)
-    blobs = [pairs.recording(i)["audio"] for i in range(len(pairs))] + [pairs.image(j) for j in range(pairs.num_images)]
+    blobs = [pairs.recording(i)["audio"] for i in range(len(pairs))] + [
+        pairs.image(j) for j in range(pairs.num_images)
+    ]
     return hashlib.sha256(b"".join(blobs)).hexdigest()
 
 
@@ -309,7 +363,9 @@ def test_a_directory_that_cannot_be_written_is_one_clear_error(tmp_path):
 
 
 def test_unknown_names(data_dir):
-    with pytest.raises(UserError, match="no configuration 'huge'; it has default, simple, crowded, tiny"):
+    with pytest.raises(
+        UserError, match="no configuration 'huge'; it has default, simple, crowded, tiny"
+    ):
         load_pairs("spoken_scenes/huge", "train", data_dir)
     with pytest.raises(UserError, match="no split 'dev'"):
         load_pairs("spoken_scenes/tiny", "dev", data_dir)
@@ -323,7 +379,9 @@ def test_reading_needs_no_tensorflow(data_dir):
         "p = load_pairs('spoken_scenes/tiny', 'test', sys.argv[1]); p.recording(3); p.image(3);"
         "print('tensorflow' in sys.modules)"
     )
-    out = subprocess.run([sys.executable, "-c", code, data_dir], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code, data_dir], capture_output=True, text=True, check=True
+    )
     assert out.stdout.strip() == "False"
 
 

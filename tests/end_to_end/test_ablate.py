@@ -40,7 +40,9 @@ def test_each_row_adds_one_idea(config):
         (True, True, True, True, 0.3),
     ]
     assert {e.seed for e in experiments.values()} == {7}
-    assert {(e.steps, e.method.warm_up_steps) for e in experiments.values()} == {(1, 0)}  # after the common start
+    assert {(e.steps, e.method.warm_up_steps) for e in experiments.values()} == {
+        (1, 0)
+    }  # after the common start
 
 
 def test_table_has_student_intervals():
@@ -53,7 +55,9 @@ def test_table_has_student_intervals():
     # t(0.975, 2 degrees of freedom) = 4.3027, s = 2, n = 3
     np.testing.assert_allclose([mean, half], [12.0, 4.3027 * 2 / np.sqrt(3)], rtol=1e-4)
     assert values == [10.0, 12.0, 14.0]
-    assert "| row | coarse | 12.0 ± 5.0 | 24.0 ± 9.9 | 12.0 ± 5.0 | 24.0 ± 9.9 |" in format_rows(table)
+    assert "| row | coarse | 12.0 ± 5.0 | 24.0 ± 9.9 | 12.0 ± 5.0 | 24.0 ± 9.9 |" in format_rows(
+        table
+    )
 
 
 def test_differences_are_paired_by_seed():
@@ -70,7 +74,9 @@ def test_differences_are_paired_by_seed():
     lines = format_differences(table).splitlines()
     half = 4.3027 / np.sqrt(3)  # of the differences 1, 2, 3
     assert f"| + SIM | coarse | + embedding queue | +2.0 ± {half:.1f} | +0.0 ± 0.0 |" in lines[2]
-    assert f"| + SIM | fine | + embedding queue | +3.0 ± {half:.1f} |" in lines[3] and len(lines) == 4
+    assert (
+        f"| + SIM | fine | + embedding queue | +3.0 ± {half:.1f} |" in lines[3] and len(lines) == 4
+    )
 
 
 def test_runs_are_kept_and_taken_again(config, tmp_path, monkeypatch):

@@ -14,7 +14,11 @@ from c2f_jax.inference import encode_speech, encode_split
 from c2f_jax.training.parallel import replicate
 
 CONFIG = str(CONFIGS / "spoken_scenes.py")
-FLAGS = ["--config.eval.batch_size=10", "--config.eval.pair_batch_size=30", "--config.data.max_seconds=1.0"]
+FLAGS = [
+    "--config.eval.batch_size=10",
+    "--config.eval.pair_batch_size=30",
+    "--config.data.max_seconds=1.0",
+]
 
 
 class Noise(Memory):
@@ -51,7 +55,9 @@ def test_four_devices_rank_as_one(setting, encoded):
         (encoded.image.embedding, shared.image.embedding),
     ):
         np.testing.assert_allclose(x, y, atol=1e-5)
-    results, lists = zip(*(retrieve(experiment, p, encoded, step=10) for p in (one, four)), strict=True)
+    results, lists = zip(
+        *(retrieve(experiment, p, encoded, step=10) for p in (one, four)), strict=True
+    )
     for direction in ("s2i", "i2s"):
         for ranks in ("coarse", "fine", "coarse_rank", "fine_rank"):
             np.testing.assert_array_equal(*(getattr(ranked[direction], ranks) for ranked in lists))
@@ -69,4 +75,6 @@ def test_mixed_lengths_give_what_each_recording_gives_alone_in_their_order(setti
         length = int(alone.lengths[0])
         assert encoded.speech.lengths[index] == length
         np.testing.assert_allclose(encoded.speech.embedding[index], alone.embedding[0], atol=1e-5)
-        np.testing.assert_allclose(encoded.speech.tokens[index, :length], alone.tokens[0, :length], atol=1e-4)
+        np.testing.assert_allclose(
+            encoded.speech.tokens[index, :length], alone.tokens[0, :length], atol=1e-4
+        )

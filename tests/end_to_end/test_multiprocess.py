@@ -56,7 +56,9 @@ def initial():
     speech = tower | {"name": "log_mel", "mels": 8, "conv_layers": 1}
     model = create_model(speech, tower | {"name": "vit", "patch": 8}, tower, embedding_dim=8)
     optimizer = optax.sgd(0.01, momentum=0.9)
-    state = create_train_state(model, optimizer, next(batches()), seed=1, queue_size=13, token_queue_size=11)
+    state = create_train_state(
+        model, optimizer, next(batches()), seed=1, queue_size=13, token_queue_size=11
+    )
     return model, optimizer, jax.tree.map(np.asarray, state)
 
 
@@ -64,7 +66,9 @@ def make_step(pool, mode=None):
     """Initial state, DataParallel and compiled step; mode None is one device without a device axis."""
     model, optimizer, state = initial()
     if pool == "global":
-        state = state.replace(token_queue=jax.tree.map(np.asarray, create_queue(0, state.token_queue.entries)))
+        state = state.replace(
+            token_queue=jax.tree.map(np.asarray, create_queue(0, state.token_queue.entries))
+        )
     method = MethodConfig(negatives=pool, alpha_ramp_steps=2)
     step = functools.partial(train_step, model=model, optimizer=optimizer, method=method)
     parallel = DataParallel(mode or "shard_map", None if mode else jax.devices()[:1])
@@ -78,9 +82,13 @@ def run(pool, mode, rows=slice(None), steps=STEPS):
     state, after = parallel.place_state(state), []
     for batch in itertools.islice(batches(), steps):
         given = jax.tree.leaves(state)
-        state, metrics = step(state, parallel.place_batch({name: value[rows] for name, value in batch.items()}))
+        state, metrics = step(
+            state, parallel.place_batch({name: value[rows] for name, value in batch.items()})
+        )
         # Copies: an array that numpy still looks at is not given away.
-        after.append(jax.tree.map(np.copy, (parallel.host_copy(state), means(parallel.host_copy(metrics)))))
+        after.append(
+            jax.tree.map(np.copy, (parallel.host_copy(state), means(parallel.host_copy(metrics))))
+        )
     assert all(leaf.is_deleted() for leaf in given), "the given state is donated"
     parallel.host_copy(parallel.global_state(state))  # as checkpoints take it
     return after
@@ -107,7 +115,9 @@ def worker(port, process, directory):
     initialize(f"127.0.0.1:{port}", PROCESSES, process)
     assert jax.device_count() == PROCESSES * DEVICES and jax.local_device_count() == DEVICES
     for name, make in (("made", make_file), ("failed", fail_at_first)):
-        Path(directory, f"{name}-{process}").write_text(_told(first_process_first, make, Path(directory), process))
+        Path(directory, f"{name}-{process}").write_text(
+            _told(first_process_first, make, Path(directory), process)
+        )
     share = N // PROCESSES
     for mode in MODES:
         for pool in POOLS:
@@ -176,11 +186,14 @@ def results(tmp_path_factory):
         for process in processes:
             process.kill()
             process.wait()
-    logs = "\n".join((directory / f"{process}.log").read_text()[-3000:] for process in range(PROCESSES))
+    logs = "\n".join(
+        (directory / f"{process}.log").read_text()[-3000:] for process in range(PROCESSES)
+    )
     assert codes == [0] * PROCESSES, f"exit codes {codes} (None: stopped after {TIMEOUT} s)\n{logs}"
     found = {
         (mode, pool): [
-            pickle.loads((directory / f"{mode}-{pool}-{process}.pickle").read_bytes()) for process in range(PROCESSES)
+            pickle.loads((directory / f"{mode}-{pool}-{process}.pickle").read_bytes())
+            for process in range(PROCESSES)
         ]
         for mode in MODES
         for pool in POOLS
@@ -189,8 +202,17 @@ def results(tmp_path_factory):
 
 
 def test_process_0_makes_what_is_missing_and_the_others_wait(results):
-    told = {path.name: path.read_text() for path in results[1].iterdir() if path.name[:-2] in ("made", "failed")}
-    assert told == {"made-0": "made by 0", "made-1": "made by 0", "failed-0": "no room", "failed-1": "went on"}
+    told = {
+        path.name: path.read_text()
+        for path in results[1].iterdir()
+        if path.name[:-2] in ("made", "failed")
+    }
+    assert told == {
+        "made-0": "made by 0",
+        "made-1": "made by 0",
+        "failed-0": "no room",
+        "failed-1": "went on",
+    }
 
 
 @pytest.mark.parametrize("pool", POOLS)
@@ -203,7 +225,10 @@ def test_two_processes_equal_one_device(results, mode, pool):
     for after in results[0][mode, pool]:
         before, step = one_device(pool)
         for batch, (state, metrics) in zip(batches(), after, strict=True):
-            assert "log_tau" in state.params["temperature"] and "speech_tokens" in state.token_queue.entries
+            assert (
+                "log_tau" in state.params["temperature"]
+                and "speech_tokens" in state.token_queue.entries
+            )
             assert_equal_but_for_rounding(step, (before, batch), (state, metrics))
             before = state
 
@@ -215,7 +240,9 @@ def gradients_of_one_device(tree, axis_name=None):
 
 def other_order(queue, rows):
     """``enqueue`` that begins with the rows of the second device."""
-    return enqueue(queue, jax.tree.map(lambda x: jnp.roll(x, N // jax.device_count(), axis=0), rows))
+    return enqueue(
+        queue, jax.tree.map(lambda x: jnp.roll(x, N // jax.device_count(), axis=0), rows)
+    )
 
 
 def negatives_of_the_next_row(*arguments):
@@ -248,7 +275,9 @@ def test_a_wrong_collective_is_far_beyond_rounding(monkeypatch, original, fault)
 
 
 def test_a_part_of_the_addresses_is_refused():
-    with pytest.raises(UserError, match="--coordinator, --num-processes and --process-id go together"):
+    with pytest.raises(
+        UserError, match="--coordinator, --num-processes and --process-id go together"
+    ):
         initialize("127.0.0.1:1", 2)
 
 

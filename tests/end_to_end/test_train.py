@@ -42,7 +42,9 @@ def flags(tiny_data_dir):
 def unbroken(flags, tmp_path_factory):
     """An uninterrupted run: its workdir, final state and learning curves."""
     workdir = tmp_path_factory.mktemp("unbroken")
-    state, history, result, page = train_and_evaluate(load_config(f"{CONFIG}:runlocal", flags), workdir)
+    state, history, result, page = train_and_evaluate(
+        load_config(f"{CONFIG}:runlocal", flags), workdir
+    )
     return workdir, jax.device_get(state), history, result, page
 
 
@@ -65,13 +67,17 @@ def wait_for_checkpoint(workdir, process):
 
 def assert_same_run(flags, workdir, unbroken):
     _, expected, history, _, _ = unbroken
-    state, resumed_history, _, _ = train_and_evaluate(load_config(f"{CONFIG}:runlocal", flags), workdir, test=False)
+    state, resumed_history, _, _ = train_and_evaluate(
+        load_config(f"{CONFIG}:runlocal", flags), workdir, test=False
+    )
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), expected)
     assert resumed_history == history
 
 
 def test_killed_run_resumes_bit_for_bit(flags, unbroken, tmp_path):
-    process = subprocess.Popen(command(flags, tmp_path), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command(flags, tmp_path), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
     wait_for_checkpoint(tmp_path, process)
     process.kill()
     process.wait()
@@ -80,7 +86,9 @@ def test_killed_run_resumes_bit_for_bit(flags, unbroken, tmp_path):
 
 
 def test_sigterm_saves_and_exits_with_its_own_code(flags, unbroken, tmp_path):
-    process = subprocess.Popen(command(flags, tmp_path), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command(flags, tmp_path), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
     wait_for_checkpoint(tmp_path, process)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
@@ -109,15 +117,25 @@ def test_cadences_and_files(unbroken):
     [
         (["--config.method.warm_up_steps=1"], 2, [2]),  # what SIC alone ranks is no candidate
         (["--config.method.warm_up_steps=9"], 2, []),  # nothing else is there: the latest
-        (["--config.method.warm_up_steps=1", "--config.method.sim_weight=0.0"], 1, []),  # all are of one kind
+        (
+            ["--config.method.warm_up_steps=1", "--config.method.sim_weight=0.0"],
+            1,
+            [],
+        ),  # all are of one kind
     ],
 )
 def test_the_best_checkpoint_is_chosen_among_scores_of_one_kind(
     flags, tmp_path, monkeypatch, capsys, method, best, ranked_fine
 ):
     log_evaluation = Recorder.log_evaluation
-    monkeypatch.setattr(Recorder, "log_evaluation", lambda self, step, *rest: log_evaluation(self, step, *rest) - step)
-    monkeypatch.setattr("c2f_jax.train.retrieve", lambda *args, **options: _level(retrieve(*args, **options)))
+    monkeypatch.setattr(
+        Recorder,
+        "log_evaluation",
+        lambda self, step, *rest: log_evaluation(self, step, *rest) - step,
+    )
+    monkeypatch.setattr(
+        "c2f_jax.train.retrieve", lambda *args, **options: _level(retrieve(*args, **options))
+    )
     flags = [*flags, "--config.steps=2", "--config.eval_every=1", *method]
     _, history, result, _ = train_and_evaluate(load_config(f"{CONFIG}:runlocal", flags), tmp_path)
     fine = history.get("eval/spoken_scenes-tiny/fine/s2i/R@1", [])
@@ -153,14 +171,28 @@ def test_checkpoint_of_another_model_is_refused(unbroken):
 
 
 def test_a_run_starts_from_the_parameters_of_another(flags, unbroken, tmp_path):
-    changes = [f"--config.init_from={unbroken[0]}", "--config.optimizer.learning_rate=1e-30", "--config.seed=3"]
-    state, *_ = train_and_evaluate(load_config(f"{CONFIG}:runlocal", [*flags, *changes]), tmp_path / "on", test=False)
+    changes = [
+        f"--config.init_from={unbroken[0]}",
+        "--config.optimizer.learning_rate=1e-30",
+        "--config.seed=3",
+    ]
+    state, *_ = train_and_evaluate(
+        load_config(f"{CONFIG}:runlocal", [*flags, *changes]), tmp_path / "on", test=False
+    )
     _, expected, _, _ = load_trained(unbroken[0])
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), jax.device_get(expected))
+    jax.tree.map(
+        np.testing.assert_array_equal, jax.device_get(state.params), jax.device_get(expected)
+    )
     for name, values in jax.device_get(state.momentum_params).items():
-        jax.tree.map(lambda m, p: np.testing.assert_allclose(m, p, rtol=1e-5, atol=1e-7), values, expected[name])
+        jax.tree.map(
+            lambda m, p: np.testing.assert_allclose(m, p, rtol=1e-5, atol=1e-7),
+            values,
+            expected[name],
+        )
     other = load_config(f"{CONFIG}:runlocal", [*flags, changes[0], "--config.model.branches=2"])
-    with pytest.raises(UserError, match="does not fit this configuration .*transformer_1") as raised:
+    with pytest.raises(
+        UserError, match="does not fit this configuration .*transformer_1"
+    ) as raised:
         train_and_evaluate(other, tmp_path / "other", test=False)
     assert "remove" not in str(raised.value), "the other run's checkpoint stays"
 
@@ -177,11 +209,20 @@ def test_argument_that_a_configuration_refuses_is_one_line(argument, capsys):
 def test_workdir_of_another_configuration_is_refused(flags, unbroken, capsys):
     workdir = unbroken[0]
     status = main(
-        ["train", f"--config={CONFIG}:runlocal", f"--workdir={workdir}", *flags, "--config.optimizer.learning_rate=0.5"]
+        [
+            "train",
+            f"--config={CONFIG}:runlocal",
+            f"--workdir={workdir}",
+            *flags,
+            "--config.optimizer.learning_rate=0.5",
+        ]
     )
     message = capsys.readouterr().err
     assert status == 2
-    assert "optimizer.learning_rate: 0.003 there, 0.5 asked" in message and "another --workdir" in message
+    assert (
+        "optimizer.learning_rate: 0.003 there, 0.5 asked" in message
+        and "another --workdir" in message
+    )
 
 
 @pytest.mark.parametrize(
@@ -208,7 +249,9 @@ def test_workdir_of_another_configuration_is_refused(flags, unbroken, capsys):
     ],
 )
 def test_mistakes_are_named_before_the_first_step(flags, tmp_path, capsys, override, expected):
-    status = main(["train", f"--config={CONFIG}:runlocal", f"--workdir={tmp_path / 'run'}", *flags, override])
+    status = main(
+        ["train", f"--config={CONFIG}:runlocal", f"--workdir={tmp_path / 'run'}", *flags, override]
+    )
     message = capsys.readouterr().err
     assert status == 2 and expected in message and "Traceback" not in message
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -237,7 +280,10 @@ def test_unknown_flag_is_refused(capsys):
 
 def test_evaluate_and_search_commands(unbroken, tmp_path, capsys):
     workdir = str(unbroken[0])
-    assert main(["evaluate", f"--workdir={workdir}", "--split=validation", "--k=100", "--score=sum"]) == 0
+    assert (
+        main(["evaluate", f"--workdir={workdir}", "--split=validation", "--k=100", "--score=sum"])
+        == 0
+    )
     stored = json.loads((unbroken[0] / "eval" / "spoken_scenes-tiny-validation.json").read_text())
     assert stored["k"] == 100 and stored["score"] == "sum"
 
@@ -246,7 +292,10 @@ def test_evaluate_and_search_commands(unbroken, tmp_path, capsys):
     capsys.readouterr()
     page = tmp_path / "answers.html"
     query = ["--say", "a small red circle above a large blue square"]
-    assert main(["search", f"--workdir={workdir}", *query, f"--index={index}", f"--output={page}"]) == 0
+    assert (
+        main(["search", f"--workdir={workdir}", *query, f"--index={index}", f"--output={page}"])
+        == 0
+    )
     from_index = capsys.readouterr().out
     assert "  5. " in from_index and page.exists() and page.with_suffix(".png").exists()
     assert main(["search", f"--workdir={workdir}", *query, f"--output={page}"]) == 0

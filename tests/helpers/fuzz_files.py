@@ -42,14 +42,21 @@ def sound(rng, kind="WAV", subtype="PCM_16", rate=16_000, count=4800, channels=1
 
 
 def shot(rng, kind="PNG", size=(40, 30), mode="RGB", **options):
-    pixels = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    pixels = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(
+        size, Image.Resampling.BICUBIC
+    )
     buffer = io.BytesIO()
     pixels.convert(mode).save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def chunk(name, content):
-    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    return (
+        struct.pack(">I", len(content))
+        + name
+        + content
+        + struct.pack(">I", zlib.crc32(name + content))
+    )
 
 
 def png(width, height, rows=b"", bits=8, colour=2):
@@ -74,7 +81,13 @@ def cases(rng, folder):
         audio, image = sound(rng, container, subtype), shot(rng, format_)
         for medium, whole in (("audio", audio), ("image", image)):
             cut = int(len(whole) * rng.uniform(0.005, 0.995))
-            yield f"truncated {container if medium == 'audio' else format_}", medium, whole[:cut], REFUSED, whole
+            yield (
+                f"truncated {container if medium == 'audio' else format_}",
+                medium,
+                whole[:cut],
+                REFUSED,
+                whole,
+            )
             flipped = np.frombuffer(whole, np.uint8).copy()
             places = rng.integers(len(flipped), size=2 ** rng.integers(0, 7))
             flipped[places] ^= (1 << rng.integers(0, 8, len(places))).astype(np.uint8)
@@ -123,9 +136,21 @@ def cases(rng, folder):
             None,
         )
         rate = int(rng.choice([0, 1, 3999, 2**31, 2**32 - 1]))
-        yield "rate from the header", "audio", wav[:24] + struct.pack("<I", rate) + wav[28:], REFUSED, None
+        yield (
+            "rate from the header",
+            "audio",
+            wav[:24] + struct.pack("<I", rate) + wav[28:],
+            REFUSED,
+            None,
+        )
         flac = sound(rng, "FLAC")
-        yield "samples from the header", "audio", flac[:21] + b"\x0f\xff\xff\xff\xff" + flac[26:], REFUSED, None
+        yield (
+            "samples from the header",
+            "audio",
+            flac[:21] + b"\x0f\xff\xff\xff\xff" + flac[26:],
+            REFUSED,
+            None,
+        )
         spoiled = np.frombuffer(sound(rng, "WAV", "FLOAT"), np.float32, offset=80).copy()
         spoiled[rng.integers(len(spoiled), size=3)] = rng.choice([np.nan, np.inf, -np.inf])
         buffer = io.BytesIO()
@@ -149,20 +174,36 @@ def cases(rng, folder):
         yield "20,000 px square", "image", png(20_000, 20_000, b"\0" * 99, 1, 0), REFUSED, None
         yield "fewer rows than promised", "image", png(40, 40, b"\0" * 121 * 20), SANE, None
         lines = "".join(
-            f'{{"image": "{k}.png", "audio": "{k}.wav", "split": "train", "seconds": {k + 1}}}\n' for k in range(9)
+            f'{{"image": "{k}.png", "audio": "{k}.wav", "split": "train", "seconds": {k + 1}}}\n'
+            for k in range(9)
         )
         damaged = np.frombuffer(lines.encode(), np.uint8).copy()
         damaged[rng.integers(len(damaged), size=4)] = rng.integers(0, 128, 4)
         path = folder / f"{number}.{('jsonl', 'csv')[rng.integers(2)]}"
-        path.write_bytes(damaged.tobytes() + [b"", b"[" * 50_000, b"9" * 9999, b'{"image": "\\ud800"'][rng.integers(4)])
+        path.write_bytes(
+            damaged.tobytes()
+            + [b"", b"[" * 50_000, b"9" * 9999, b'{"image": "\\ud800"'][rng.integers(4)]
+        )
         yield "manifest", "manifest", str(path), SANE, None
 
 
 def bombs():
     """Small files that become large; few, for they take seconds."""
     yield "sound bomb", "audio", zeros_flac(150_000_000), REFUSED, None
-    yield "picture bomb, largest allowed", "image", png(10_000, 10_000, b"\0" * 10_001 * 10_000, 8, 0), "accepted", None
-    yield "16 bit, largest allowed", "image", png(10_000, 10_000, b"\0" * 20_001 * 10_000, 16, 0), "accepted", None
+    yield (
+        "picture bomb, largest allowed",
+        "image",
+        png(10_000, 10_000, b"\0" * 10_001 * 10_000, 8, 0),
+        "accepted",
+        None,
+    )
+    yield (
+        "16 bit, largest allowed",
+        "image",
+        png(10_000, 10_000, b"\0" * 20_001 * 10_000, 16, 0),
+        "accepted",
+        None,
+    )
     yield (
         "text bomb",
         "image",
@@ -214,8 +255,15 @@ def peak_mib():
 
 def main(count, seed, folder, with_bombs):
     rng = np.random.default_rng(seed)
-    kinds, accepted, complaints, slowest = collections.Counter(), collections.Counter(), [], (0.0, "")
-    files = itertools.islice(itertools.chain(bombs() if with_bombs else (), cases(rng, folder)), count)
+    kinds, accepted, complaints, slowest = (
+        collections.Counter(),
+        collections.Counter(),
+        [],
+        (0.0, ""),
+    )
+    files = itertools.islice(
+        itertools.chain(bombs() if with_bombs else (), cases(rng, folder)), count
+    )
     for number, (kind, medium, data, expected, whole) in enumerate(files):
         kinds[kind] += 1
         began = time.perf_counter()
@@ -235,4 +283,8 @@ def main(count, seed, folder, with_bombs):
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), "bombs" in sys.argv[4:])))
+    print(
+        json.dumps(
+            main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), "bombs" in sys.argv[4:])
+        )
+    )

@@ -55,7 +55,14 @@ def wav(wave):
 
 
 def take(source, count, **options):
-    options = {"batch_size": 8, "image_size": 8, "bucket_seconds": (0.1,), "seed": 3, "threads": 0, **options}
+    options = {
+        "batch_size": 8,
+        "image_size": 8,
+        "bucket_seconds": (0.1,),
+        "seed": 3,
+        "threads": 0,
+        **options,
+    }
     return list(itertools.islice(loader.train_batches(source, **options), count))
 
 
@@ -69,5 +76,7 @@ def same(a, b):
 
 def png(image, kind="PNG", **options):
     buffer = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind, **options)
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(
+        buffer, kind, **options
+    )
     return buffer.getvalue()

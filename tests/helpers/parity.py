@@ -12,8 +12,12 @@ from c2f_jax.pretrained.architectures import describe
 from c2f_jax.pretrained.names import convert_tensors, find_layout
 from c2f_jax.pretrained.weights import tower_shapes
 
-torch = pytest.importorskip("torch", reason="the parity tests need the extra `parity` (torch, transformers)")
-transformers = pytest.importorskip("transformers", reason="the parity tests need the extra `parity`")
+torch = pytest.importorskip(
+    "torch", reason="the parity tests need the extra `parity` (torch, transformers)"
+)
+transformers = pytest.importorskip(
+    "transformers", reason="the parity tests need the extra `parity`"
+)
 
 TOLERANCE = 1e-4
 TINY_SPEECH = {
@@ -94,7 +98,9 @@ def assert_gradients_agree(model, expected, output, seed=1):
     found = jax.jit(jax.grad(lambda p: jnp.sum(output(module, p) * weights)))(params)
     largest = max(np.abs(x).max() for x in jax.tree.leaves(theirs))
     assert largest > 0
-    errors = jax.tree.map(lambda a, b: np.abs(a - b).max() / max(np.abs(b).max(), 1e-3 * largest), found, theirs)
+    errors = jax.tree.map(
+        lambda a, b: np.abs(a - b).max() / max(np.abs(b).max(), 1e-3 * largest), found, theirs
+    )
     report("gradients", max(jax.tree.leaves(errors)))
     assert max(jax.tree.leaves(errors)) < 1e-3, errors
 
@@ -121,7 +127,10 @@ def assert_hidden_states_agree(found, expected, until=None, tolerance=TOLERANCE)
 
 
 def waveforms(*lengths, size=None, seed=0):
-    rng, wave = np.random.default_rng(seed), np.zeros((len(lengths), size or max(lengths)), np.float32)
+    rng, wave = (
+        np.random.default_rng(seed),
+        np.zeros((len(lengths), size or max(lengths)), np.float32),
+    )
     for row, length in enumerate(lengths):
         wave[row, :length] = 0.3 * rng.normal(size=length) + 0.05
     return wave, np.array(lengths, np.int32)

@@ -84,7 +84,10 @@ def flickr8k_audio(folder, pictures="Flicker8k_Dataset", captions="token", odd=T
     if odd:
         named += [(ORPHAN, k) for k in range(5)]
     if captions == "token":
-        put(folder / "Flickr8k.token.txt", "".join(f"{i}#{k}\t{caption(i, k)} .\n" for i, k in named))
+        put(
+            folder / "Flickr8k.token.txt",
+            "".join(f"{i}#{k}\t{caption(i, k)} .\n" for i, k in named),
+        )
     elif captions == "kaggle":
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")
@@ -116,15 +119,25 @@ def spoken_coco(folder, ksplit=False, images="", missing=True):
             path = f"wavs/{'train' if year == 'train2014' else 'val'}/{k}/{uttid}.wav"
             put(folder / "SpokenCOCO" / path, wav(0.6, 100 + 10 * number + k))
             captions.append(
-                {"text": f"CAPTION {k} OF {number}", "speaker": f"m{number}spk{k}", "uttid": uttid, "wav": path}
+                {
+                    "text": f"CAPTION {k} OF {number}",
+                    "speaker": f"m{number}spk{k}",
+                    "uttid": uttid,
+                    "wav": path,
+                }
             )
         name = {"restval": "train"}.get(split, split) if ksplit else year.removesuffix("2014")
         listing[name].append({"image": image, "captions": captions})
-        karpathy.append({"filename": image.split("/")[1], "filepath": year, "split": split, "cocoid": number})
+        karpathy.append(
+            {"filename": image.split("/")[1], "filepath": year, "split": split, "cocoid": number}
+        )
     for name, entries in listing.items():
         if entries or ksplit:
             stem = f"SpokenCOCO_ksplit_{name}" if ksplit else f"SpokenCOCO_{name}"
-            put(folder / "SpokenCOCO" / f"{stem}.json", json.dumps({"data": entries[::-1] if not ksplit else entries}))
+            put(
+                folder / "SpokenCOCO" / f"{stem}.json",
+                json.dumps({"data": entries[::-1] if not ksplit else entries}),
+            )
     if not ksplit:
         put(folder / "dataset_coco.json", json.dumps({"images": karpathy, "dataset": "coco"}))
     return folder
@@ -143,7 +156,10 @@ def places_audio(folder, older=False, odd=True):
             number = 20 * place + k
             image, path = f"a/abbey/gsun_{number:04d}.jpg", f"wavs/{place}/utterance_{number}.wav"
             put(folder / "images" / image, jpeg(200 + number))
-            put(folder / path, b"" if odd and name.startswith("train") and k == 1 else wav(0.7, 300 + number))
+            put(
+                folder / path,
+                b"" if odd and name.startswith("train") and k == 1 else wav(0.7, 300 + number),
+            )
             entries.append(
                 {
                     "uttid": f"A{k}-utt_{number}",
@@ -159,10 +175,17 @@ def places_audio(folder, older=False, odd=True):
 
 def odd_set(name, folder):
     """A published set with each oddity that they have planted in its training split: kind of finding -> file."""
-    make = {"flickr8k_audio": flickr8k_audio, "spoken_coco": spoken_coco, "places_audio": places_audio}[name]
+    make = {
+        "flickr8k_audio": flickr8k_audio,
+        "spoken_coco": spoken_coco,
+        "places_audio": places_audio,
+    }[name]
     make(folder, **{"spoken_coco": {"missing": False, "ksplit": True}}.get(name, {"odd": False}))
     rows = [row for row in LAYOUTS[name].listing([folder]).rows if row["split"] == "train"]
-    first = [next(row for row in rows if row["image"] == image) for image in dict.fromkeys(r["image"] for r in rows)]
+    first = [
+        next(row for row in rows if row["image"] == image)
+        for image in dict.fromkeys(r["image"] for r in rows)
+    ]
     broken, long, short, one, gone, *_ = first
     put(Path(broken["audio"]), b"RIFF\x24\x00\x00\x00WAVEfmt \x10\x00\x00")
     put(Path(long["audio"]), wav(323.5, 1))
@@ -180,9 +203,13 @@ def odd_set(name, folder):
         entry = next(entry for entry in listing["data"] if one["image"].endswith(entry["image"]))
         if name == "spoken_coco":
             wave = entry["captions"][0]["wav"]
-            entry["captions"].append(entry["captions"][0] | {"wav": f"{wave.rpartition('/')[0]}/one_more.wav"})
+            entry["captions"].append(
+                entry["captions"][0] | {"wav": f"{wave.rpartition('/')[0]}/one_more.wav"}
+            )
         else:
-            listing["data"].append(entry | {"wav": f"{entry['wav'].rpartition('/')[0]}/one_more.wav"})
+            listing["data"].append(
+                entry | {"wav": f"{entry['wav'].rpartition('/')[0]}/one_more.wav"}
+            )
         path.write_text(json.dumps(listing))
     planted = {
         "unreadable": broken["audio"],

@@ -54,12 +54,17 @@ def rounding_ratios(compute, inputs, found):
 def assert_equal_but_for_rounding(compute, inputs, found):
     """Assert that ``found`` is ``compute(*inputs)``, perhaps summed in another order."""
     ratios = rounding_ratios(compute, inputs, found)
-    outside = {name: ratio for name, ratio in ratios.items() if not ratio <= 1}  # also where it is not a number
+    outside = {
+        name: ratio for name, ratio in ratios.items() if not ratio <= 1
+    }  # also where it is not a number
     assert not outside, f"differences in units of the largest that rounding explains: {outside}"
 
 
 def _by_path(tree):
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def _redraw_last_bits(generator, x):

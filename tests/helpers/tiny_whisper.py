@@ -25,12 +25,19 @@ def whisper_tensors(seed=0):
         "layer_norm.bias": (8,),
     }
     for layer in range(2):
-        block = {f"self_attn.{p}_proj.weight": (8, 8) for p in "qkv"} | {"self_attn.out_proj.weight": (8, 8)}
+        block = {f"self_attn.{p}_proj.weight": (8, 8) for p in "qkv"} | {
+            "self_attn.out_proj.weight": (8, 8)
+        }
         block |= {f"self_attn.{p}_proj.bias": (8,) for p in ("q", "v", "out")}
         block |= {
-            f"{n}.{leaf}": (8,) for n in ("self_attn_layer_norm", "final_layer_norm") for leaf in ("weight", "bias")
+            f"{n}.{leaf}": (8,)
+            for n in ("self_attn_layer_norm", "final_layer_norm")
+            for leaf in ("weight", "bias")
         }
         block |= {"fc1.weight": (12, 8), "fc1.bias": (12,), "fc2.weight": (8, 12), "fc2.bias": (8,)}
         shapes |= {f"layers.{layer}.{name}": shape for name, shape in block.items()}
     rng = np.random.default_rng(seed)
-    return {f"model.encoder.{name}": rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    return {
+        f"model.encoder.{name}": rng.normal(size=shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }

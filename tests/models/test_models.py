@@ -11,7 +11,13 @@ import pytest
 
 from c2f_jax.errors import UserError
 from c2f_jax.models.factory import create_model
-from c2f_jax.models.layers import Attention, Transformer, dense_dot_general, dot_product_attention, dropout
+from c2f_jax.models.layers import (
+    Attention,
+    Transformer,
+    dense_dot_general,
+    dot_product_attention,
+    dropout,
+)
 from c2f_jax.models.log_mel import LogMelSpeechEncoder
 from c2f_jax.models.parameters import momentum_subset
 from c2f_jax.models.spectrogram import log_mel
@@ -25,7 +31,10 @@ IMAGE = TOWER | {"name": "vit", "patch": 8}
 
 def noise(seed, *lengths, size=None):
     """Waveforms of these lengths, zero padded to ``size`` or the longest."""
-    rng, wave = np.random.default_rng(seed), np.zeros((len(lengths), size or max(lengths)), np.float32)
+    rng, wave = (
+        np.random.default_rng(seed),
+        np.zeros((len(lengths), size or max(lengths)), np.float32),
+    )
     for row, length in enumerate(lengths):
         wave[row, :length] = rng.normal(size=length) * 0.1
     return wave, np.array(lengths, np.int32)
@@ -46,7 +55,10 @@ def test_shapes_types_and_lengths(tiny):
     speech, image, logits, tau = jax.jit(model.apply)(variables, batch)
     frames = [(samples - 400) // 160 + 1 for samples in batch["speech_lengths"]]
     assert speech.tokens.shape == (3, math.ceil(frames[0] / 4) + 1, 16)
-    assert speech.lengths.tolist() == [math.ceil(f / 4) + 1 for f in frames] and speech.lengths.dtype == jnp.int32
+    assert (
+        speech.lengths.tolist() == [math.ceil(f / 4) + 1 for f in frames]
+        and speech.lengths.dtype == jnp.int32
+    )
     assert image.tokens.shape == (3, 2 * 3 + 1, 16) and image.lengths.tolist() == [7, 7, 7]
     for encoded in (speech, image):
         assert encoded.embedding.shape == (3, 6) and encoded.embedding.dtype == jnp.float32
@@ -59,7 +71,9 @@ def test_bfloat16_computes_but_parameters_embeddings_and_logits_are_float32(tiny
     model = create_model(SPEECH, IMAGE, TOWER, embedding_dim=6, dtype="bfloat16")
     speech, image, logits, tau = jax.jit(model.apply)(exact_variables, batch)
     assert speech.tokens.dtype == image.tokens.dtype == jnp.bfloat16
-    assert {x.dtype for x in (speech.embedding, image.embedding, logits, tau)} == {jnp.dtype("float32")}
+    assert {x.dtype for x in (speech.embedding, image.embedding, logits, tau)} == {
+        jnp.dtype("float32")
+    }
     shapes = jax.eval_shape(model.init, jax.random.key(0), batch)
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
 
@@ -70,7 +84,11 @@ def test_log_mel_equals_librosa():
     filters = librosa.filters.mel(sr=16_000, n_fft=400, n_mels=20, dtype=np.float64)
     for row, samples in enumerate(lengths):
         spectrum = librosa.stft(
-            wave[row, :samples].astype(np.float64), n_fft=400, hop_length=160, window=np.hanning(400), center=False
+            wave[row, :samples].astype(np.float64),
+            n_fft=400,
+            hop_length=160,
+            window=np.hanning(400),
+            center=False,
         )
         mel = np.log(1e-6 + filters @ np.abs(spectrum) ** 2).T
         expected = (mel - mel.mean(0)) / (mel.std(0) + 0.01)
@@ -106,7 +124,9 @@ def test_speech_tokens_do_not_depend_on_the_padding(speech_encoder, size):
 def test_match_reads_only_the_valid_tokens(tiny):
     model, variables, batch = tiny
     match = jax.jit(lambda v, s, i: model.apply(v, s, i, method="match"))
-    speech = model.apply(variables, batch["waveform"], batch["speech_lengths"], method="encode_speech")
+    speech = model.apply(
+        variables, batch["waveform"], batch["speech_lengths"], method="encode_speech"
+    )
     image = model.apply(variables, batch["image"], method="encode_image")
     image = image._replace(lengths=jnp.array([7, 4, 2]))
     scores = match(variables, speech, image)
@@ -127,7 +147,10 @@ def test_branches_are_encoders_on_one_trunk_whose_cosines_are_averaged(tiny):
     one, _, batch = tiny
     model = create_model(SPEECH, IMAGE, TOWER, embedding_dim=6, branches=3)
     params = model.init(jax.random.key(5), batch)["params"]
-    args = {"encode_speech": (batch["waveform"], batch["speech_lengths"]), "encode_image": (batch["image"],)}
+    args = {
+        "encode_speech": (batch["waveform"], batch["speech_lengths"]),
+        "encode_image": (batch["image"],),
+    }
     whole = {m: model.apply({"params": params}, *x, method=m) for m, x in args.items()}
     cosines = []
     for branch in range(3):
@@ -140,7 +163,10 @@ def test_branches_are_encoders_on_one_trunk_whose_cosines_are_averaged(tiny):
         alone = {m: one.apply({"params": own}, *x, method=m) for m, x in args.items()}
         for name, encoded in alone.items():
             np.testing.assert_allclose(
-                np.split(whole[name].tokens, 3, axis=-1)[branch], encoded.tokens, atol=1e-5, err_msg=name
+                np.split(whole[name].tokens, 3, axis=-1)[branch],
+                encoded.tokens,
+                atol=1e-5,
+                err_msg=name,
             )
         cosines.append(alone["encode_speech"].embedding @ alone["encode_image"].embedding.T)
     speech, image = whole["encode_speech"].embedding, whole["encode_image"].embedding
@@ -153,7 +179,9 @@ def test_branches_are_encoders_on_one_trunk_whose_cosines_are_averaged(tiny):
 
 def test_mean_pooling_puts_the_mean_of_the_valid_tokens_first(tiny):
     cls, variables, batch = tiny
-    pooled = create_model(*(part | {"pooling": "mean"} for part in (SPEECH, IMAGE, TOWER)), embedding_dim=6)
+    pooled = create_model(
+        *(part | {"pooling": "mean"} for part in (SPEECH, IMAGE, TOWER)), embedding_dim=6
+    )
     for method, inputs in (
         ("encode_speech", (batch["waveform"], batch["speech_lengths"])),
         ("encode_image", (batch["image"],)),
@@ -163,19 +191,31 @@ def test_mean_pooling_puts_the_mean_of_the_valid_tokens_first(tiny):
         for row, length in enumerate(plain.lengths):
             mean = np.asarray(plain.tokens[row, :length], np.float64).mean(0)
             np.testing.assert_allclose(found.tokens[row, 0], mean, atol=1e-6)
-            z = mean @ np.asarray(variables["params"][f"{method[7:]}_projection"]["kernel"], np.float64)
+            z = mean @ np.asarray(
+                variables["params"][f"{method[7:]}_projection"]["kernel"], np.float64
+            )
             np.testing.assert_allclose(found.embedding[row], z / np.linalg.norm(z), atol=1e-5)
-    speech = cls.apply(variables, batch["waveform"], batch["speech_lengths"], method="encode_speech")
+    speech = cls.apply(
+        variables, batch["waveform"], batch["speech_lengths"], method="encode_speech"
+    )
     image = cls.apply(variables, batch["image"], method="encode_image")
     by_cls, by_mean = (m.apply(variables, speech, image, method="match") for m in (cls, pooled))
     assert np.abs(by_cls - by_mean).max() > 1e-4
-    padded = speech._replace(tokens=jnp.pad(speech.tokens, ((0, 0), (0, 5), (0, 0)), constant_values=9.0))
-    np.testing.assert_allclose(pooled.apply(variables, padded, image, method="match"), by_mean, atol=1e-5)
+    padded = speech._replace(
+        tokens=jnp.pad(speech.tokens, ((0, 0), (0, 5), (0, 0)), constant_values=9.0)
+    )
+    np.testing.assert_allclose(
+        pooled.apply(variables, padded, image, method="match"), by_mean, atol=1e-5
+    )
 
 
 def test_attention_equals_a_loop_over_valid_positions():
     rng = np.random.default_rng(4)
-    x, context, lengths = rng.normal(size=(2, 3, 8)), rng.normal(size=(2, 5, 6)), np.array([5, 2], np.int32)
+    x, context, lengths = (
+        rng.normal(size=(2, 3, 8)),
+        rng.normal(size=(2, 5, 6)),
+        np.array([5, 2], np.int32),
+    )
     module = Attention(heads=2)
     variables = module.init(jax.random.key(0), *map(jnp.float32, (x, context)), lengths)
     noisy = lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape).astype(np.float32)  # noqa: E731 - biases start at 0
@@ -187,8 +227,14 @@ def test_attention_equals_a_loop_over_valid_positions():
             expected = p["out"]["bias"].copy()
             for h in range(2):
                 query = x[n, t] @ p["query"]["kernel"][:, h] + p["query"]["bias"][h]
-                keys = [context[n, s] @ p["key"]["kernel"][:, h] + p["key"]["bias"][h] for s in range(lengths[n])]
-                values = [context[n, s] @ p["value"]["kernel"][:, h] + p["value"]["bias"][h] for s in range(lengths[n])]
+                keys = [
+                    context[n, s] @ p["key"]["kernel"][:, h] + p["key"]["bias"][h]
+                    for s in range(lengths[n])
+                ]
+                values = [
+                    context[n, s] @ p["value"]["kernel"][:, h] + p["value"]["bias"][h]
+                    for s in range(lengths[n])
+                ]
                 weights = np.array([math.exp(query @ k / math.sqrt(4)) for k in keys])
                 expected += (weights / weights.sum()) @ np.array(values) @ p["out"]["kernel"][h]
             np.testing.assert_allclose(found[n, t], expected, atol=2e-5)
@@ -197,7 +243,10 @@ def test_attention_equals_a_loop_over_valid_positions():
 @pytest.mark.parametrize("with_bias, lengths", [(False, None), (True, None), (True, [5, 2, 1])])
 def test_attention_and_its_gradients_equal_those_of_jax(with_bias, lengths):
     rng = np.random.default_rng(7)
-    query, bias = rng.normal(size=(3, 4, 2, 8)), rng.normal(size=(3, 2, 4, 5)) if with_bias else None
+    query, bias = (
+        rng.normal(size=(3, 4, 2, 8)),
+        rng.normal(size=(3, 2, 4, 5)) if with_bias else None,
+    )
     key, value = rng.normal(size=(2, 3, 5, 2, 8))
     lengths = None if lengths is None else np.array(lengths, np.int32)
     with jax.enable_x64(True):
@@ -208,9 +257,15 @@ def test_attention_and_its_gradients_equal_those_of_jax(with_bias, lengths):
 
         given = tuple(map(jnp.asarray, (query, key, value)))
         ours = functools.partial(dot_product_attention, bias=bias, lengths=lengths)
-        theirs = functools.partial(jax.nn.dot_product_attention, bias=bias, key_value_seq_lengths=lengths)
-        (_, found), grads = jax.value_and_grad(functools.partial(loss, ours), (0, 1, 2), has_aux=True)(*given)
-        (_, expected), wanted = jax.value_and_grad(functools.partial(loss, theirs), (0, 1, 2), has_aux=True)(*given)
+        theirs = functools.partial(
+            jax.nn.dot_product_attention, bias=bias, key_value_seq_lengths=lengths
+        )
+        (_, found), grads = jax.value_and_grad(
+            functools.partial(loss, ours), (0, 1, 2), has_aux=True
+        )(*given)
+        (_, expected), wanted = jax.value_and_grad(
+            functools.partial(loss, theirs), (0, 1, 2), has_aux=True
+        )(*given)
     np.testing.assert_allclose(found, expected, atol=1e-6)
     for a, b in zip(grads, wanted, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
@@ -218,9 +273,9 @@ def test_attention_and_its_gradients_equal_those_of_jax(with_bias, lengths):
 
 def test_attention_to_nothing_is_finite_and_large_logits_do_not_overflow():
     x = 100 * np.random.default_rng(8).normal(size=(2, 3, 1, 4)).astype(np.float32)
-    value, grad = jax.value_and_grad(lambda x: jnp.sum(dot_product_attention(x, x, x, lengths=jnp.array([0, 3]))))(
-        jnp.asarray(x)
-    )
+    value, grad = jax.value_and_grad(
+        lambda x: jnp.sum(dot_product_attention(x, x, x, lengths=jnp.array([0, 3])))
+    )(jnp.asarray(x))
     assert np.isfinite(value) and np.isfinite(grad).all()
 
 
@@ -240,7 +295,9 @@ def test_patches_are_the_squares_of_the_image_row_by_row():
     assert found.shape == (2, 2, 3, 12)
     for i in range(2):
         for j in range(3):
-            np.testing.assert_array_equal(found[:, i, j], image[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].reshape(2, -1))
+            np.testing.assert_array_equal(
+                found[:, i, j], image[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].reshape(2, -1)
+            )
 
 
 def test_image_tokens_belong_to_their_patches():
@@ -251,7 +308,10 @@ def test_image_tokens_belong_to_their_patches():
     encoder = ViTImageEncoder(patch=8, width=16, depth=0)
     variables = encoder.init(jax.random.key(0), image)
     moved = encoder.apply(variables, changed)[0] - encoder.apply(variables, image)[0]
-    assert (np.abs(moved[0]).max(1) > 1e-6).tolist() == [False] * 5 + [True, False]  # [CLS], then 2 x 3 patches
+    assert (np.abs(moved[0]).max(1) > 1e-6).tolist() == [False] * 5 + [
+        True,
+        False,
+    ]  # [CLS], then 2 x 3 patches
 
 
 @pytest.mark.parametrize("conv_stem", [False, True])
@@ -280,7 +340,10 @@ def test_dropout_masks_belong_to_the_example_whatever_its_batch():
     assert np.unique(masks).tolist() == [0.0, np.float32(1 / 0.75)]
     assert abs(np.mean(masks == 0) - 0.25) < 0.03
     assert np.mean(masks[0] != masks[1]) > 0.2, "examples have masks of their own"
-    for switched_off in (dropout(jnp.ones((6, 2)), 0.25, None), dropout(jnp.ones((6, 2)), 0.0, keys)):
+    for switched_off in (
+        dropout(jnp.ones((6, 2)), 0.25, None),
+        dropout(jnp.ones((6, 2)), 0.0, keys),
+    ):
         np.testing.assert_array_equal(switched_off, jnp.ones((6, 2)))
     assert fold_keys(None, 1) is None
 
@@ -288,13 +351,18 @@ def test_dropout_masks_belong_to_the_example_whatever_its_batch():
 def test_every_dropout_site_draws_its_own_mask():
     # A layer that reuses one key would drop the same places twice: fold_in makes each site's keys distinct.
     keys = jax.random.split(jax.random.key(3), 2)
-    sites = np.stack([jax.random.key_data(fold_keys(fold_keys(keys, a), b)) for a in range(3) for b in range(3)])
+    sites = np.stack(
+        [jax.random.key_data(fold_keys(fold_keys(keys, a), b)) for a in range(3) for b in range(3)]
+    )
     assert len(np.unique(sites.reshape(-1, 2), axis=0)) == 9 * 2
 
 
 def test_transformer_with_dropout_gives_an_example_the_same_in_any_batch():
     x = np.random.default_rng(7).normal(size=(4, 5, 16)).astype(np.float32)
-    module, lengths = Transformer(depth=2, heads=2, dropout_rate=0.3), np.array([5, 4, 3, 5], np.int32)
+    module, lengths = (
+        Transformer(depth=2, heads=2, dropout_rate=0.3),
+        np.array([5, 4, 3, 5], np.int32),
+    )
     variables = module.init(jax.random.key(0), x, lengths)
     keys = jax.random.split(jax.random.key(4), 4)
     apply = jax.jit(module.apply)
@@ -305,22 +373,39 @@ def test_transformer_with_dropout_gives_an_example_the_same_in_any_batch():
 
 def test_momentum_subset_is_both_encoders_and_projections(tiny):
     params = tiny[1]["params"]
-    assert set(momentum_subset(params)) == {"speech_encoder", "image_encoder", "speech_projection", "image_projection"}
+    assert set(momentum_subset(params)) == {
+        "speech_encoder",
+        "image_encoder",
+        "speech_projection",
+        "image_projection",
+    }
     assert set(params) - set(momentum_subset(params)) == {"multimodal_encoder", "temperature"}
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"speech": SPEECH | {"name": "hubert_x"}}, r"model\.speech\.name='hubert_x': choose one of .*log_mel"),
+        (
+            {"speech": SPEECH | {"name": "hubert_x"}},
+            r"model\.speech\.name='hubert_x': choose one of .*log_mel",
+        ),
         ({"image": {"width": 16}}, r"model\.image\.name=None: choose one of .*vit"),
-        ({"image": IMAGE | {"depht": 2}}, r"model\.image \(vit\) has no depht: its attributes are .*depth"),
+        (
+            {"image": IMAGE | {"depht": 2}},
+            r"model\.image \(vit\) has no depht: its attributes are .*depth",
+        ),
         ({"speech": SPEECH | {"dtype": "bfloat16"}}, "has no dtype"),
         ({"multimodal": {"layers": 2}}, r"model\.multimodal .* has no layers"),
         ({"multimodal": {"width": 16, "heads": 3}}, "width 16 is not a multiple of heads 3"),
         ({"multimodal": {"width": 18}}, "width 18 is not a multiple of heads 4"),
-        ({"speech": {"name": "log_mel", "heads": 3}}, r"model\.speech: width 128 is not a multiple of heads 3"),
-        ({"multimodal": {"pooling": "max"}}, "model.multimodal.pooling='max': choose one of cls, mean"),
+        (
+            {"speech": {"name": "log_mel", "heads": 3}},
+            r"model\.speech: width 128 is not a multiple of heads 3",
+        ),
+        (
+            {"multimodal": {"pooling": "max"}},
+            "model.multimodal.pooling='max': choose one of cls, mean",
+        ),
         ({"dtype": "float16"}, "model.dtype='float16': choose one of float32, bfloat16"),
         ({"attention": "flash"}, "model.attention='flash': choose one of xla, cudnn"),
     ],

@@ -13,13 +13,26 @@ from c2f_jax.models.layers import Attention
 from c2f_jax.models.networks.vision_transformer import cubic_weights, resize_positions
 from c2f_jax.models.networks.wav2vec2 import normalise_waveform, span_mask
 from c2f_jax.models.parameters import merge_params, split_params
-from c2f_jax.models.published import PublishedImage, PublishedSpeech, TimeConvolutions, choose_layer, pool_tokens
+from c2f_jax.models.published import (
+    PublishedImage,
+    PublishedSpeech,
+    TimeConvolutions,
+    choose_layer,
+    pool_tokens,
+)
 from c2f_jax.training.method import MethodConfig
 from c2f_jax.training.optimizer import OptimizerConfig, create_optimizer
 from c2f_jax.training.train_state import create_train_state
 from c2f_jax.training.train_step import train_step
 
-TOWER = {"name": "wav2vec2", "width": 16, "depth": 2, "heads": 2, "conv_widths": [8] * 7, "position_kernel": 8}
+TOWER = {
+    "name": "wav2vec2",
+    "width": 16,
+    "depth": 2,
+    "heads": 2,
+    "conv_widths": [8] * 7,
+    "position_kernel": 8,
+}
 TOWER |= {"position_groups": 2}
 VISION = {"name": "vision_transformer", "width": 16, "depth": 2, "heads": 2, "patch": 8}
 SPEECH = {"name": "published", "tower": TOWER, "width": 12, "depth": 1, "heads": 2}
@@ -30,18 +43,31 @@ SMALL = {"width": 12, "depth": 1, "heads": 2}
 def batch(rows=4, samples=4000, side=16, seed=0):
     rng = np.random.default_rng(seed)
     lengths = np.linspace(samples, samples * 0.7, rows).astype(np.int32)
-    wave = rng.normal(size=(rows, samples)).astype(np.float32) * (np.arange(samples) < lengths[:, None])
+    wave = rng.normal(size=(rows, samples)).astype(np.float32) * (
+        np.arange(samples) < lengths[:, None]
+    )
     image = rng.integers(0, 256, (rows, side, side, 3)).astype(np.uint8)
-    return {"waveform": wave, "speech_lengths": lengths, "image": image, "image_id": np.arange(rows, dtype=np.int32)}
+    return {
+        "waveform": wave,
+        "speech_lengths": lengths,
+        "image": image,
+        "image_id": np.arange(rows, dtype=np.int32),
+    }
 
 
 def step(speech, image, steps=1):
     """Train states before and after, and the metrics of the last step."""
     model = create_model(speech, image, SMALL, embedding_dim=8)
-    optimizer = create_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=0, weight_decay=0.1, steps=10))
+    optimizer = create_optimizer(
+        OptimizerConfig(learning_rate=1e-2, warmup_steps=0, weight_decay=0.1, steps=10)
+    )
     data = batch()
     before = create_train_state(model, optimizer, data, seed=0, queue_size=8, token_queue_size=0)
-    run = jax.jit(lambda state: train_step(state, data, model=model, optimizer=optimizer, method=MethodConfig()))
+    run = jax.jit(
+        lambda state: train_step(
+            state, data, model=model, optimizer=optimizer, method=MethodConfig()
+        )
+    )
     state = before
     for _ in range(steps):
         state, metrics = run(state)
@@ -73,7 +99,9 @@ def test_frozen_towers_have_no_gradient_no_optimiser_state_and_no_momentum_copy(
     jax.tree.map(np.testing.assert_array_equal, before.frozen, after.frozen)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before.params, after.params)
     assert max(jax.tree.leaves(moved)) > 1e-4
-    assert trained[1].frozen == {} and any("tower" in path for path in paths(trained[1].momentum_params))
+    assert trained[1].frozen == {} and any(
+        "tower" in path for path in paths(trained[1].momentum_params)
+    )
 
 
 def test_a_frozen_tower_changes_neither_the_loss_nor_the_gradient_of_the_rest(frozen, trained):
@@ -86,7 +114,8 @@ def test_frozen_convolutions_alone():
     assert set(after.frozen["speech_encoder"]["tower"]) == {"conv"}
     jax.tree.map(np.testing.assert_array_equal, before.frozen, after.frozen)
     kernels = [
-        s.params["speech_encoder"]["tower"]["transformer"]["block_0"]["mlp_in"]["kernel"] for s in (before, after)
+        s.params["speech_encoder"]["tower"]["transformer"]["block_0"]["mlp_in"]["kernel"]
+        for s in (before, after)
     ]
     assert np.abs(kernels[0] - kernels[1]).max() > 1e-5
 
@@ -98,10 +127,16 @@ def test_given_weights_take_the_place_of_random_ones():
         model, optimizer, batch(), seed=0, queue_size=0, token_queue_size=0, **given
     )
     plain = create()
-    weights = jax.tree.map(lambda x: np.asarray(x) + 1, {"speech_encoder": plain.frozen["speech_encoder"]})
+    weights = jax.tree.map(
+        lambda x: np.asarray(x) + 1, {"speech_encoder": plain.frozen["speech_encoder"]}
+    )
     given = create(weights=weights)
-    jax.tree.map(np.testing.assert_array_equal, given.frozen["speech_encoder"], weights["speech_encoder"])
-    jax.tree.map(np.testing.assert_array_equal, given.frozen["image_encoder"], plain.frozen["image_encoder"])
+    jax.tree.map(
+        np.testing.assert_array_equal, given.frozen["speech_encoder"], weights["speech_encoder"]
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal, given.frozen["image_encoder"], plain.frozen["image_encoder"]
+    )
     jax.tree.map(np.testing.assert_array_equal, given.params, plain.params)
 
 
@@ -112,7 +147,9 @@ def test_weighted_sum_starts_as_the_mean_of_all_layers_and_learns():
     params = jax.jit(model.init)(jax.random.key(0), data)["params"]
     assert params["speech_encoder"]["layer_weights"].shape == (3,)
     encode = jax.jit(
-        lambda p: model.apply({"params": p}, data["waveform"], data["speech_lengths"], method="encode_speech")
+        lambda p: model.apply(
+            {"params": p}, data["waveform"], data["speech_lengths"], method="encode_speech"
+        )
     )
     found = encode(params)
     _, frames, hidden = create_tower(TOWER).apply(
@@ -122,20 +159,26 @@ def test_weighted_sum_starts_as_the_mean_of_all_layers_and_learns():
     np.testing.assert_allclose(found.tokens[:, 1:], mean, atol=1e-5)
     for row, length in enumerate(frames):  # the first token is the mean of the valid ones
         np.testing.assert_allclose(found.tokens[row, 0], mean[row, :length].mean(0), atol=1e-5)
-    moved = encode(merge_params(params, {"speech_encoder": {"layer_weights": jnp.array([20.0, 0.0, 0.0])}}))
+    moved = encode(
+        merge_params(params, {"speech_encoder": {"layer_weights": jnp.array([20.0, 0.0, 0.0])}})
+    )
     np.testing.assert_allclose(moved.tokens[:, 1:], hidden[0], atol=1e-4)
     grads = jax.grad(lambda p: jnp.sum(encode(p).embedding[:, 0]))(params)
     assert np.abs(grads["speech_encoder"]["layer_weights"]).max() > 1e-6
 
 
-@pytest.mark.parametrize("layer, caches_all", [("last", False), ("1", False), ("weighted_sum", True)])
+@pytest.mark.parametrize(
+    "layer, caches_all", [("last", False), ("1", False), ("weighted_sum", True)]
+)
 def test_cached_tokens_give_what_the_network_gives(layer, caches_all):
     model = create_model(SPEECH | {"layer": layer}, IMAGE, SMALL, embedding_dim=8)
     data = batch()
     params = jax.jit(model.init)(jax.random.key(0), data)["params"]
     apply = lambda *inputs: model.apply({"params": params}, *inputs, method="encode_speech")  # noqa: E731
     tower = {"params": params["speech_encoder"]["tower"]}
-    tokens, frames, hidden = create_tower(TOWER).apply(tower, data["waveform"], data["speech_lengths"])
+    tokens, frames, hidden = create_tower(TOWER).apply(
+        tower, data["waveform"], data["speech_lengths"]
+    )
     cached = jnp.stack(hidden, axis=2) if caches_all else choose_layer(hidden, layer)
     found, expected = apply(cached, frames), apply(data["waveform"], data["speech_lengths"])
     np.testing.assert_allclose(found.embedding, expected.embedding, atol=1e-5)
@@ -144,7 +187,9 @@ def test_cached_tokens_give_what_the_network_gives(layer, caches_all):
 
 
 def test_tokens_of_another_tool_take_no_waveform():
-    model = create_model(SMALL | {"name": "tokens"}, SMALL | {"name": "tokens"}, SMALL, embedding_dim=8)
+    model = create_model(
+        SMALL | {"name": "tokens"}, SMALL | {"name": "tokens"}, SMALL, embedding_dim=8
+    )
     data = {
         "speech_tokens": np.ones((2, 5, 7), np.float16),
         "speech_lengths": np.array([5, 3], np.int32),
@@ -176,14 +221,21 @@ def test_convolutions_over_time_halve_the_tokens_and_ignore_the_padding():
     found, found_lengths = module.apply(variables, x, lengths)
     assert found.shape == (2, 4, 8) and found_lengths.tolist() == [4, 2]
     spoilt = np.concatenate([x[1:, :6], np.full((1, 9, 8), 7.0, np.float32)], axis=1)
-    np.testing.assert_allclose(module.apply(variables, spoilt, lengths[1:])[0][0, :2], found[1, :2], atol=1e-5)
+    np.testing.assert_allclose(
+        module.apply(variables, spoilt, lengths[1:])[0][0, :2], found[1, :2], atol=1e-5
+    )
 
-    params, y = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"]), x[1, :6].astype(float)
+    params, y = (
+        jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"]),
+        x[1, :6].astype(float),
+    )
     for block, ends in ((0, [(0, 2), (2, 4), (4, 6)]), (1, [(0, 2), (2, 3)])):
         normed = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-6)
         near, kernel = np.pad(normed, ((2, 2), (0, 0))), params[f"conv_{block}"]["kernel"]
         z = np.stack([sum(near[t + k] @ kernel[k] for k in range(5)) for t in range(len(y))])
-        y = y + 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))  # biases are 0 at the start
+        y = y + 0.5 * z * (
+            1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))
+        )  # biases are 0 at the start
         y = np.stack([y[first:last].mean(0) for first, last in ends])
     np.testing.assert_allclose(found[1, :2], y, atol=1e-5)
 
@@ -224,7 +276,9 @@ def test_span_masks_cover_their_share_in_spans_and_belong_to_the_example():
 
 
 def test_masking_and_layer_drop_act_in_training_only_and_per_example():
-    tower = create_tower(TOWER | {"mask_time": 0.5, "mask_channels": 0.3, "layer_drop": 0.5, "dropout_rate": 0.1})
+    tower = create_tower(
+        TOWER | {"mask_time": 0.5, "mask_channels": 0.3, "layer_drop": 0.5, "dropout_rate": 0.1}
+    )
     data = batch()
     inputs = data["waveform"], data["speech_lengths"]
     variables = jax.jit(tower.init)(jax.random.key(0), *inputs)
@@ -243,9 +297,15 @@ def test_masked_tokens_say_nothing_in_training_alone():
     keys = jax.random.split(jax.random.key(1), 2)
     encoder = PublishedImage(width=12, depth=1, heads=2, token_mask=0.5)
     variables = encoder.init(jax.random.key(0), tokens)
-    moved = jax.jacobian(lambda x: jnp.sum(encoder.apply(variables, x, keys)[0][:, 0] ** 2, axis=-1))(tokens)
-    silent = ~np.any(np.asarray(moved), axis=(0, 3))  # (n, T): tokens that the [CLS] does not depend on
-    np.testing.assert_array_equal(silent, span_mask(jax.vmap(jax.random.fold_in, (0, None))(keys, 4), 6, 0.5, 1))
+    moved = jax.jacobian(
+        lambda x: jnp.sum(encoder.apply(variables, x, keys)[0][:, 0] ** 2, axis=-1)
+    )(tokens)
+    silent = ~np.any(
+        np.asarray(moved), axis=(0, 3)
+    )  # (n, T): tokens that the [CLS] does not depend on
+    np.testing.assert_array_equal(
+        silent, span_mask(jax.vmap(jax.random.fold_in, (0, None))(keys, 4), 6, 0.5, 1)
+    )
     assert 0 < silent.sum() < silent.size
     whole = PublishedImage(width=12, depth=1, heads=2).apply(variables, tokens)[0]
     np.testing.assert_array_equal(encoder.apply(variables, tokens)[0], whole)
@@ -263,7 +323,9 @@ def test_layer_drop_alone_skips_blocks():
     for found in hidden_states({"layer_drop": 1.0})[1:]:
         np.testing.assert_array_equal(found, hidden_states({})[0])
     some = hidden_states({"layer_drop": 0.5})
-    same = np.array([[np.array_equal(some[k][row], some[k + 1][row]) for row in range(4)] for k in range(2)])
+    same = np.array(
+        [[np.array_equal(some[k][row], some[k + 1][row]) for row in range(4)] for k in range(2)]
+    )
     assert same.any() and not same.all(), "each example draws for itself"
 
 
@@ -307,8 +369,14 @@ def test_split_and_merge_are_inverse():
             r"model\.speech\.tower\.name='vision_transformer': choose one of wav2vec2",
         ),
         ({"speech": SPEECH | {"tower": TOWER | {"depht": 1}}}, r"tower \(wav2vec2\) has no depht"),
-        ({"speech": SPEECH | {"frozen": "all"}}, r"model\.speech\.frozen='all': choose one of tower, none, conv"),
-        ({"image": IMAGE | {"frozen": "conv"}}, r"model\.image\.frozen='conv': choose one of tower, none"),
+        (
+            {"speech": SPEECH | {"frozen": "all"}},
+            r"model\.speech\.frozen='all': choose one of tower, none, conv",
+        ),
+        (
+            {"image": IMAGE | {"frozen": "conv"}},
+            r"model\.image\.frozen='conv': choose one of tower, none",
+        ),
     ],
 )
 def test_create_model_names_what_is_wrong(change, message):
@@ -322,7 +390,9 @@ def test_an_unknown_layer_is_named():
         jax.eval_shape(model.init, jax.random.key(0), batch())
 
 
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN attention needs a GPU (JAX_PLATFORMS=cuda)")
+@pytest.mark.skipif(
+    jax.default_backend() != "gpu", reason="cuDNN attention needs a GPU (JAX_PLATFORMS=cuda)"
+)
 def test_cudnn_attention_agrees_with_xla_on_padded_batches():
     x = np.random.default_rng(0).normal(size=(3, 96, 128)).astype(np.float32)
     lengths = np.array([96, 50, 7], np.int32)
@@ -334,7 +404,9 @@ def test_cudnn_attention_agrees_with_xla_on_padded_batches():
         y = module.apply(variables, x, x, lengths).astype(jnp.float32)
         return jnp.sum(jnp.square(jnp.where(valid, y, 0.0))), y
 
-    (_, expected), expected_grads = jax.value_and_grad(functools.partial(loss, xla), has_aux=True)(variables)
+    (_, expected), expected_grads = jax.value_and_grad(functools.partial(loss, xla), has_aux=True)(
+        variables
+    )
     (_, found), grads = jax.value_and_grad(functools.partial(loss, cudnn), has_aux=True)(variables)
     np.testing.assert_allclose(np.where(valid, found, 0), np.where(valid, expected, 0), atol=3e-2)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):

@@ -45,7 +45,9 @@ def central_difference(f, x, step=1e-6):
 
 
 def similarity_oracle(queries, keys, tau):
-    return np.array([[sum(q[d] * b[d] for d in range(len(q))) / tau for b in keys] for q in queries])
+    return np.array(
+        [[sum(q[d] * b[d] for d in range(len(q))) / tau for b in keys] for q in queries]
+    )
 
 
 def softmax_oracle(row, valid):
@@ -56,7 +58,9 @@ def softmax_oracle(row, valid):
 
 def cross_entropy_oracle(logits, targets, valid):
     rows = []
-    for row, target, columns in zip(logits, targets, np.broadcast_to(valid, logits.shape), strict=True):
+    for row, target, columns in zip(
+        logits, targets, np.broadcast_to(valid, logits.shape), strict=True
+    ):
         kept = [(logit, t) for logit, t, v in zip(row, target, columns, strict=True) if v]
         top = max(logit for logit, _ in kept)
         log_sum = top + math.log(sum(math.exp(logit - top) for logit, _ in kept))
@@ -82,7 +86,9 @@ def identity_args(case):
 def infonce_oracle(z, keys, tau):
     """Plain InfoNCE of one direction, the pair on the diagonal."""
     logits = similarity_oracle(z, keys, tau)
-    return np.mean([-math.log(softmax_oracle(row, [True] * len(row))[i]) for i, row in enumerate(logits)])
+    return np.mean(
+        [-math.log(softmax_oracle(row, [True] * len(row))[i]) for i, row in enumerate(logits)]
+    )
 
 
 @pytest.fixture
@@ -106,9 +112,15 @@ def test_similarity_logits_and_their_gradients(case):
     loss = lambda z, keys, tau: jnp.sum(objectives.similarity_logits(z, keys, tau) * f32(weights))  # noqa: E731
     found = jax.grad(loss, argnums=(0, 1, 2))(*f32(z, keys, tau))
     oracle = lambda z, keys, tau: np.sum(similarity_oracle(z, keys, tau) * weights)  # noqa: E731
-    np.testing.assert_allclose(found[0], central_difference(lambda x: oracle(x, keys, tau), z), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(found[1], central_difference(lambda x: oracle(z, x, tau), keys), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(found[2], central_difference(lambda x: oracle(z, keys, x), tau), rtol=1e-4)
+    np.testing.assert_allclose(
+        found[0], central_difference(lambda x: oracle(x, keys, tau), z), rtol=1e-4, atol=1e-4
+    )
+    np.testing.assert_allclose(
+        found[1], central_difference(lambda x: oracle(z, x, tau), keys), rtol=1e-4, atol=1e-4
+    )
+    np.testing.assert_allclose(
+        found[2], central_difference(lambda x: oracle(z, keys, x), tau), rtol=1e-4
+    )
 
 
 def test_similarities_are_float32_for_bfloat16_embeddings(case):
@@ -122,13 +134,17 @@ def test_similarities_are_float32_for_bfloat16_embeddings(case):
 @pytest.mark.parametrize("policy", objectives.ID_POLICIES)
 def test_identity_targets_follow_the_policy(case, policy):
     targets, valid = objectives.identity_targets(*identity_args(case), policy)
-    expected_targets, expected_valid = identity_oracle(*map(np.asarray, identity_args(case)), policy)
+    expected_targets, expected_valid = identity_oracle(
+        *map(np.asarray, identity_args(case)), policy
+    )
     np.testing.assert_allclose(targets, expected_targets, atol=1e-7)
     np.testing.assert_array_equal(valid, expected_valid)
 
 
 def test_identity_targets_refuse_an_unknown_policy(case):
-    with pytest.raises(ValueError, match="unknown id policy 'first'.*multi_positive, mask, diagonal"):
+    with pytest.raises(
+        ValueError, match="unknown id policy 'first'.*multi_positive, mask, diagonal"
+    ):
         objectives.identity_targets(*identity_args(case), "first")
 
 
@@ -139,17 +155,26 @@ def test_target_rows_sum_to_one_and_unwritten_slots_get_zero(case, policy):
     for targets in (hard, soft):
         np.testing.assert_allclose(np.sum(targets, axis=1), 1.0, atol=1e-6)
         assert not np.any(np.asarray(targets)[:, ~case["bank_valid"]])
-    assert not np.any(np.asarray(soft)[~np.asarray(valid)]) and np.all(np.asarray(soft)[np.asarray(valid)] > 0)
+    assert not np.any(np.asarray(soft)[~np.asarray(valid)]) and np.all(
+        np.asarray(soft)[np.asarray(valid)] > 0
+    )
 
 
 @pytest.mark.parametrize("policy", ["multi_positive", "mask"])
 def test_distillation_targets_blend_the_momentum_softmax(case, policy):
     hard, valid = identity_oracle(*map(np.asarray, identity_args(case)), policy)
     logits = case["momentum_logits"]
-    expected = [0.3 * softmax_oracle(row, v) + 0.7 * y for row, v, y in zip(logits, valid, hard, strict=True)]
+    expected = [
+        0.3 * softmax_oracle(row, v) + 0.7 * y
+        for row, v, y in zip(logits, valid, hard, strict=True)
+    ]
     found = objectives.distillation_targets(*f32(logits, hard), jnp.asarray(valid), 0.3)
     np.testing.assert_allclose(found, expected, atol=1e-6)
-    pulled = jax.grad(lambda x: jnp.sum(objectives.distillation_targets(x, f32(hard), jnp.asarray(valid), 0.3) ** 2))
+    pulled = jax.grad(
+        lambda x: jnp.sum(
+            objectives.distillation_targets(x, f32(hard), jnp.asarray(valid), 0.3) ** 2
+        )
+    )
     assert not np.any(pulled(f32(logits))), "targets carry no gradient"
 
 
@@ -158,20 +183,28 @@ def test_soft_target_cross_entropy_and_its_gradient(case, per_row):
     valid = identity_oracle(*map(np.asarray, identity_args(case)), "mask")[1]
     valid = valid if per_row else case["bank_valid"]
     columns = np.broadcast_to(valid, (5, 12))
-    targets = np.stack([softmax_oracle(*row) for row in zip(case["momentum_logits"], columns, strict=True)])
+    targets = np.stack(
+        [softmax_oracle(*row) for row in zip(case["momentum_logits"], columns, strict=True)]
+    )
     # Masked columns hold the largest logits: they must not reach the softmax.
     logits = np.where(valid, case["logits"], 50.0)
     loss = lambda x: objectives.soft_target_cross_entropy(x, f32(targets), jnp.asarray(valid))  # noqa: E731
-    np.testing.assert_allclose(loss(f32(logits)), cross_entropy_oracle(logits, targets, valid), rtol=1e-5)
+    np.testing.assert_allclose(
+        loss(f32(logits)), cross_entropy_oracle(logits, targets, valid), rtol=1e-5
+    )
     gradient = jax.grad(lambda x: jnp.sum(loss(x) * jnp.arange(1.0, 6.0)))(f32(logits))
-    expected = central_difference(lambda x: cross_entropy_oracle(x, targets, valid) @ np.arange(1.0, 6.0), logits)
+    expected = central_difference(
+        lambda x: cross_entropy_oracle(x, targets, valid) @ np.arange(1.0, 6.0), logits
+    )
     np.testing.assert_allclose(gradient, expected, atol=2e-5)
 
 
 def test_cross_entropy_stays_finite_at_the_smallest_temperature():
     logits = f32([[1000.0, -1000.0, 0.0]])
     loss, gradient = jax.value_and_grad(
-        lambda x: objectives.soft_target_cross_entropy(x, f32([[0.0, 1.0, 0.0]]), jnp.array([True, True, False]))[0]
+        lambda x: objectives.soft_target_cross_entropy(
+            x, f32([[0.0, 1.0, 0.0]]), jnp.array([True, True, False])
+        )[0]
     )(logits)
     assert float(loss) == 2000.0
     np.testing.assert_allclose(gradient, [[1.0, -1.0, 0.0]], atol=1e-6)
@@ -180,12 +213,19 @@ def test_cross_entropy_stays_finite_at_the_smallest_temperature():
 def test_sic_loss_is_the_mean_of_both_directions(case):
     rng, valid = RNG(2), case["bank_valid"]
     s2i, i2s = case["logits"], case["momentum_logits"]
-    targets = [np.stack([softmax_oracle(row, valid) for row in rng.normal(size=(5, 12))]) for _ in range(2)]
+    targets = [
+        np.stack([softmax_oracle(row, valid) for row in rng.normal(size=(5, 12))]) for _ in range(2)
+    ]
     found = objectives.sic_loss(*f32(s2i, i2s, *targets), jnp.asarray(valid))
-    expected = (cross_entropy_oracle(s2i, targets[0], valid) + cross_entropy_oracle(i2s, targets[1], valid)) / 2
+    expected = (
+        cross_entropy_oracle(s2i, targets[0], valid) + cross_entropy_oracle(i2s, targets[1], valid)
+    ) / 2
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     # Each direction has its own logits and targets: exchanged arguments would be another value.
-    assert np.abs(found - objectives.sic_loss(*f32(i2s, s2i, *targets), jnp.asarray(valid))).max() > 0.1
+    assert (
+        np.abs(found - objectives.sic_loss(*f32(i2s, s2i, *targets), jnp.asarray(valid))).max()
+        > 0.1
+    )
 
 
 def test_without_queue_and_distillation_sic_is_symmetric_infonce():
@@ -203,11 +243,19 @@ def test_without_queue_and_distillation_sic_is_symmetric_infonce():
     def oracle(speech, image, tau):
         return (infonce_oracle(speech, key_image, tau) + infonce_oracle(image, key_speech, tau)) / 2
 
-    np.testing.assert_allclose(loss(*f32(speech, image, tau)), oracle(speech, image, tau), rtol=1e-5)
+    np.testing.assert_allclose(
+        loss(*f32(speech, image, tau)), oracle(speech, image, tau), rtol=1e-5
+    )
     found = jax.grad(loss, argnums=(0, 1, 2))(*f32(speech, image, tau))
-    np.testing.assert_allclose(found[0], central_difference(lambda x: oracle(x, image, tau), speech), atol=1e-4)
-    np.testing.assert_allclose(found[1], central_difference(lambda x: oracle(speech, x, tau), image), atol=1e-4)
-    np.testing.assert_allclose(found[2], central_difference(lambda x: oracle(speech, image, x), tau), rtol=1e-3)
+    np.testing.assert_allclose(
+        found[0], central_difference(lambda x: oracle(x, image, tau), speech), atol=1e-4
+    )
+    np.testing.assert_allclose(
+        found[1], central_difference(lambda x: oracle(speech, x, tau), image), atol=1e-4
+    )
+    np.testing.assert_allclose(
+        found[2], central_difference(lambda x: oracle(speech, image, x), tau), rtol=1e-3
+    )
 
 
 def test_alpha_one_with_momentum_equal_to_online_has_no_gradient(case):
@@ -242,11 +290,15 @@ def test_sampler_frequencies_match_the_masked_softmax():
     *args, logits = sampler_case()
     columns, valid = objectives.sample_hard_negatives(*args)
     counts = np.bincount(columns, minlength=7)
-    legal = np.array([1, 0, 1, 1, 0, 0, 1], bool)  # columns 1 and 4 have the row's id, 5 is unwritten
+    legal = np.array(
+        [1, 0, 1, 1, 0, 0, 1], bool
+    )  # columns 1 and 4 have the row's id, 5 is unwritten
     assert np.all(valid) and not counts[~legal].any()
     expected = softmax_oracle(logits, legal)[legal] * counts.sum()
     assert stats.chisquare(counts[legal], expected).pvalue > 1e-3
-    assert stats.chisquare(counts[legal]).pvalue < 1e-9, "the test can tell this softmax from a uniform draw"
+    assert stats.chisquare(counts[legal]).pvalue < 1e-9, (
+        "the test can tell this softmax from a uniform draw"
+    )
 
 
 def test_sampler_never_takes_the_same_id_and_flags_rows_without_a_candidate():
@@ -285,7 +337,9 @@ def test_draws_belong_to_the_global_row_however_rows_are_spread():
     for device in range(4):
         rows = device * 16 + jnp.arange(16)
         part = objectives.row_keys(jax.random.key(4), rows)
-        parts.append(objectives.sample_hard_negatives(part, logits[:16], ids[:16], candidates, valid)[0])
+        parts.append(
+            objectives.sample_hard_negatives(part, logits[:16], ids[:16], candidates, valid)[0]
+        )
     np.testing.assert_array_equal(whole, np.concatenate(parts))
     assert len(np.unique(whole)) > 1, "rows draw independently"
 
@@ -298,13 +352,24 @@ def test_sim_loss_and_its_gradient():
     logits, labels = rng.normal(size=(9, 2)) * 3, rng.integers(0, 2, 9)
 
     def oracle(logits):
-        return np.array([math.log(sum(map(math.exp, row))) - row[y] for row, y in zip(logits, labels, strict=True)])
+        return np.array(
+            [
+                math.log(sum(map(math.exp, row))) - row[y]
+                for row, y in zip(logits, labels, strict=True)
+            ]
+        )
 
     found = objectives.sim_loss(f32(logits), jnp.asarray(labels))
     np.testing.assert_allclose(found, oracle(logits), rtol=1e-5, atol=1e-6)
-    gradient = jax.grad(lambda x: jnp.sum(objectives.sim_loss(x, jnp.asarray(labels)) ** 2))(f32(logits))
-    np.testing.assert_allclose(gradient, central_difference(lambda x: np.sum(oracle(x) ** 2), logits), atol=1e-4)
-    np.testing.assert_allclose(objectives.match_logit(f32(logits)), logits[:, 1] - logits[:, 0], rtol=1e-6)
+    gradient = jax.grad(lambda x: jnp.sum(objectives.sim_loss(x, jnp.asarray(labels)) ** 2))(
+        f32(logits)
+    )
+    np.testing.assert_allclose(
+        gradient, central_difference(lambda x: np.sum(oracle(x) ** 2), logits), atol=1e-4
+    )
+    np.testing.assert_allclose(
+        objectives.match_logit(f32(logits)), logits[:, 1] - logits[:, 0], rtol=1e-6
+    )
 
 
 def test_known_sim_values_of_a_blind_matcher():
@@ -312,7 +377,9 @@ def test_known_sim_values_of_a_blind_matcher():
     third = jnp.log(jnp.broadcast_to(f32([[2 / 3, 1 / 3]]), (12, 2)))
     assert float(jnp.mean(objectives.sim_loss(third, labels))) == pytest.approx(0.636514, abs=1e-6)
     assert objectives.COLLAPSE_VALUE == pytest.approx(math.log(3) - 2 / 3 * math.log(2), abs=1e-15)
-    assert float(jnp.mean(objectives.sim_loss(jnp.zeros((12, 2)), labels))) == pytest.approx(math.log(2), abs=1e-6)
+    assert float(jnp.mean(objectives.sim_loss(jnp.zeros((12, 2)), labels))) == pytest.approx(
+        math.log(2), abs=1e-6
+    )
 
 
 def test_pairs_hold_the_positives_then_a_negative_image_then_a_negative_speech():
@@ -351,7 +418,9 @@ def test_collectives_join_rows_in_device_order():
     gathered = jax.vmap(lambda x: all_gather({"a": x}, "devices"), axis_name="devices")(rows)["a"]
     for device in range(4):
         np.testing.assert_array_equal(gathered[device], rows.reshape(12, 2))
-    np.testing.assert_allclose(jax.vmap(lambda x: pmean(x, "devices"), axis_name="devices")(rows)[2], rows.mean(0))
+    np.testing.assert_allclose(
+        jax.vmap(lambda x: pmean(x, "devices"), axis_name="devices")(rows)[2], rows.mean(0)
+    )
     assert all_gather(rows) is rows and pmean(rows) is rows
 
 
@@ -361,7 +430,10 @@ def test_queue_equals_a_deque_of_its_size(size):
     queue = create_queue(size, {"id": jnp.zeros(1, jnp.int32), "speech": jnp.zeros((1, 2))})
     expected = collections.deque(maxlen=size)
     for written in rng.integers(1, 18, 12):
-        rows = {"id": jnp.asarray(rng.integers(0, 1000, written)), "speech": f32(rng.normal(size=(written, 2)))}
+        rows = {
+            "id": jnp.asarray(rng.integers(0, 1000, written)),
+            "speech": f32(rng.normal(size=(written, 2))),
+        }
         queue = enqueue(queue, rows)
         expected.extend(zip(rows["id"].tolist(), rows["speech"].tolist(), strict=True))
         count, cursor = int(queue.count), int(queue.cursor)
@@ -376,7 +448,9 @@ def test_queue_equals_a_deque_of_its_size(size):
 def test_bank_is_the_batch_then_the_queue_with_unwritten_slots_masked():
     queue = enqueue(create_queue(4, {"z": jnp.zeros((1, 2))}), {"z": jnp.ones((3, 2))})
     batch = jnp.full((2, 2), 7.0)
-    np.testing.assert_array_equal(bank(batch, queue, "z"), [[7, 7], [7, 7], [1, 1], [1, 1], [1, 1], [0, 0]])
+    np.testing.assert_array_equal(
+        bank(batch, queue, "z"), [[7, 7], [7, 7], [1, 1], [1, 1], [1, 1], [0, 0]]
+    )
     assert bank_valid(2, queue).tolist() == [True] * 5 + [False]
 
 
@@ -400,4 +474,6 @@ def test_momentum_parameters_approach_a_constant_geometrically():
 
 def test_half_life_counts_samples_not_steps():
     for batch_size in (32, 256):
-        assert momentum_from_half_life(10_240, batch_size) ** (10_240 / batch_size) == pytest.approx(0.5)
+        assert momentum_from_half_life(10_240, batch_size) ** (
+            10_240 / batch_size
+        ) == pytest.approx(0.5)

@@ -73,7 +73,10 @@ def test_vision_transformers(name, values):
     "name, values",
     [
         *VISION[:3],
-        *(pytest.param(name, BASE_SIZES[name], id=f"{name}-base", marks=pytest.mark.heavy) for name in BASE_SIZES),
+        *(
+            pytest.param(name, BASE_SIZES[name], id=f"{name}-base", marks=pytest.mark.heavy)
+            for name in BASE_SIZES
+        ),
     ],
 )
 def test_vision_gradients(name, values):
@@ -86,7 +89,9 @@ def test_vision_gradients(name, values):
         expected = torch.cat([out.pooler_output[:, None], out.last_hidden_state], dim=1)
     else:
         expected = out.last_hidden_state
-    output = lambda module, params: module.apply({"params": params}, image)[0][:, : expected.shape[1]]  # noqa: E731
+    output = lambda module, params: module.apply({"params": params}, image)[0][
+        :, : expected.shape[1]
+    ]  # noqa: E731
     assert_gradients_agree(model, expected, output)
 
 
@@ -126,19 +131,27 @@ def test_blip2(values):
     module, params = ours(model)
     image = images(model.config.vision_config.image_size)
     with torch.no_grad():
-        vision_out, qformer, projected = blip2_outputs(model, image, module, output_hidden_states=True)
+        vision_out, qformer, projected = blip2_outputs(
+            model, image, module, output_hidden_states=True
+        )
     _, lengths, hidden = jax.jit(module.clone(projection=0).apply)({"params": params}, image)
     assert lengths.tolist() == [model.config.num_query_tokens] * 2
     assert_hidden_states_agree(hidden, qformer.hidden_states)
-    vision_tokens, _, vision_hidden = jax.jit(module.vision.apply)({"params": params["vision"]}, image)
+    vision_tokens, _, vision_hidden = jax.jit(module.vision.apply)(
+        {"params": params["vision"]}, image
+    )
     assert_close(vision_tokens, vision_out.last_hidden_state)
     assert_hidden_states_agree(vision_hidden[:-1], vision_out.hidden_states[:-1])
     assert_close(jax.jit(module.apply)({"params": params}, image)[0], projected)
 
 
-@pytest.mark.parametrize("values", [BLIP2[0], pytest.param(Q_FORMER_BASE, id="q-former-base", marks=pytest.mark.heavy)])
+@pytest.mark.parametrize(
+    "values", [BLIP2[0], pytest.param(Q_FORMER_BASE, id="q-former-base", marks=pytest.mark.heavy)]
+)
 def test_blip2_gradients(values):
     model = blip2(values)
     image = images(model.config.vision_config.image_size)
     projected = blip2_outputs(model, image, ours(model)[0])[2]
-    assert_gradients_agree(model, projected, lambda module, params: module.apply({"params": params}, image)[0])
+    assert_gradients_agree(
+        model, projected, lambda module, params: module.apply({"params": params}, image)[0]
+    )

@@ -13,13 +13,19 @@ from c2f_jax.models.networks.wav2vec2 import normalise_waveform
 from c2f_jax.pretrained import names
 from c2f_jax.pretrained.architectures import IMAGENET, describe
 
-pytest.importorskip("torch", reason="the parity tests need the extra `parity` (torch, transformers)")
-transformers = pytest.importorskip("transformers", reason="the parity tests need the extra `parity`")
+pytest.importorskip(
+    "torch", reason="the parity tests need the extra `parity` (torch, transformers)"
+)
+transformers = pytest.importorskip(
+    "transformers", reason="the parity tests need the extra `parity`"
+)
 
 
 def test_waveform_normalisation_matches_the_reference_processor():
     rng, lengths = np.random.default_rng(0), np.array([5000, 3210], np.int32)
-    wave = (0.3 * rng.normal(size=(2, 5000)) + 0.05).astype(np.float32) * (np.arange(5000) < lengths[:, None])
+    wave = (0.3 * rng.normal(size=(2, 5000)) + 0.05).astype(np.float32) * (
+        np.arange(5000) < lengths[:, None]
+    )
     extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
     expected = extractor(
         [wave[0], wave[1, :3210]], sampling_rate=16_000, padding=True, return_tensors="np"
@@ -33,7 +39,9 @@ def test_resampling_matches_the_reference(tmp_path, rate):
 
     wave = 0.1 * np.random.default_rng(rate).normal(size=(rate // 2 + 7, 2))
     soundfile.write(tmp_path / "recording.wav", wave, rate)
-    expected = load_audio(str(tmp_path / "recording.wav"), sampling_rate=16_000, backend="soundfile")
+    expected = load_audio(
+        str(tmp_path / "recording.wav"), sampling_rate=16_000, backend="soundfile"
+    )
     found = decode_audio(str(tmp_path / "recording.wav"))
     assert abs(len(found) - len(expected)) <= 1  # the reference rounds the length up
     size = min(len(found), len(expected))
@@ -43,7 +51,9 @@ def test_resampling_matches_the_reference(tmp_path, rate):
 PROCESSORS = [
     pytest.param("CLIPImageProcessorPil", {}, names.CLIP, id="clip"),
     pytest.param("SiglipImageProcessorPil", {}, names.SIGLIP, id="siglip"),
-    pytest.param("BlipImageProcessorPil", {"size": {"height": 224, "width": 224}}, names.BLIP2, id="blip2"),
+    pytest.param(
+        "BlipImageProcessorPil", {"size": {"height": 224, "width": 224}}, names.BLIP2, id="blip2"
+    ),
     pytest.param(
         "BitImageProcessorPil",
         {
@@ -66,11 +76,20 @@ def test_image_preprocessing_from_jpeg_to_tensor(tmp_path, name, values, layout,
     published = json.loads(processor.to_json_string())
     _, how = describe(layout, {}, "", {"vision_config": {"image_size": 224}}, published, {})
     rng = np.random.default_rng(sum(size))
-    picture = Image.fromarray(rng.integers(0, 256, (20, 20, 3)).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    picture = Image.fromarray(rng.integers(0, 256, (20, 20, 3)).astype(np.uint8)).resize(
+        size, Image.Resampling.BICUBIC
+    )
     picture.save(tmp_path / "picture.jpg", quality=90)
-    expected = processor(Image.open(tmp_path / "picture.jpg"), return_tensors="np").pixel_values[0].transpose(1, 2, 0)
+    expected = (
+        processor(Image.open(tmp_path / "picture.jpg"), return_tensors="np")
+        .pixel_values[0]
+        .transpose(1, 2, 0)
+    )
     image = decode_image(
-        str(tmp_path / "picture.jpg"), how["image_size"], resize=how["resize"], resize_side=how["resize_side"]
+        str(tmp_path / "picture.jpg"),
+        how["image_size"],
+        resize=how["resize"],
+        resize_side=how["resize_side"],
     )
     mean, std = np.array(how["mean"]), np.array(how["std"])
     assert image.shape == expected.shape == (224, 224, 3)

@@ -18,8 +18,14 @@ def fairseq_tensors(hubert):
     rules = (
         ("feature_projection.projection", "post_extract_proj"),
         ("feature_projection.layer_norm", "layer_norm"),
-        ("encoder.pos_conv_embed.conv.parametrizations.weight.original0", "encoder.pos_conv.0.weight_g"),
-        ("encoder.pos_conv_embed.conv.parametrizations.weight.original1", "encoder.pos_conv.0.weight_v"),
+        (
+            "encoder.pos_conv_embed.conv.parametrizations.weight.original0",
+            "encoder.pos_conv.0.weight_g",
+        ),
+        (
+            "encoder.pos_conv_embed.conv.parametrizations.weight.original1",
+            "encoder.pos_conv.0.weight_v",
+        ),
         ("encoder.pos_conv_embed.conv", "encoder.pos_conv.0"),
         (".attention.", ".self_attn."),
         ("rel_attn_embed", "relative_attention_bias"),
@@ -83,7 +89,8 @@ def embeddings(source, inputs):
     card = open_card(source)
     tower = create_tower(bare_tower(card))
     return jax.jit(tower.apply)(
-        {"params": load_weights(source, tower_shapes(bare_tower(card), card["preprocessing"]))}, *inputs
+        {"params": load_weights(source, tower_shapes(bare_tower(card), card["preprocessing"]))},
+        *inputs,
     )
 
 
@@ -155,10 +162,16 @@ def test_fairseq_and_lavis_files_give_the_same_embeddings(tmp_path, monkeypatch)
     for name in settings:
         speech, inputs, expected = models[name]
         tensors = fairseq_tensors({k: v.numpy() for k, v in speech.state_dict().items()})
-        torch.save({"model": {k: torch.tensor(v) for k, v in tensors.items()}, "cfg": settings[name]}, path)
+        torch.save(
+            {"model": {k: torch.tensor(v) for k, v in tensors.items()}, "cfg": settings[name]}, path
+        )
         card = convert([path], tmp_path / name)
-        assert card["layout"].startswith("fairseq") and card["tower"]["pre_norm"] is name.endswith("large")
-        np.testing.assert_allclose(embeddings(tmp_path / name, inputs)[0], expected.numpy(), atol=1e-4)
+        assert card["layout"].startswith("fairseq") and card["tower"]["pre_norm"] is name.endswith(
+            "large"
+        )
+        np.testing.assert_allclose(
+            embeddings(tmp_path / name, inputs)[0], expected.numpy(), atol=1e-4
+        )
     torch.save({"model": {k: torch.tensor(v) for k, v in tensors.items()}}, path)
     with pytest.raises(UserError, match="give --normalise=true or --normalise=false"):
         convert([path], tmp_path / "unknown")
@@ -174,7 +187,9 @@ def test_fairseq_and_lavis_files_give_the_same_embeddings(tmp_path, monkeypatch)
     torch.save({"model": tensors}, tmp_path / "blip2.pth")
     # The first stage is published without its frozen ViT, which has a file and names of its own.
     eva = {k: v for k, v in tensors.items() if k.startswith("visual_encoder.")}
-    torch.save({"model": {k: v for k, v in tensors.items() if k not in eva}}, tmp_path / "stage_1.pth")
+    torch.save(
+        {"model": {k: v for k, v in tensors.items() if k not in eva}}, tmp_path / "stage_1.pth"
+    )
     eva = {k.removeprefix("visual_encoder."): v for k, v in eva.items()}
     torch.save(eva | {"head.weight": torch.zeros(3, 32)}, tmp_path / "eva_vit_g.pth")
     for number, files in enumerate((["blip2.pth"], ["stage_1.pth", "eva_vit_g.pth"])):

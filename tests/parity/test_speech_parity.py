@@ -36,7 +36,9 @@ SPEECH_KINDS = [
     pytest.param("wav2vec2", TINY_SPEECH, id="wav2vec2-tiny"),
     pytest.param("wavlm", TINY_WAVLM, id="wavlm-tiny"),
     # WavLM large has no biases in its convolutions.
-    pytest.param("wavlm", TINY_WAVLM | LARGE_KIND | {"conv_bias": False}, id="wavlm-tiny-large-kind"),
+    pytest.param(
+        "wavlm", TINY_WAVLM | LARGE_KIND | {"conv_bias": False}, id="wavlm-tiny-large-kind"
+    ),
 ]
 BASE_SPEECH = [
     pytest.param("hubert", {}, id="hubert-base", marks=pytest.mark.heavy),
@@ -109,8 +111,12 @@ def test_masked_norm_makes_features_independent_of_the_padding():
     assert_close(padded[:1, : frames[0]], expected)
     alone, _, _ = apply({"params": params}, wave[:1, :6000], lengths[:1])
     np.testing.assert_allclose(padded[0, : frames[0]], alone[0], atol=1e-5)
-    as_published, _, _ = jax.jit(module.clone(masked_norm=False).apply)({"params": params}, wave, lengths)
-    assert np.abs(as_published[0, : frames[0]] - alone[0]).max() > 1e-3, "the reference does depend on it"
+    as_published, _, _ = jax.jit(module.clone(masked_norm=False).apply)(
+        {"params": params}, wave, lengths
+    )
+    assert np.abs(as_published[0, : frames[0]] - alone[0]).max() > 1e-3, (
+        "the reference does depend on it"
+    )
 
 
 def without_weight_norm(model):
@@ -146,9 +152,24 @@ def test_wav2vec2_gradient_of_the_waveform():
 
 
 WHISPERS = {
-    "tiny": {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 48},
-    "published-tiny": {"d_model": 384, "encoder_layers": 4, "encoder_attention_heads": 6, "encoder_ffn_dim": 1536},
-    "base": {"d_model": 512, "encoder_layers": 6, "encoder_attention_heads": 8, "encoder_ffn_dim": 2048},
+    "tiny": {
+        "d_model": 32,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 48,
+    },
+    "published-tiny": {
+        "d_model": 384,
+        "encoder_layers": 4,
+        "encoder_attention_heads": 6,
+        "encoder_ffn_dim": 1536,
+    },
+    "base": {
+        "d_model": 512,
+        "encoder_layers": 6,
+        "encoder_attention_heads": 8,
+        "encoder_ffn_dim": 2048,
+    },
     "large-v3": {
         "d_model": 1280,
         "encoder_layers": 32,
@@ -162,7 +183,9 @@ WHISPERS = {
 def whisper(name):
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-    config = transformers.WhisperConfig(**WHISPERS[name], decoder_layers=1, attn_implementation="eager")
+    config = transformers.WhisperConfig(
+        **WHISPERS[name], decoder_layers=1, attn_implementation="eager"
+    )
     return reference(WhisperEncoder, config)
 
 
@@ -172,14 +195,21 @@ def whisper_features(model, *waves):
 
 
 @pytest.mark.parametrize(
-    "name", ["tiny", "published-tiny", *(pytest.param(n, marks=pytest.mark.heavy) for n in ("base", "large-v3"))]
+    "name",
+    [
+        "tiny",
+        "published-tiny",
+        *(pytest.param(n, marks=pytest.mark.heavy) for n in ("base", "large-v3")),
+    ],
 )
 def test_whisper_padded_to_30_seconds_as_published(name):
     model = whisper(name)
     module, params = ours(model)
     wave, lengths = waveforms(20_000, 12_345)
     with torch.no_grad():
-        expected = model(whisper_features(model, wave[0], wave[1, :12_345]), output_hidden_states=True)
+        expected = model(
+            whisper_features(model, wave[0], wave[1, :12_345]), output_hidden_states=True
+        )
     _, frames, hidden = jax.jit(module.clone(pad=True).apply)({"params": params}, wave, lengths)
     assert frames.tolist() == [63, 39]
     assert_hidden_states_agree(hidden, expected.hidden_states)
@@ -204,5 +234,7 @@ def test_whisper_gradients(name):
     model.embed_positions.weight.requires_grad_()  # constant in the reference
     wave, lengths = waveforms(8000, 5000)
     expected = model(whisper_features(model, wave[0], wave[1, :5000])).last_hidden_state
-    output = lambda module, params: module.clone(pad=True).apply({"params": params}, wave, lengths)[0]  # noqa: E731
+    output = lambda module, params: module.clone(pad=True).apply({"params": params}, wave, lengths)[
+        0
+    ]  # noqa: E731
     assert_gradients_agree(model, expected, output)

@@ -45,10 +45,17 @@ def data(tmp_path_factory):
             name = f"{split}{k}"
             size = round(16_000 * (seconds - 0.05 * k))
             soundfile.write(folder / f"{name}.wav", 0.1 * rng.normal(size=size), 16_000)
-            Image.fromarray(rng.integers(0, 256, (20, 30, 3)).astype(np.uint8)).save(folder / f"{name}.png")
+            Image.fromarray(rng.integers(0, 256, (20, 30, 3)).astype(np.uint8)).save(
+                folder / f"{name}.png"
+            )
             names.append(f"{name}.png")
             speaker = "new" if (split, k) in (("test", 1), ("test", 4)) else f"speaker {k % 2}"
-            row = {"image": names[-1], "audio": f"{name}.wav", "split": split, "seconds": size / 16_000}
+            row = {
+                "image": names[-1],
+                "audio": f"{name}.wav",
+                "split": split,
+                "seconds": size / 16_000,
+            }
             rows.append(row | {"speaker": speaker})
     (folder / "validation2.wav").write_bytes(b"not audio")
     (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -65,11 +72,19 @@ def data(tmp_path_factory):
 def cache(data):
     """The cache of all splits, through the command line."""
     output = data / "features"
-    command = ["features", f"--weights={data}/whisper", f"--data={data}/manifest.jsonl", "--max-seconds=1"]
+    command = [
+        "features",
+        f"--weights={data}/whisper",
+        f"--data={data}/manifest.jsonl",
+        "--max-seconds=1",
+    ]
     assert main([*command, f"--output={output}", "--splits=train,validation"]) == 2, (
         "one of six recordings cannot be read"
     )
-    assert not (output / "validation-speech-00000.json").exists() and (output / "train-speech-00000.json").exists()
+    assert (
+        not (output / "validation-speech-00000.json").exists()
+        and (output / "train-speech-00000.json").exists()
+    )
     extract(data, output)
     return output
 
@@ -90,23 +105,36 @@ def test_cached_tokens_are_those_of_the_utterance_alone(data, cache):
     tower, params = create_tower(bare_tower(card)), load_weights(data / "whisper")
     for key in ("train0.wav", "test5.wav"):
         wave, _ = soundfile.read(data / key, dtype="float32")
-        alone, lengths, _ = tower.apply({"params": params}, wave[None], np.array([len(wave)], np.int32))
+        alone, lengths, _ = tower.apply(
+            {"params": params}, wave[None], np.array([len(wave)], np.int32)
+        )
         found = features.tokens(key)
         assert found.dtype == np.float16 and len(found) == lengths[0] == -(-len(wave) // 320)
         np.testing.assert_allclose(found, alone[0], atol=5e-3)  # float16
-    assert features.card["weights"] == [s["sha256"] for s in card["source"]] and features.card["layer"] == "last"
+    assert (
+        features.card["weights"] == [s["sha256"] for s in card["source"]]
+        and features.card["layer"] == "last"
+    )
 
 
-def test_a_stopped_extraction_goes_on_and_a_finished_one_does_nothing(data, cache, tmp_path, monkeypatch):
+def test_a_stopped_extraction_goes_on_and_a_finished_one_does_nothing(
+    data, cache, tmp_path, monkeypatch
+):
     copy = tmp_path / "copy"
     shutil.copytree(cache, copy)
-    (copy / "train-speech-00000.json").unlink()  # as if it had been stopped while it wrote this shard
+    (
+        copy / "train-speech-00000.json"
+    ).unlink()  # as if it had been stopped while it wrote this shard
     read = []
     load = loader.load_wave
-    monkeypatch.setattr(loader, "load_wave", lambda source, row: read.append(source.split) or load(source, row))
+    monkeypatch.setattr(
+        loader, "load_wave", lambda source, row: read.append(source.split) or load(source, row)
+    )
     extract(data, copy)
     assert read == ["train"] * 6
-    np.testing.assert_array_equal(open_features(copy).tokens("train3.wav"), open_features(cache).tokens("train3.wav"))
+    np.testing.assert_array_equal(
+        open_features(copy).tokens("train3.wav"), open_features(cache).tokens("train3.wav")
+    )
     extract(data, copy)
     assert read == ["train"] * 6
 
@@ -116,7 +144,9 @@ def test_a_cache_of_another_kind_is_refused(data, cache):
         extract(data, cache, layer="1")
     others = load_pairs(f"{data}/manifest.jsonl", "train")
     others.recording_key = lambda row: f"other{row}.wav"
-    with pytest.raises(UserError, match="features of other data, such as train0.wav in train-speech-00000"):
+    with pytest.raises(
+        UserError, match="features of other data, such as train0.wav in train-speech-00000"
+    ):
         extraction.extract_features(str(data / "whisper"), [others], cache, max_seconds=1.0)
 
 
@@ -163,19 +193,31 @@ def test_shards_are_divided_among_processes(data, tmp_path, monkeypatch):
 def test_the_loader_reads_tokens_crops_them_and_names_what_is_missing(data, cache):
     train, validation, _ = sources(data)
     for source in (train, validation):
-        source.speech_features, source.image_features = open_features(cache), open_features(data / "tokens.npz")
-    batches = loader.train_batches(train, batch_size=6, image_size=8, bucket_seconds=(0.8,), seed=0, threads=0)
+        source.speech_features, source.image_features = (
+            open_features(cache),
+            open_features(data / "tokens.npz"),
+        )
+    batches = loader.train_batches(
+        train, batch_size=6, image_size=8, bucket_seconds=(0.8,), seed=0, threads=0
+    )
     _, batch = next(batches)
     assert batch["speech_tokens"].shape == (6, 40, 8) and batch["image_tokens"].shape == (6, 4, 7)
-    assert {x.dtype for x in (batch["speech_tokens"], batch["image_tokens"])} == {np.dtype(np.float16)}
+    assert {x.dtype for x in (batch["speech_tokens"], batch["image_tokens"])} == {
+        np.dtype(np.float16)
+    }
     assert sorted(batch["speech_lengths"]) == [33, 35, 38, 40, 40, 40]
     by_length = {int(n): row for row, n in enumerate(batch["speech_lengths"])}
-    np.testing.assert_array_equal(batch["speech_tokens"][by_length[33], :33], open_features(cache).tokens("train5.wav"))
+    np.testing.assert_array_equal(
+        batch["speech_tokens"][by_length[33], :33], open_features(cache).tokens("train5.wav")
+    )
     assert not np.any(batch["speech_tokens"][by_length[33], 33:])
     rows = list(loader.speech_batches(validation, batch_size=4, seconds_max=1.0, threads=0))
     index, valid = (np.concatenate([r[name] for r in rows]) for name in ("index", "valid"))
     assert sorted(index[valid]) == [0, 1, 3, 4, 5] and len(index) == 8
-    assert any("no features of validation2.wav" in reason for reason in validation.bad_items.reasons.values())
+    assert any(
+        "no features of validation2.wav" in reason
+        for reason in validation.bad_items.reasons.values()
+    )
     (images,) = loader.image_batches(validation, batch_size=6, image_size=8, threads=0)
     np.testing.assert_array_equal(
         images["image_tokens"][3], open_features(data / "tokens.npz").tokens("validation3.png")
@@ -187,13 +229,22 @@ def test_varied_copies_are_the_network_s_tokens_of_varied_recordings(data, cache
     varied = AugmentConfig(speed=0.3, flip=0.5)
     copies = [
         extraction.extract_features(
-            str(data / "whisper"), [train], tmp_path / f"copy{copy}", max_seconds=1.0, augment=varied, copy=copy
+            str(data / "whisper"),
+            [train],
+            tmp_path / f"copy{copy}",
+            max_seconds=1.0,
+            augment=varied,
+            copy=copy,
         )
         for copy in (1, 2)
     ]
     assert copies[1].card["copy"] == 2 and copies[1].card["augment.speed"] == 0.3
-    assert "augment.flip" not in copies[1].card, "pictures do not change what a network makes of recordings"
-    with pytest.raises(UserError, match=r"another kind:\n  augment.speed: 0.3 there, 0.2 wanted\nremove it or"):
+    assert "augment.flip" not in copies[1].card, (
+        "pictures do not change what a network makes of recordings"
+    )
+    with pytest.raises(
+        UserError, match=r"another kind:\n  augment.speed: 0.3 there, 0.2 wanted\nremove it or"
+    ):
         slower = dataclasses.replace(varied, speed=0.2)
         extract(data, tmp_path / "copy1", augment=slower, copy=1)
     wave = augment_wave(loader.load_wave(train, 4), varied, np.random.default_rng((2, 4)))
@@ -206,9 +257,17 @@ def test_varied_copies_are_the_network_s_tokens_of_varied_recordings(data, cache
 
     train.speech_features, train.speech_copies = open_features(cache), copies
     drawn = []
-    options = {"batch_size": 6, "image_size": 8, "bucket_seconds": (1.3,), "seed": 0, "augment": varied}
+    options = {
+        "batch_size": 6,
+        "image_size": 8,
+        "bucket_seconds": (1.3,),
+        "seed": 0,
+        "augment": varied,
+    }
     for start in (0, 10):
-        batches = loader.train_batches(train, start_step=start, threads=0, cache_mib=start, **options)
+        batches = loader.train_batches(
+            train, start_step=start, threads=0, cache_mib=start, **options
+        )
         drawn += [batch for _, batch in itertools.islice(batches, 20 - start)]
     counts = np.zeros(3)
     lengths = {len(c.tokens("train4.wav")) for c in (*copies, train.speech_features)}
@@ -221,7 +280,9 @@ def test_varied_copies_are_the_network_s_tokens_of_varied_recordings(data, cache
             same = [np.array_equal(given, c.tokens(key)) for c in (train.speech_features, *copies)]
             assert sum(same) == 1
             counts += same
-        if step >= 10:  # a run that starts there draws the same, whether tokens are kept in memory or not
+        if (
+            step >= 10
+        ):  # a run that starts there draws the same, whether tokens are kept in memory or not
             np.testing.assert_array_equal(batch["speech_tokens"], drawn[step + 10]["speech_tokens"])
     assert counts.min() > 25, f"120 draws among three: {counts}"
 
@@ -298,7 +359,19 @@ def get_config():
     assert copies == ["train-speech-00000.npy"]
     first = json.loads((run / "eval" / f"{data.name}-test.json").read_text())
     # The same command goes on, with the frozen network from its weights; evaluation reads the cache.
-    assert main(["train", f"--config={config}", f"--workdir={run}", *flags, "--config.steps=4", "--by-voice"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                f"--config={config}",
+                f"--workdir={run}",
+                *flags,
+                "--config.steps=4",
+                "--by-voice",
+            ]
+        )
+        == 0
+    )
     assert main(["evaluate", f"--workdir={run}", "--step=latest"]) == 0
     assert first["split"] == "test"
     # A cache that has been replaced by one of another network is noticed.
@@ -320,7 +393,9 @@ def get_config():
     wave, _ = soundfile.read(data / "test0.wav", dtype="float32")
     tokens = features.tokens("test0.wav")
     raw = encode_speech(experiment.model, params, wave[None], np.array([len(wave)], np.int32))
-    cached = encode_speech(experiment.model, params, tokens[None], np.array([len(tokens)], np.int32))
+    cached = encode_speech(
+        experiment.model, params, tokens[None], np.array([len(tokens)], np.int32)
+    )
     np.testing.assert_allclose(raw.embedding, cached.embedding, atol=5e-3)
     index = tmp_path / "gallery.npz"
     assert main(["index", f"--workdir={run}", "--kind=speech", f"--output={index}"]) == 0
@@ -335,13 +410,22 @@ def get_config():
         ({"speech": {"name": "published"}}, r"model\.speech\.weights is needed"),
         ({"speech": {"name": "log_mel", "weights": "x"}}, r"model\.speech\.weights goes with"),
         ({"image": {"name": "tokens"}}, r"model\.image\.name='tokens' reads a feature cache"),
-        ({"speech_features": "x"}, r"data\.speech_features needs model\.speech\.name 'published' or 'tokens'"),
+        (
+            {"speech_features": "x"},
+            r"data\.speech_features needs model\.speech\.name 'published' or 'tokens'",
+        ),
         (
             {"speech": {"name": "tokens", "depth": 0, "conv_blocks": 2}},
             "model.speech.conv_blocks=2 stand under a transformer: depth 0",
         ),
-        ({"speech_copies": 1}, "data.speech_copies=1: varied recordings that a frozen network has run on need"),
-        ({"image_resize": "crop"}, "data.image_resize='crop': choose one of square, short_side, squash"),
+        (
+            {"speech_copies": 1},
+            "data.speech_copies=1: varied recordings that a frozen network has run on need",
+        ),
+        (
+            {"image_resize": "crop"},
+            "data.image_resize='crop': choose one of square, short_side, squash",
+        ),
     ],
 )
 def test_configurations_that_contradict_themselves(changes, message):
@@ -369,7 +453,9 @@ def test_attributes_that_a_configuration_changes_are_the_cache_s_too(data, tmp_p
     assert part == "speech" and weights == f"{data}/whisper" and path == str(tmp_path / "cache")
     assert options == {"layer": "last", "max_seconds": config.data.max_seconds, "pad": True}
     config.data.speech_features = f"{data}/tokens.npz"
-    with pytest.raises(UserError, match="holds tokens of another tool: model.speech.name='tokens' reads them"):
+    with pytest.raises(
+        UserError, match="holds tokens of another tool: model.speech.name='tokens' reads them"
+    ):
         create_experiment(config)
 
 
@@ -381,7 +467,9 @@ def test_cached_items_of_a_prepared_set_are_not_read(tiny_data_dir, tmp_path, mo
     pairs.speech_features = open_features(tmp_path)
     monkeypatch.setattr(pairs, "recording", lambda index: pytest.fail("the recording was read"))
     np.testing.assert_array_equal(loader.load_speech(pairs, 1), tokens)
-    assert pairs.recording_key(1).startswith("spoken_scenes/tiny/"), "caches of two prepared sets do not mix"
+    assert pairs.recording_key(1).startswith("spoken_scenes/tiny/"), (
+        "caches of two prepared sets do not mix"
+    )
 
 
 @pytest.mark.parametrize("size", [(300, 200), (200, 301), (123, 124), (64, 64)])
@@ -390,7 +478,9 @@ def test_image_preprocessing_matches_the_reference(tmp_path, size, resize, side)
     # The reference processors of CLIP and DINOv2 resize the short side and cut out the centre, those of BLIP-2 and
     # SigLIP squash: bicubic, at whole pixels.
     rng = np.random.default_rng(sum(size))
-    smooth = Image.fromarray(rng.integers(0, 256, (12, 12, 3)).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    smooth = Image.fromarray(rng.integers(0, 256, (12, 12, 3)).astype(np.uint8)).resize(
+        size, Image.Resampling.BICUBIC
+    )
     smooth.save(tmp_path / "picture.jpg", quality=95)
     found = decode_image(str(tmp_path / "picture.jpg"), 64, resize=resize, resize_side=side)
     image = Image.open(tmp_path / "picture.jpg").convert("RGB")
@@ -420,8 +510,13 @@ def test_shipped_configurations_of_published_sets_build_their_model(name, arg):
     with pytest.raises(UserError, match="weights/hubert_.* does not exist"):
         create_experiment(config)
     values = config.model.to_dict()
-    speech, image = ({k: v for k, v in values.pop(part).items() if k != "weights"} for part in ("speech", "image"))
-    speech["tower"] = {"name": "wav2vec2"} | ({"width": 1024, "depth": 24, "heads": 16} if "large" in arg else {})
+    speech, image = (
+        {k: v for k, v in values.pop(part).items() if k != "weights"}
+        for part in ("speech", "image")
+    )
+    speech["tower"] = {"name": "wav2vec2"} | (
+        {"width": 1024, "depth": 24, "heads": 16} if "large" in arg else {}
+    )
     image["tower"] = {"name": "blip2", "vision": {"name": "vision_transformer", "patch": 14}}
     model = create_model(speech, image, values.pop("multimodal"), **values)
     batch = example_batch(dataclasses.replace(DataConfig(config.data.name), bucket_seconds=(1.0,)))
@@ -430,6 +525,8 @@ def test_shipped_configurations_of_published_sets_build_their_model(name, arg):
     assert set(frozen["image_encoder"]) == {"tower"} and "tower" not in trained["image_encoder"]
     assert ("tower" in trained["speech_encoder"]) == arg.endswith("finetuned")
     if arg.endswith("finetuned"):
-        masked = load_config(f"{ROOT}/configs/{name}.py:{arg}", ["--config.model.speech.tower.mask_time=0.05"])
+        masked = load_config(
+            f"{ROOT}/configs/{name}.py:{arg}", ["--config.model.speech.tower.mask_time=0.05"]
+        )
         assert masked.model.speech.tower.mask_time == 0.05
     assert set(frozen["speech_encoder"]["tower"]) >= {"conv"}

@@ -18,7 +18,14 @@ from c2f_jax.main import main
 from c2f_jax.pretrained.convert import convert
 from c2f_jax.pretrained.names import find_layout
 from c2f_jax.pretrained.tensors import read_tensors, weight_files
-from c2f_jax.pretrained.weights import bare_tower, check_weights, load_card, load_weights, open_card, tower_shapes
+from c2f_jax.pretrained.weights import (
+    bare_tower,
+    check_weights,
+    load_card,
+    load_weights,
+    open_card,
+    tower_shapes,
+)
 
 
 @pytest.fixture
@@ -39,8 +46,13 @@ def test_command_writes_a_checkpoint_and_a_card(published, tmp_path, capsys):
     assert main(["convert", str(folder), f"--output={output}"]) == 0
     assert "Hugging Face Whisper" in capsys.readouterr().out
     card = load_card(output)
-    assert card["licence"] == "mit" and card["preprocessing"] == {"sample_rate": 16_000, "normalise": False}
-    assert len(card["source"][0]["sha256"]) == 64 and card["source"][0]["file"] == "model.safetensors"
+    assert card["licence"] == "mit" and card["preprocessing"] == {
+        "sample_rate": 16_000,
+        "normalise": False,
+    }
+    assert (
+        len(card["source"][0]["sha256"]) == 64 and card["source"][0]["file"] == "model.safetensors"
+    )
     params = load_weights(output)
     # Keys have no bias in the file: ours are zeros, 2 layers of 8.
     assert card["parameters"] == sum(x.size for x in tensors.values()) + 16
@@ -52,7 +64,9 @@ def test_command_writes_a_checkpoint_and_a_card(published, tmp_path, capsys):
     out = tensors[source + "self_attn.out_proj.weight"].T.reshape(2, 4, 8)
     np.testing.assert_array_equal(block["self_attention"]["out"]["kernel"], out)
     np.testing.assert_array_equal(block["self_attention"]["key"]["bias"], np.zeros((2, 4)))
-    np.testing.assert_array_equal(params["conv_0"]["kernel"], tensors["model.encoder.conv1.weight"].transpose(2, 1, 0))
+    np.testing.assert_array_equal(
+        params["conv_0"]["kernel"], tensors["model.encoder.conv1.weight"].transpose(2, 1, 0)
+    )
     # Published files serve without conversion too.
     jax.tree.map(np.testing.assert_array_equal, load_weights(folder), params)
     assert open_card(folder)["tower"] == card["tower"]
@@ -65,14 +79,22 @@ def test_missing_unused_misshaped_and_damaged_tensors_are_all_listed(published, 
     del tensors["model.encoder.layers.0.fc1.bias"]
     tensors["model.encoder.extra"] = np.zeros(3, np.float32)
     tensors["model.encoder.layers.1.fc2.weight"] = np.zeros((8, 13), np.float32)
-    tensors["model.encoder.layers.1.fc2.bias"] = np.zeros((2, 4), np.float32)  # as many entries, another shape
+    tensors["model.encoder.layers.1.fc2.bias"] = np.zeros(
+        (2, 4), np.float32
+    )  # as many entries, another shape
     tensors["model.encoder.conv1.bias"][0] = np.nan
-    tensors["model.decoder.anything"] = np.zeros(3, np.float32)  # the half that is known and not needed
+    tensors["model.decoder.anything"] = np.zeros(
+        3, np.float32
+    )  # the half that is known and not needed
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(UserError) as error:
         convert([folder], tmp_path / "out")
     message = str(error.value)
-    assert message.startswith(f"{folder}: ") and "tensors that do not fit: 5\n" in message and "decoder" not in message
+    assert (
+        message.startswith(f"{folder}: ")
+        and "tensors that do not fit: 5\n" in message
+        and "decoder" not in message
+    )
     assert "missing: model.encoder.layers.0.fc1.bias" in message
     assert "unused: model.encoder.extra (3,)" in message
     assert "misshaped: model.encoder.layers.1.fc2.weight (8, 13)" in message
@@ -85,27 +107,40 @@ def test_shards_with_an_index_are_one_model(published, tmp_path):
     folder, tensors = published
     names = sorted(tensors)
     (folder / "model.safetensors").unlink()
-    shards = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
+    shards = {
+        "model-00001-of-00002.safetensors": names[:9],
+        "model-00002-of-00002.safetensors": names[9:],
+    }
     for shard, own in shards.items():
         save_file({n: tensors[n] for n in own}, folder / shard)
     index = {"weight_map": {n: shard for shard, own in shards.items() for n in own}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     card = convert([folder], tmp_path / "out")
     assert [s["file"] for s in card["source"]] == sorted(shards)
-    with pytest.raises(UserError, match="holds model.encoder.conv1.bias, which another file given holds too"):
+    with pytest.raises(
+        UserError, match="holds model.encoder.conv1.bias, which another file given holds too"
+    ):
         convert([folder / "model-00001-of-00002.safetensors"] * 2, tmp_path / "twice")
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(UserError, match="lacks model-00002-of-00002.safetensors, which model.safetensors.index.json"):
+    with pytest.raises(
+        UserError,
+        match="lacks model-00002-of-00002.safetensors, which model.safetensors.index.json",
+    ):
         convert([folder], tmp_path / "incomplete")
 
 
-def test_a_damaged_index_a_short_configuration_and_an_unwritable_output_are_named(published, tmp_path):
+def test_a_damaged_index_a_short_configuration_and_an_unwritable_output_are_named(
+    published, tmp_path
+):
     folder, _ = published
     with pytest.raises(UserError, match="README.md cannot be written"):
         convert([folder], folder / "README.md")
     for config, message in (
         ('{"model_type": "whisper"}', "Hugging Face Whisper: config.json has no d_model"),
-        (json.dumps(WHISPER | {"d_model": None}), "Hugging Face Whisper: config.json has no d_model"),
+        (
+            json.dumps(WHISPER | {"d_model": None}),
+            "Hugging Face Whisper: config.json has no d_model",
+        ),
         ("[]", "config.json: values by name are expected"),
         ("{", "config.json: not JSON"),
     ):
@@ -120,14 +155,18 @@ def test_a_damaged_index_a_short_configuration_and_an_unwritable_output_are_name
 
 def test_the_normalisation_flag_is_for_networks_that_have_one(published, tmp_path):
     folder, _ = published
-    with pytest.raises(UserError, match="--normalise is for wav2vec 2.0, HuBERT and WavLM; Hugging Face Whisper"):
+    with pytest.raises(
+        UserError, match="--normalise is for wav2vec 2.0, HuBERT and WavLM; Hugging Face Whisper"
+    ):
         convert([folder], tmp_path / "out", normalise=True)
 
 
 def test_hub_ids_need_the_client_and_a_network(tmp_path, monkeypatch, published):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=r"owner/name: no such path; hub ids need the extra: pip install"):
+    with pytest.raises(
+        UserError, match=r"owner/name: no such path; hub ids need the extra: pip install"
+    ):
         convert(["owner/name"], "out")
     hub = types.ModuleType("huggingface_hub")
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
@@ -136,7 +175,10 @@ def test_hub_ids_need_the_client_and_a_network(tmp_path, monkeypatch, published)
         raise ConnectionError("Name or service not known")
 
     hub.snapshot_download = no_network
-    with pytest.raises(UserError, match=r"owner/name: neither a local path nor a hub id .*Name or service not known"):
+    with pytest.raises(
+        UserError,
+        match=r"owner/name: neither a local path nor a hub id .*Name or service not known",
+    ):
         convert(["owner/name"], "out")
     hub.snapshot_download = lambda source, allow_patterns: published[0]
     card = convert(["owner/name"], "out")
@@ -156,7 +198,8 @@ def write_torch(path, stored):
         def reducer_override(self, value):
             if isinstance(value, np.ndarray):
                 kind = getattr(
-                    modules["torch"], {"float32": "FloatStorage", "float16": "HalfStorage"}[str(value.dtype)]
+                    modules["torch"],
+                    {"float32": "FloatStorage", "float16": "HalfStorage"}[str(value.dtype)],
                 )
                 arrays.append(value)
                 storage = Storage(kind, str(len(arrays) - 1), value.size)
@@ -170,7 +213,11 @@ def write_torch(path, stored):
             self.kind, self.key, self.count = kind, key, count
 
     modules = {name: types.ModuleType(name) for name in ("torch", "torch._utils")}
-    for module, name in (("torch", "FloatStorage"), ("torch", "HalfStorage"), ("torch._utils", "_rebuild_tensor_v2")):
+    for module, name in (
+        ("torch", "FloatStorage"),
+        ("torch", "HalfStorage"),
+        ("torch._utils", "_rebuild_tensor_v2"),
+    ):
         stub = type(name, (), {"__module__": module, "__qualname__": name})
         setattr(modules[module], name, stub)
     saved = {name: sys.modules.get(name) for name in modules}
@@ -201,7 +248,11 @@ class Exploit:
 def test_torch_files_are_read_without_running_their_code(tmp_path):
     tensors = whisper_tensors() | {"half": np.arange(6, dtype=np.float16).reshape(2, 3)}
     trap = tmp_path / "trap"
-    stored = {"model": collections.OrderedDict(tensors), "args": Exploit(trap), "cfg": {"task": {"normalize": True}}}
+    stored = {
+        "model": collections.OrderedDict(tensors),
+        "args": Exploit(trap),
+        "cfg": {"task": {"normalize": True}},
+    }
     write_torch(tmp_path / "model.pt", stored)
     found, settings = read_tensors(tmp_path / "model.pt")
     assert not trap.exists() and settings["task"]["normalize"] is True
@@ -212,8 +263,13 @@ def test_torch_files_are_read_without_running_their_code(tmp_path):
 
 def test_a_tensor_that_reaches_beyond_its_storage_is_refused(tmp_path):
     write_torch(tmp_path / "good.pt", {"w": np.zeros((2, 3), np.float32)})
-    with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(tmp_path / "bad.pt", "w") as bad:
-        data = good.read("archive/data.pkl").replace(b"K\x02K\x03\x86", b"K\x63K\x03\x86")  # 99 x 3 instead of 2 x 3
+    with (
+        zipfile.ZipFile(tmp_path / "good.pt") as good,
+        zipfile.ZipFile(tmp_path / "bad.pt", "w") as bad,
+    ):
+        data = good.read("archive/data.pkl").replace(
+            b"K\x02K\x03\x86", b"K\x63K\x03\x86"
+        )  # 99 x 3 instead of 2 x 3
         assert data != good.read("archive/data.pkl")
         bad.writestr("archive/data.pkl", data)
         bad.writestr("archive/data/0", good.read("archive/data/0"))
@@ -233,7 +289,9 @@ def test_other_files_are_named(tmp_path, content, message):
     (tmp_path / "weights.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="weights.safetensors: not weights that can be read"):
         read_tensors(tmp_path / "weights.safetensors")
-    with pytest.raises(UserError, match="expected one file that ends in .*; found weights.pt, weights.safetensors"):
+    with pytest.raises(
+        UserError, match="expected one file that ends in .*; found weights.pt, weights.safetensors"
+    ):
         weight_files(tmp_path)
     with pytest.raises(UserError, match="no such file or folder"):
         weight_files(tmp_path / "nowhere")
@@ -256,7 +314,9 @@ def test_a_run_refuses_other_weights(published, tmp_path):
     other.mkdir()
     save_file(whisper_tensors(seed=1), other / "model.safetensors")
     (other / "config.json").write_text(json.dumps(WHISPER))
-    with pytest.raises(UserError, match=r"trained with other weights than model\.speech\.weights names"):
+    with pytest.raises(
+        UserError, match=r"trained with other weights than model\.speech\.weights names"
+    ):
         check_weights(tmp_path, {"speech": str(other)})
 
 
@@ -265,5 +325,7 @@ def test_weights_of_another_network_do_not_fit(published):
     tower = bare_tower(open_card(folder))
     with pytest.raises(UserError, match="of another network"):
         load_weights(folder, tower_shapes(tower | {"depth": 1}, {}))
-    with pytest.raises(UserError, match=r"mlp_in/bias has the shape \(12,\), the model needs \(16,\)"):
+    with pytest.raises(
+        UserError, match=r"mlp_in/bias has the shape \(12,\), the model needs \(16,\)"
+    ):
         load_weights(folder, tower_shapes(tower | {"mlp_ratio": 2.0}, {}))

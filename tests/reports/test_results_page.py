@@ -24,7 +24,11 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
         self.tags.append(tag)
-        self.links += [attributes[name] for name in ("src", "href", "srcset", "action", "data") if name in attributes]
+        self.links += [
+            attributes[name]
+            for name in ("src", "href", "srcset", "action", "data")
+            if name in attributes
+        ]
         self.hits += tag == "li" and attributes.get("class") == "hit"
 
     def handle_data(self, data):
@@ -43,7 +47,9 @@ def spoken(number, caption):
 def evaluated():
     rng = np.random.default_rng(0)
     speech, noise = rng.normal(size=(2, 12, 4))
-    speech, image = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (speech, speech + noise))
+    speech, image = (
+        rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (speech, speech + noise)
+    )
     tokens = np.arange(12, dtype=np.float32).reshape(-1, 1, 1)
     return evaluation.evaluate_retrieval(
         speech,
@@ -62,10 +68,17 @@ def evaluated():
 
 def make_page(tmp_path, evaluated):
     result, lists = evaluated
-    captions = [f"caption {number} <script>alert('{number}')</script> & \"$x$\"" for number in range(12)]
-    query, item = lambda row: spoken(row, captions[row]), lambda row: solid(20 * row, f"picture {row}")
+    captions = [
+        f"caption {number} <script>alert('{number}')</script> & \"$x$\"" for number in range(12)
+    ]
+    query, item = (
+        lambda row: spoken(row, captions[row]),
+        lambda row: solid(20 * row, f"picture {row}"),
+    )
     examples = {
-        "speech_examples": examples_.make_examples(lists["s2i"], [0, 3, 5], query, item, answer=item),
+        "speech_examples": examples_.make_examples(
+            lists["s2i"], [0, 3, 5], query, item, answer=item
+        ),
         "failures": examples_.make_examples(
             lists["s2i"], examples_.worst_queries(lists["s2i"], 2), query, item, answer=item
         ),
@@ -73,7 +86,13 @@ def make_page(tmp_path, evaluated):
     }
     path = tmp_path / "new folder" / "page.html"
     results_page.write_results_page(
-        path, title="Run <1>", data_set="toy & test", result=result, step=1500, curves_png=b"PNGBYTES", **examples
+        path,
+        title="Run <1>",
+        data_set="toy & test",
+        result=result,
+        step=1500,
+        curves_png=b"PNGBYTES",
+        **examples,
     )
     return path.read_text(encoding="utf-8"), examples
 
@@ -97,7 +116,12 @@ def test_page_holds_every_example_with_its_media_hits_and_ranks(tmp_path, evalua
     shown = [
         media
         for example in examples
-        for media in (example.query, *example.coarse, *example.fine, *([example.answer] if example.answer else []))
+        for media in (
+            example.query,
+            *example.coarse,
+            *example.fine,
+            *([example.answer] if example.answer else []),
+        )
     ]
     assert sorted(held) == sorted([media.data for media in shown] + [b"PNGBYTES"])
     assert page.tags.count("audio") == sum(media.mime == "audio/wav" for media in shown)
@@ -119,20 +143,29 @@ def test_page_shows_the_metrics(tmp_path, evaluated):
 
 def test_page_of_a_coarse_only_result(tmp_path):
     rows = np.eye(6)
-    result, lists = evaluation.evaluate_retrieval(rows, rows, np.arange(6), np.arange(6), k=3, tau=0.1, resamples=10)
+    result, lists = evaluation.evaluate_retrieval(
+        rows, rows, np.arange(6), np.arange(6), k=3, tau=0.1, resamples=10
+    )
     places = examples_.random_queries(lists["s2i"], 9)
     examples = examples_.make_examples(lists["s2i"], places, lambda row: spoken(row, ""), solid)
     results_page.write_results_page(
         tmp_path / "page.html", title="t", data_set="d", result=result, speech_examples=examples
     )
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
-    assert page.tags.count("article") == 6 and "Fine (SIM)" not in page.text and "coarse rank 1" in page.text
+    assert (
+        page.tags.count("article") == 6
+        and "Fine (SIM)" not in page.text
+        and "coarse rank 1" in page.text
+    )
     assert len(examples_.worst_queries(lists["s2i"], 3)) == 0  # nothing failed
 
 
 def test_queries_are_chosen_by_seed_and_by_rank(evaluated):
     ranked = evaluated[1]["s2i"]
-    first, again = examples_.random_queries(ranked, 5, seed=1), examples_.random_queries(ranked, 5, seed=1)
+    first, again = (
+        examples_.random_queries(ranked, 5, seed=1),
+        examples_.random_queries(ranked, 5, seed=1),
+    )
     np.testing.assert_array_equal(first, again)
     assert len(set(first.tolist())) == 5
     worst = examples_.worst_queries(ranked, 4)
@@ -141,10 +174,16 @@ def test_queries_are_chosen_by_seed_and_by_rank(evaluated):
 
 
 def test_media_of_arrays_decode_again():
-    noisy = html.picture(np.random.default_rng(0).integers(0, 256, (300, 600, 3), np.uint8), max_side=200)
+    noisy = html.picture(
+        np.random.default_rng(0).integers(0, 256, (300, 600, 3), np.uint8), max_side=200
+    )
     assert noisy.mime == "image/jpeg" and Image.open(io.BytesIO(noisy.data)).size == (200, 100)
     flat = html.picture(np.full((40, 40, 3), (200, 30, 60), np.uint8))
-    assert flat.mime == "image/png" and Image.open(io.BytesIO(flat.data)).getpixel((5, 5)) == (200, 30, 60)
+    assert flat.mime == "image/png" and Image.open(io.BytesIO(flat.data)).getpixel((5, 5)) == (
+        200,
+        30,
+        60,
+    )
     soundfile = pytest.importorskip("soundfile")
     tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)
     sound = html.recording(tone, caption="a tone", speaker="s1")

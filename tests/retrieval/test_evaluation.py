@@ -51,7 +51,9 @@ def oracle(queries, gallery, query_ids, gallery_ids, logits, k, score):
             "sum": lambda j, row=row, cosine=cosine: cosine[j] + logits[row, j],
             "joint": lambda j, row=row, cosine=cosine: cosine[j] / TAU + logits[row, j],
         }[score]
-        head = sorted(order[:k], key=lambda j, value=value, order=order: (-value(j), order.index(j)))
+        head = sorted(
+            order[:k], key=lambda j, value=value, order=order: (-value(j), order.index(j))
+        )
         coarse.append(order)
         fine.append(head + order[k:])
 
@@ -68,23 +70,32 @@ def oracle(queries, gallery, query_ids, gallery_ids, logits, k, score):
 @pytest.mark.parametrize("score", evaluation.SCORES)
 def test_both_directions_equal_brute_force(k, score):
     inputs, logits = small_world()
-    result, lists = evaluation.evaluate_retrieval(**inputs, k=k, tau=TAU, score=score, pair_chunk=32, resamples=20)
+    result, lists = evaluation.evaluate_retrieval(
+        **inputs, k=k, tau=TAU, score=score, pair_chunk=32, resamples=20
+    )
     speech = inputs["speech_embeddings"], inputs["speech_ids"]
     image = inputs["image_embeddings"], inputs["image_ids"]
     for way, key, (queries, query_ids), (gallery, gallery_ids), table in (
         ("s2i", "speech_to_image", speech, image, logits),
         ("i2s", "image_to_speech", image, speech, logits.T),
     ):
-        coarse, fine, coarse_rank, fine_rank = oracle(queries, gallery, query_ids, gallery_ids, table, k, score)
+        coarse, fine, coarse_rank, fine_rank = oracle(
+            queries, gallery, query_ids, gallery_ids, table, k, score
+        )
         ranked, depth = lists[way], min(max(k, 10), len(gallery))
         np.testing.assert_array_equal(ranked.queries, np.arange(len(queries)))
         np.testing.assert_array_equal(ranked.coarse, coarse[:, :depth])
         np.testing.assert_array_equal(ranked.fine, fine[:, :depth])
         np.testing.assert_array_equal(ranked.coarse_rank, coarse_rank)
         np.testing.assert_array_equal(ranked.fine_rank, fine_rank)
-        np.testing.assert_array_equal(ranked.fine_hits, gallery_ids[fine[:, :depth]] == query_ids[:, None])
+        np.testing.assert_array_equal(
+            ranked.fine_hits, gallery_ids[fine[:, :depth]] == query_ids[:, None]
+        )
         counts = [sum(gallery_ids == wanted) for wanted in query_ids]
-        for stage, ranks, hits in (("coarse", coarse_rank, ranked.coarse_hits), ("fine", fine_rank, ranked.fine_hits)):
+        for stage, ranks, hits in (
+            ("coarse", coarse_rank, ranked.coarse_hits),
+            ("fine", fine_rank, ranked.fine_hits),
+        ):
             expected = recall.rank_metrics(ranks) | recall.list_metrics(hits, counts)
             assert {name: result[stage][key][name] for name in expected} == pytest.approx(expected)
             low, high = result[stage][key]["R@5_interval"]
@@ -133,7 +144,9 @@ def test_without_a_matcher_only_coarse_is_reported():
     for name in ("speech_tokens", "speech_lengths", "image_tokens", "match_fn"):
         del inputs[name]
     result, lists = evaluation.evaluate_retrieval(**inputs, k=5, tau=TAU, resamples=20)
-    assert result["coarse"] == full["coarse"] and not {"fine", "fine_scores", "difference"} & set(result)
+    assert result["coarse"] == full["coarse"] and not {"fine", "fine_scores", "difference"} & set(
+        result
+    )
     assert lists["s2i"].fine is None and "fine" not in evaluation.format_table(result)
 
 
@@ -141,7 +154,9 @@ def test_queries_without_an_answer_are_left_out_and_counted():
     inputs, logits = small_world(seed=4)
     inputs["speech_ids"][[3, 20]] = 999
     inputs["image_ids"][5] = 555
-    result, lists = evaluation.evaluate_retrieval(**inputs, k=6, tau=TAU, score="joint", resamples=20)
+    result, lists = evaluation.evaluate_retrieval(
+        **inputs, k=6, tau=TAU, score="joint", resamples=20
+    )
     kept = np.flatnonzero(np.isin(inputs["speech_ids"], inputs["image_ids"]))
     assert not {3, 20} & set(kept)
     np.testing.assert_array_equal(lists["s2i"].queries, kept)

@@ -18,12 +18,19 @@ def index():
 def test_an_index_comes_back_as_it_was_saved(index, tmp_path):
     index.save(tmp_path / "folder" / "index.npz")
     found = GalleryIndex.load(tmp_path / "folder" / "index.npz")
-    assert (found.kind, found.model, found.names, found.media) == ("image", "run@7", index.names, index.media)
+    assert (found.kind, found.model, found.names, found.media) == (
+        "image",
+        "run@7",
+        index.names,
+        index.media,
+    )
     for name in ("embeddings", "tokens", "lengths"):
         np.testing.assert_array_equal(getattr(found, name), getattr(index, name))
 
 
-@pytest.mark.parametrize("damage", ["half", "flipped", "text", "empty", "other arrays", "fewer rows", "less media"])
+@pytest.mark.parametrize(
+    "damage", ["half", "flipped", "text", "empty", "other arrays", "fewer rows", "less media"]
+)
 def test_what_is_no_whole_index_is_named(index, tmp_path, damage):
     path = tmp_path / "index.npz"
     index.save(path)
@@ -36,8 +43,15 @@ def test_what_is_no_whole_index_is_named(index, tmp_path, damage):
         np.savez(path, **stored | {"media": stored["media"][:3]})
     else:
         flipped = content.replace(b"onethree", b"onethrea")
-        path.write_bytes({"half": content[: len(content) // 2], "flipped": flipped, "text": b"a", "empty": b""}[damage])
-    with pytest.raises(UserError, match="index.npz is not an index that can be read: make it again with `c2f index`"):
+        path.write_bytes(
+            {"half": content[: len(content) // 2], "flipped": flipped, "text": b"a", "empty": b""}[
+                damage
+            ]
+        )
+    with pytest.raises(
+        UserError,
+        match="index.npz is not an index that can be read: make it again with `c2f index`",
+    ):
         GalleryIndex.load(path)
 
 

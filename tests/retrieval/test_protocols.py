@@ -12,7 +12,14 @@ from c2f_jax.models.c2f import Encoded
 from c2f_jax.retrieval import protocols
 from c2f_jax.retrieval.encoded import EncodedSplit
 from c2f_jax.retrieval.evaluation import evaluate_retrieval, format_table
-from c2f_jax.retrieval.protocols import PROTOCOLS, find_protocol, format_protocol, mean_of_folds, open_protocol, rank
+from c2f_jax.retrieval.protocols import (
+    PROTOCOLS,
+    find_protocol,
+    format_protocol,
+    mean_of_folds,
+    open_protocol,
+    rank,
+)
 
 
 def encoded(pictures, per_picture, seed=0, noise=1.0, width=16):
@@ -21,48 +28,73 @@ def encoded(pictures, per_picture, seed=0, noise=1.0, width=16):
     counts = np.broadcast_to(per_picture, pictures)
     image = rng.normal(size=(pictures, width))
     speech = np.repeat(image, counts, axis=0) + noise * rng.normal(size=(counts.sum(), width))
-    unit = [(x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32) for x in (speech, image)]
+    unit = [
+        (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32) for x in (speech, image)
+    ]
     parts = [Encoded(x, x[:, None], np.ones(len(x), np.int32)) for x in unit]
     ids = np.arange(pictures) + 7
-    return EncodedSplit(*parts, np.arange(counts.sum()), np.arange(pictures), np.repeat(ids, counts), ids)
+    return EncodedSplit(
+        *parts, np.arange(counts.sum()), np.arange(pictures), np.repeat(ids, counts), ids
+    )
 
 
 def retrieve(split):
     return evaluate_retrieval(
-        split.speech.embedding, split.image.embedding, split.speech_ids, split.image_ids, k=10, tau=0.1, resamples=60
+        split.speech.embedding,
+        split.image.embedding,
+        split.speech_ids,
+        split.image_ids,
+        k=10,
+        tau=0.1,
+        resamples=60,
     )
 
 
 def recall_at(cut, split):
     """R@cut of speech -> image by a plain loop in float64."""
     hits = []
-    for vector, identity in zip(split.speech.embedding.astype(float), split.speech_ids, strict=True):
+    for vector, identity in zip(
+        split.speech.embedding.astype(float), split.speech_ids, strict=True
+    ):
         order = np.argsort(-(split.image.embedding.astype(float) @ vector), kind="stable")
         hits.append(identity in split.image_ids[order[:cut]])
     return 100 * np.mean(hits)
 
 
 def named(result, **more):
-    return result | {"data_set": "flickr8k_audio", "split": "test", "trained_on": "spoken_coco", **more}
+    return result | {
+        "data_set": "flickr8k_audio",
+        "split": "test",
+        "trained_on": "spoken_coco",
+        **more,
+    }
 
 
 def test_the_published_numbers_are_recognised():
     whole = encoded(1000, 5)
     result, lists, used = rank(PROTOCOLS["flickr8k_1k"], whole, retrieve)
-    assert result["protocol"]["as_published"] and result["queries"]["gallery_recordings"] == 5000 and used is whole
+    assert (
+        result["protocol"]["as_published"]
+        and result["queries"]["gallery_recordings"] == 5000
+        and used is whole
+    )
     assert result["coarse"]["speech_to_image"]["R@1"] == pytest.approx(recall_at(1, whole))
     assert "1,000 pictures, 5,000 recordings, as published" in format_protocol(named(result))
     assert "trained on spoken_coco" in format_protocol(named(result))
     fewer = protocols.part_of(whole, np.arange(998))
     result, _, _ = rank(PROTOCOLS["flickr8k_1k"], fewer, retrieve)
-    assert not result["protocol"]["as_published"] and "NOT the published number" in format_protocol(named(result))
+    assert not result["protocol"]["as_published"] and "NOT the published number" in format_protocol(
+        named(result)
+    )
     assert format_protocol({}) == ""
 
 
 def test_five_folds_are_averaged():
     counts = np.where(np.arange(500) % 200 == 0, 6, 5)
     whole = encoded(500, counts)
-    small = dataclasses.replace(PROTOCOLS["spoken_coco_1k_5fold"], pictures=500, recordings=int(counts.sum()))
+    small = dataclasses.replace(
+        PROTOCOLS["spoken_coco_1k_5fold"], pictures=500, recordings=int(counts.sum())
+    )
     result, _, first = rank(small, whole, retrieve)
     folds = [protocols.part_of(whole, np.arange(100 * k, 100 * k + 100)) for k in range(5)]
     expected = np.mean([recall_at(1, fold) for fold in folds])
@@ -71,7 +103,9 @@ def test_five_folds_are_averaged():
         "name": "spoken_coco_1k_5fold", "about": "", "folds": 5, "pictures": 500, "recordings": 2503,
         "of": {"pictures": 500, "recordings": 2503}, "as_published": True}  # fmt: skip
     assert len(first.images) == 100 and result["queries"]["gallery_images"] == 100
-    jax.tree.map(np.testing.assert_array_equal, dataclasses.asdict(first), dataclasses.asdict(folds[0]))
+    jax.tree.map(
+        np.testing.assert_array_equal, dataclasses.asdict(first), dataclasses.asdict(folds[0])
+    )
     assert format_table(result)
     # A gallery of a fifth is easier, and five of them tell as much as the whole: the interval is not that of one fold.
     one = retrieve(folds[0])[0]["coarse"]["speech_to_image"]["R@1_interval"]
@@ -81,10 +115,15 @@ def test_five_folds_are_averaged():
 
 
 def test_intervals_of_a_mean_of_folds():
-    folds = [{"R@1": 10.0, "R@1_interval": [7.0, 14.0], "k": 3}, {"R@1": 20.0, "R@1_interval": [16.0, 23.0], "k": 3}]
+    folds = [
+        {"R@1": 10.0, "R@1_interval": [7.0, 14.0], "k": 3},
+        {"R@1": 20.0, "R@1_interval": [16.0, 23.0], "k": 3},
+    ]
     merged = mean_of_folds(folds)
     assert merged["R@1"] == 15.0 and merged["k"] == 3
-    assert merged["R@1_interval"] == pytest.approx([15 - np.sqrt(9 + 16) / 2, 15 + np.sqrt(16 + 9) / 2])
+    assert merged["R@1_interval"] == pytest.approx(
+        [15 - np.sqrt(9 + 16) / 2, 15 + np.sqrt(16 + 9) / 2]
+    )
 
 
 def test_places_takes_a_thousand_pictures_with_one_recording_each():
@@ -96,7 +135,10 @@ def test_places_takes_a_thousand_pictures_with_one_recording_each():
 
 def load(name, split):
     sizes = {"train": 30, "validation": 10, "dev_seen": 6, "test": 8}
-    present = {"places_audio": ("train", "dev_seen"), "flickr8k_audio": ("train", "validation", "test")}[name]
+    present = {
+        "places_audio": ("train", "dev_seen"),
+        "flickr8k_audio": ("train", "validation", "test"),
+    }[name]
     if split not in present:
         raise UserError(f"{name} has no split {split}")
     source = Memory([800] * sizes[split])
@@ -106,7 +148,9 @@ def load(name, split):
 
 def test_the_splits_of_protocols():
     assert open_protocol(PROTOCOLS["flickr8k_1k"], load).split == "test"
-    assert open_protocol(PROTOCOLS["places_1k"], load).split == "dev_seen"  # the distribution of 2020
+    assert (
+        open_protocol(PROTOCOLS["places_1k"], load).split == "dev_seen"
+    )  # the distribution of 2020
     assert open_protocol(PROTOCOLS["flickr8k_1k"], load, "places_audio", "train").split == "train"
     with pytest.raises(UserError, match="places_audio has no split test"):
         open_protocol(PROTOCOLS["flickr8k_1k"], load, "places_audio")
@@ -120,7 +164,10 @@ def test_mteb_ranks_the_pictures_of_all_splits():
     assert len(set(source.image_ids.tolist())) == 24
     assert source.image(3) == load("flickr8k_audio", "test").image(3)
     assert source.image(4) == load("flickr8k_audio", "train").image(0)
-    assert source.image(23) == load("flickr8k_audio", "validation").image(4) and source.image_id(23) == "picture 4"
+    assert (
+        source.image(23) == load("flickr8k_audio", "validation").image(4)
+        and source.image_id(23) == "picture 4"
+    )
     assert source.recording(7)["caption"] == "caption 7"
     whole = encoded(24, 2)
     queries = np.flatnonzero(whole.speech_ids < 7 + 4)
@@ -130,7 +177,8 @@ def test_mteb_ranks_the_pictures_of_all_splits():
     told = format_protocol(named(result))
     fraction = result["coarse"]["image_to_speech"]["fraction_recall@5"]
     assert (
-        f"fraction recall @1 {result['coarse']['image_to_speech']['fraction_recall@1']:.1f}  @5 {fraction:.1f}" in told
+        f"fraction recall @1 {result['coarse']['image_to_speech']['fraction_recall@1']:.1f}  @5 {fraction:.1f}"
+        in told
     )
     assert "nDCG@10" in told and "NOT the published number" in told
 

@@ -17,18 +17,26 @@ def tied_embeddings(rows, seed):
 
 def brute_force_order(queries, gallery):
     scores = queries.astype(np.float64) @ gallery.astype(np.float64).T
-    return scores, np.array([sorted(range(len(gallery)), key=lambda j, row=row: (-row[j], j)) for row in scores])
+    return scores, np.array(
+        [sorted(range(len(gallery)), key=lambda j, row=row: (-row[j], j)) for row in scores]
+    )
 
 
-@pytest.mark.parametrize(("chunk", "gallery_chunk"), [(7, 11), (1, 1), (23, 61), (1000, 1000), (4, 60), (8, 2)])
+@pytest.mark.parametrize(
+    ("chunk", "gallery_chunk"), [(7, 11), (1, 1), (23, 61), (1000, 1000), (4, 60), (8, 2)]
+)
 def test_coarse_top_k_equals_brute_force_with_ties(chunk, gallery_chunk):
     queries, gallery = tied_embeddings(23, 0), tied_embeddings(61, 1)
     expected_scores, expected = brute_force_order(queries, gallery)
     for k in (1, 5, 61):
-        scores, indices = ranking.coarse_top_k(queries, gallery, k, chunk=chunk, gallery_chunk=gallery_chunk)
+        scores, indices = ranking.coarse_top_k(
+            queries, gallery, k, chunk=chunk, gallery_chunk=gallery_chunk
+        )
         assert indices.shape == scores.shape == (23, k)
         np.testing.assert_array_equal(indices, expected[:, :k])
-        np.testing.assert_array_equal(scores, np.take_along_axis(expected_scores, expected[:, :k], 1))
+        np.testing.assert_array_equal(
+            scores, np.take_along_axis(expected_scores, expected[:, :k], 1)
+        )
 
 
 def test_coarse_top_k_of_random_floats_and_bfloat16():
@@ -50,13 +58,19 @@ def test_k_above_the_gallery_is_cut_to_it():
 
 def test_a_collapsed_model_ranks_in_gallery_order():
     gallery = np.ones((30, 4), np.float32)
-    np.testing.assert_array_equal(ranking.coarse_top_k(gallery, gallery, 4, gallery_chunk=7)[1][9], [0, 1, 2, 3])
-    ranks = ranking.first_relevant_rank(gallery, gallery, np.arange(30), np.arange(30), chunk=4, gallery_chunk=7)
+    np.testing.assert_array_equal(
+        ranking.coarse_top_k(gallery, gallery, 4, gallery_chunk=7)[1][9], [0, 1, 2, 3]
+    )
+    ranks = ranking.first_relevant_rank(
+        gallery, gallery, np.arange(30), np.arange(30), chunk=4, gallery_chunk=7
+    )
     np.testing.assert_array_equal(ranks, np.arange(1, 31))
 
 
 @pytest.mark.parametrize(("chunk", "gallery_chunk"), [(7, 11), (5, 1), (1000, 1000)])
-def test_first_relevant_rank_equals_brute_force_with_ties_and_several_right_items(chunk, gallery_chunk):
+def test_first_relevant_rank_equals_brute_force_with_ties_and_several_right_items(
+    chunk, gallery_chunk
+):
     queries, gallery = tied_embeddings(23, 3), tied_embeddings(61, 4)
     rng = np.random.default_rng(5)
     gallery_ids = rng.integers(0, 15, 61) + 2**40  # far outside int32
@@ -75,7 +89,9 @@ def test_first_relevant_rank_equals_brute_force_with_ties_and_several_right_item
 
 def test_padding_of_the_gallery_never_ranks_ahead_of_a_negative_cosine():
     gallery = -np.ones((5, 2), np.float32)
-    ranks = ranking.first_relevant_rank(-gallery, gallery, np.arange(5), np.arange(5), chunk=2, gallery_chunk=3)
+    ranks = ranking.first_relevant_rank(
+        -gallery, gallery, np.arange(5), np.arange(5), chunk=2, gallery_chunk=3
+    )
     np.testing.assert_array_equal(ranks, [1, 2, 3, 4, 5])
 
 
@@ -88,35 +104,54 @@ def test_a_chunk_size_compiles_once():
 
 
 def numbered_tokens(rows, length, dtype=np.float32):
-    return np.broadcast_to(np.arange(rows, dtype=np.float64)[:, None, None], (rows, length, 2)).astype(dtype)
+    return np.broadcast_to(
+        np.arange(rows, dtype=np.float64)[:, None, None], (rows, length, 2)
+    ).astype(dtype)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("direction", ["s2i", "i2s"])
 def test_rerank_gives_each_pair_its_own_logit(direction, dtype):
-    speech, images, lengths = numbered_tokens(9, 5, dtype), numbered_tokens(6, 3, dtype), np.arange(1, 10) % 5 + 1
+    speech, images, lengths = (
+        numbered_tokens(9, 5, dtype),
+        numbered_tokens(6, 3, dtype),
+        np.arange(1, 10) % 5 + 1,
+    )
     shapes = set()
 
     def match_fn(speech_tokens, speech_lengths, image_tokens):
-        shapes.add((speech_tokens.shape, speech_lengths.shape, image_tokens.shape, speech_tokens.dtype))
-        speech_rows, image_rows = (tokens[:, 0, 0].astype(float) for tokens in (speech_tokens, image_tokens))
+        shapes.add(
+            (speech_tokens.shape, speech_lengths.shape, image_tokens.shape, speech_tokens.dtype)
+        )
+        speech_rows, image_rows = (
+            tokens[:, 0, 0].astype(float) for tokens in (speech_tokens, image_tokens)
+        )
         answer = 10000 * speech_rows + 100 * image_rows + speech_lengths
         return np.stack([0.25 * answer, 1.25 * answer], 1)
 
     rows, columns = (9, 6) if direction == "s2i" else (6, 9)
-    candidates = np.array([np.random.default_rng(row).permutation(columns)[:4] for row in range(rows)])
+    candidates = np.array(
+        [np.random.default_rng(row).permutation(columns)[:4] for row in range(rows)]
+    )
     tokens = (speech, images) if direction == "s2i" else (images, speech)
-    logits = ranking.rerank(match_fn, *tokens, candidates, direction=direction, speech_lengths=lengths, pair_chunk=7)
+    logits = ranking.rerank(
+        match_fn, *tokens, candidates, direction=direction, speech_lengths=lengths, pair_chunk=7
+    )
     for row in range(rows):
         for place, column in enumerate(candidates[row]):
             s, i = (row, column) if direction == "s2i" else (column, row)
             assert logits[row, place] == 10000 * s + 100 * i + lengths[s]
-    assert shapes == {((7, 5, 2), (7,), (7, 3, 2), np.dtype(dtype))}  # a fixed shape: one compilation
+    assert shapes == {
+        ((7, 5, 2), (7,), (7, 3, 2), np.dtype(dtype))
+    }  # a fixed shape: one compilation
 
 
 def test_rerank_with_a_jitted_matcher_compiles_once_and_larger_chunks_change_nothing():
     rng = np.random.default_rng(0)
-    speech, images = rng.normal(size=(8, 5, 4)).astype(np.float32), rng.normal(size=(6, 3, 4)).astype(np.float32)
+    speech, images = (
+        rng.normal(size=(8, 5, 4)).astype(np.float32),
+        rng.normal(size=(6, 3, 4)).astype(np.float32),
+    )
 
     @jax.jit
     def match_fn(speech_tokens, speech_lengths, image_tokens):
@@ -126,13 +161,21 @@ def test_rerank_with_a_jitted_matcher_compiles_once_and_larger_chunks_change_not
     candidates = np.array([rng.permutation(6) for _ in range(8)])
     results = [
         ranking.rerank(
-            match_fn, speech, images, candidates, direction="s2i", speech_lengths=np.full(8, 5), pair_chunk=chunk
+            match_fn,
+            speech,
+            images,
+            candidates,
+            direction="s2i",
+            speech_lengths=np.full(8, 5),
+            pair_chunk=chunk,
         )
         for chunk in (5, 48, 500)
     ]
     expected = 2 * np.einsum("stw,ipw->si", speech.astype(float), images.astype(float)) / 5
     for result in results:
-        np.testing.assert_allclose(result, np.take_along_axis(expected, candidates, 1), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            result, np.take_along_axis(expected, candidates, 1), rtol=1e-4, atol=1e-4
+        )
     assert match_fn._cache_size() == 3  # one a chunk size
 
 
@@ -140,7 +183,10 @@ def test_rerank_with_a_jitted_matcher_compiles_once_and_larger_chunks_change_not
 def test_length_buckets_hand_over_fewer_frames_and_the_same_answers(direction):
     rng = np.random.default_rng(1)
     lengths = np.array([1, 3, 4, 5, 6, 10, 10, 7, 2])
-    speech, images = rng.normal(size=(9, 10, 2)).astype(np.float32), rng.normal(size=(6, 3, 2)).astype(np.float32)
+    speech, images = (
+        rng.normal(size=(9, 10, 2)).astype(np.float32),
+        rng.normal(size=(6, 3, 2)).astype(np.float32),
+    )
     seen = {}
 
     def match_fn(speech_tokens, speech_lengths, image_tokens):
@@ -205,21 +251,31 @@ def test_fine_ranks_equal_brute_force():
 
 def test_a_matcher_without_an_opinion_leaves_the_coarse_ranking():
     relevant = np.eye(6, dtype=bool)
-    np.testing.assert_array_equal(ranking.fine_ranks(np.arange(1, 7), np.zeros((6, 6)), relevant), np.arange(1, 7))
+    np.testing.assert_array_equal(
+        ranking.fine_ranks(np.arange(1, 7), np.zeros((6, 6)), relevant), np.arange(1, 7)
+    )
 
 
 def bad_rerank(**changes):
     settings = {"direction": "s2i", "speech_lengths": np.ones(2)} | changes
     logits = settings.pop("logits", np.zeros((1, 2)))
     return lambda: ranking.rerank(
-        lambda *_: logits, np.zeros((2, 3, 4)), np.zeros((2, 3, 4)), np.zeros((2, 1), int), pair_chunk=1, **settings
+        lambda *_: logits,
+        np.zeros((2, 3, 4)),
+        np.zeros((2, 3, 4)),
+        np.zeros((2, 1), int),
+        pair_chunk=1,
+        **settings,
     )
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ranking.coarse_top_k(np.full((2, 3), np.nan), np.ones((4, 3)), 1), "queries: 2 of 2 rows"),
+        (
+            lambda: ranking.coarse_top_k(np.full((2, 3), np.nan), np.ones((4, 3)), 1),
+            "queries: 2 of 2 rows",
+        ),
         (
             lambda: ranking.coarse_top_k(np.ones((2, 3)), np.array([[1, 1, 1], [1, np.inf, 1]]), 1),
             "gallery: 1 of 2.*row 1",
@@ -227,8 +283,14 @@ def bad_rerank(**changes):
         (lambda: ranking.coarse_top_k(np.ones((2, 3)), np.ones((4, 3)), 0), "k must be at least 1"),
         (lambda: ranking.coarse_top_k(np.ones((2, 3)), np.ones((4, 5)), 1), "must share D"),
         (lambda: ranking.coarse_top_k(np.ones((2, 3)), np.ones((0, 3)), 1), "nothing to search"),
-        (lambda: ranking.first_relevant_rank(np.ones((2, 3)), np.ones((2, 3)), [1, 8], [1, 2]), "query 1, id 8"),
-        (lambda: ranking.first_relevant_rank(np.ones((2, 3)), np.ones((2, 3)), [1], [1, 2]), "one id each"),
+        (
+            lambda: ranking.first_relevant_rank(np.ones((2, 3)), np.ones((2, 3)), [1, 8], [1, 2]),
+            "query 1, id 8",
+        ),
+        (
+            lambda: ranking.first_relevant_rank(np.ones((2, 3)), np.ones((2, 3)), [1], [1, 2]),
+            "one id each",
+        ),
         (bad_rerank(direction="t2i"), "'s2i'.*'t2i'"),
         (bad_rerank(speech_lengths=np.ones(3)), "3 speech_lengths for 2"),
         (bad_rerank(logits=np.array([[0.0, np.nan]])), r"match logits \(s2i\): 2 of 2"),

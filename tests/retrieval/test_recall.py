@@ -11,7 +11,9 @@ from c2f_jax.retrieval import recall
 
 def test_rank_metrics_equal_a_loop():
     ranks = np.random.default_rng(0).integers(1, 40, 101)
-    expected = {f"R@{cut}": 100 * sum(int(rank) <= cut for rank in ranks) / len(ranks) for cut in (1, 5, 10)}
+    expected = {
+        f"R@{cut}": 100 * sum(int(rank) <= cut for rank in ranks) / len(ranks) for cut in (1, 5, 10)
+    }
     expected["median_rank"] = float(sorted(ranks)[50])
     expected["MRR"] = sum(1 / int(rank) for rank in ranks) / len(ranks)
     assert recall.rank_metrics(ranks) == pytest.approx(expected, rel=1e-12)
@@ -63,7 +65,9 @@ def test_interval_covers_a_known_mean_about_95_times_in_100():
     rng = np.random.default_rng(5)
     covered = 0
     for trial in range(300):
-        right = np.repeat(rng.random(100) < 0.3, 2)  # two recordings of an image succeed or fail together
+        right = np.repeat(
+            rng.random(100) < 0.3, 2
+        )  # two recordings of an image succeed or fail together
         ranks, images = np.where(right, 1, 2), np.repeat(np.arange(100), 2)
         samples = recall.bootstrap_metrics(ranks, images, resamples=300, seed=trial)
         low, high = recall.with_intervals({"R@1": 0.0}, samples)["R@1_interval"]
@@ -73,7 +77,9 @@ def test_interval_covers_a_known_mean_about_95_times_in_100():
 
 def test_bootstrap_is_a_function_of_the_seed():
     ranks, clusters = np.arange(1, 30), np.arange(29)
-    first, again, other = (recall.bootstrap_metrics(ranks, clusters, seed=seed)["MRR"] for seed in (1, 1, 2))
+    first, again, other = (
+        recall.bootstrap_metrics(ranks, clusters, seed=seed)["MRR"] for seed in (1, 1, 2)
+    )
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
 
@@ -83,14 +89,23 @@ def test_paired_difference_is_tighter_than_two_intervals_and_zero_for_equal_rank
     coarse = rng.integers(1, 4, 200)
     fine = np.where(rng.random(200) < 0.1, 1, coarse)
     clusters = np.repeat(np.arange(100), 2)
-    stages = [(recall.rank_metrics(ranks), recall.bootstrap_metrics(ranks, clusters)) for ranks in (coarse, fine)]
+    stages = [
+        (recall.rank_metrics(ranks), recall.bootstrap_metrics(ranks, clusters))
+        for ranks in (coarse, fine)
+    ]
     (coarse_metrics, coarse_samples), (fine_metrics, fine_samples) = stages
-    gained = recall.difference_with_intervals(fine_metrics, coarse_metrics, fine_samples, coarse_samples)
+    gained = recall.difference_with_intervals(
+        fine_metrics, coarse_metrics, fine_samples, coarse_samples
+    )
     assert gained["R@1"] == pytest.approx(100 * np.mean(fine == 1) - 100 * np.mean(coarse == 1))
     low, high = gained["R@1_interval"]
-    unpaired = np.subtract(*np.percentile(fine_samples["R@1"] - coarse_samples["R@1"][::-1], [97.5, 2.5]))
+    unpaired = np.subtract(
+        *np.percentile(fine_samples["R@1"] - coarse_samples["R@1"][::-1], [97.5, 2.5])
+    )
     assert 0 < low < gained["R@1"] < high and high - low < 0.7 * unpaired
-    same = recall.difference_with_intervals(coarse_metrics, coarse_metrics, coarse_samples, coarse_samples)
+    same = recall.difference_with_intervals(
+        coarse_metrics, coarse_metrics, coarse_samples, coarse_samples
+    )
     assert same["R@1_interval"] == [0.0, 0.0] and same["median_rank_interval"] == [0.0, 0.0]
 
 

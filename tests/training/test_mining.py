@@ -28,7 +28,9 @@ def mine(pool, devices, token_queue, speech, image, ids):
             similarity_logits(speech.embedding, all_gather(image.embedding, axis), 0.2),
             similarity_logits(image.embedding, all_gather(speech.embedding, axis), 0.2),
         )
-        _, images, scores, pool_ids, valid = negative_pool(token_queue, rows, speech, image, logits, 0.2, pool, axis)
+        _, images, scores, pool_ids, valid = negative_pool(
+            token_queue, rows, speech, image, logits, 0.2, pool, axis
+        )
         columns, legal = sample_hard_negatives(rows.keys, scores[0], ids, pool_ids, valid)
         return columns, pool_ids[columns], images.tokens[columns], scores[0], legal
 
@@ -40,7 +42,12 @@ def mine(pool, devices, token_queue, speech, image, ids):
 def random_encoded(rng, rows, length):
     z = rng.normal(size=(rows, 6)).astype(np.float32)
     z /= np.linalg.norm(z, axis=1, keepdims=True)
-    return Encoded(*map(jnp.asarray, (z, rng.normal(size=(rows, length, 3)).astype(np.float32), np.full(rows, length))))
+    return Encoded(
+        *map(
+            jnp.asarray,
+            (z, rng.normal(size=(rows, length, 3)).astype(np.float32), np.full(rows, length)),
+        )
+    )
 
 
 def eight_rows():
@@ -58,7 +65,11 @@ def mining():
         "speech_tokens": old_speech.tokens, "speech_lengths": old_speech.lengths,
         "image_tokens": old_image.tokens, "image_lengths": old_image.lengths,
     }  # fmt: skip
-    return enqueue(create_queue(11, rows), rows), random_encoded(rng, 8, 4), random_encoded(rng, 8, 5)
+    return (
+        enqueue(create_queue(11, rows), rows),
+        random_encoded(rng, 8, 4),
+        random_encoded(rng, 8, 5),
+    )
 
 
 @pytest.mark.parametrize("pool, width", [("global", 8), ("queue", 19)])
@@ -86,7 +97,9 @@ def test_batch_pool_keeps_to_its_own_device(mining):
 def test_queue_pool_pads_a_shorter_bucket_to_the_length_of_the_queue(mining):
     token_queue, speech, image = mining
     logits = (jnp.zeros((8, 8)),) * 2
-    speeches, images, *_ = negative_pool(token_queue, eight_rows(), speech, image, logits, 0.2, "queue", None)
+    speeches, images, *_ = negative_pool(
+        token_queue, eight_rows(), speech, image, logits, 0.2, "queue", None
+    )
     assert speeches.tokens.shape == (19, 6, 3) and images.tokens.shape == (19, 5, 3)
     assert speeches.lengths.tolist() == [4] * 8 + [6] * 7 + [0] * 4
     np.testing.assert_array_equal(speeches.tokens[:8, :4], speech.tokens)
@@ -121,7 +134,11 @@ def test_every_pair_with_queue_negatives_has_one_online_and_one_momentum_side(mi
     ):
         known |= {np.asarray(row)[0].tobytes(): name for tokens in sequences for row in tokens}
     pairs = pairs_matched(
-        token_queue, (speech, image), momentum, (jnp.zeros((8, 8)),) * 2, MethodConfig(negatives="queue")
+        token_queue,
+        (speech, image),
+        momentum,
+        (jnp.zeros((8, 8)),) * 2,
+        MethodConfig(negatives="queue"),
     )
     sides = [(known[a], known[b]) for a, b in pairs]
     assert all(set(pair) == {"online", "momentum"} for pair in sides), sides
@@ -133,8 +150,12 @@ def test_a_high_temperature_of_mining_draws_easier_negatives(mining, mining_tau,
     token_queue, speech, image = mining
     likest = (np.arange(8) + 3) % 8  # by far, of each row in both directions
     logits = jnp.zeros((8, 8)).at[np.arange(8), likest].set(100.0)
-    pairs = pairs_matched(token_queue, (speech, image), None, (logits, logits), MethodConfig(mining_tau=mining_tau))
-    number = {np.asarray(row)[0].tobytes(): i for x in (speech, image) for i, row in enumerate(x.tokens)}
+    pairs = pairs_matched(
+        token_queue, (speech, image), None, (logits, logits), MethodConfig(mining_tau=mining_tau)
+    )
+    number = {
+        np.asarray(row)[0].tobytes(): i for x in (speech, image) for i, row in enumerate(x.tokens)
+    }
     negatives = [number[b] for _, b in pairs[8:16]] + [number[a] for a, _ in pairs[16:]]
     hits = np.mean(np.array(negatives) == np.tile(likest, 2))
     assert hits == 1.0 if likest_alone else hits < 0.6

@@ -80,7 +80,9 @@ def test_muon_orthogonalises_the_update_of_a_kernel(params):
         )
     )
     for update in (block, projection):
-        singular = np.linalg.svd(update / (0.01 * 0.2 * np.sqrt(max(update.shape))), compute_uv=False)
+        singular = np.linalg.svd(
+            update / (0.01 * 0.2 * np.sqrt(max(update.shape))), compute_uv=False
+        )
         assert 0.6 < singular.min() and singular.max() < 1.3
     adam = optax.adam(0.01, b2=config.b2, nesterov=True)
     clipped = jax.tree.map(lambda g: g / optax.global_norm(grads), grads)
@@ -96,7 +98,9 @@ def test_weight_decay_reaches_kernels_alone(params, name):
     ones = jax.tree.map(jnp.ones_like, params)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(ones), ones)
     for path, update in jax.tree_util.tree_leaves_with_path(updates):
-        np.testing.assert_allclose(update, -0.005 if path[-1].key == "kernel" else 0.0, rtol=1e-6, err_msg=str(path))
+        np.testing.assert_allclose(
+            update, -0.005 if path[-1].key == "kernel" else 0.0, rtol=1e-6, err_msg=str(path)
+        )
 
 
 def test_unknown_optimizer_is_named():

@@ -43,14 +43,17 @@ def scalable_sgd(rate=0.01):
     Adam would divide rounding errors by themselves where a gradient is zero, as it is for the biases of attention keys.
     """
     return optax.GradientTransformation(
-        lambda params: jnp.float32(rate), lambda grads, rate, params: (jax.tree.map(lambda g: -rate * g, grads), rate)
+        lambda params: jnp.float32(rate),
+        lambda grads, rate, params: (jax.tree.map(lambda g: -rate * g, grads), rate),
     )
 
 
 def tiny_model(dropout_rate=0.0, **options):
     tower = {"width": 16, "depth": 1, "heads": 2, "dropout_rate": dropout_rate}
     speech = tower | {"name": "log_mel", "mels": 8, "conv_layers": 1}
-    return create_model(speech, tower | {"name": "vit", "patch": 8}, tower, embedding_dim=8, **options)
+    return create_model(
+        speech, tower | {"name": "vit", "patch": 8}, tower, embedding_dim=8, **options
+    )
 
 
 def make_batch(seed, ids=None):
@@ -60,7 +63,12 @@ def make_batch(seed, ids=None):
     waveform = rng.normal(size=(N, 8000)).astype(np.float32) * (np.arange(8000) < lengths[:, None])
     image = rng.integers(0, 256, (N, 16, 16, 3)).astype(np.uint8)
     ids = rng.integers(0, 5, N) if ids is None else ids
-    return {"waveform": waveform, "speech_lengths": lengths, "image": image, "image_id": np.asarray(ids, np.int32)}
+    return {
+        "waveform": waveform,
+        "speech_lengths": lengths,
+        "image": image,
+        "image_id": np.asarray(ids, np.int32),
+    }
 
 
 BATCHES = [make_batch(seed) for seed in range(STEPS)]
@@ -72,20 +80,27 @@ def method_of(case):
 
 
 def model_of(case, **options):
-    return tiny_model(CASES[case]["dropout_rate"], branches=CASES[case].get("branches", 1), **options)
+    return tiny_model(
+        CASES[case]["dropout_rate"], branches=CASES[case].get("branches", 1), **options
+    )
 
 
 @functools.cache
 def initial_state(branches):
     model, sizes = tiny_model(branches=branches), {"queue_size": 13, "token_queue_size": 19}
-    return jax.tree.map(np.asarray, create_train_state(model, scalable_sgd(), BATCHES[0], seed=3, **sizes))
+    return jax.tree.map(
+        np.asarray, create_train_state(model, scalable_sgd(), BATCHES[0], seed=3, **sizes)
+    )
 
 
 def start_of(case):
     """The initial state as numpy arrays: one initialisation, fitted to the case's queues and momentum model."""
     state = initial_state(CASES[case].get("branches", 1))
     if not CASES[case]["queue_size"]:
-        empty = [jax.tree.map(np.asarray, create_queue(0, q.entries)) for q in (state.queue, state.token_queue)]
+        empty = [
+            jax.tree.map(np.asarray, create_queue(0, q.entries))
+            for q in (state.queue, state.token_queue)
+        ]
         state = state.replace(queue=empty[0], token_queue=empty[1])
     return state.replace(momentum_params={}) if method_of(case).momentum is None else state
 
@@ -94,7 +109,10 @@ def start_of(case):
 def compiled(case, mode=None, devices=1, **options):
     """DataParallel and its compiled step; mode None is the step under jit without any device axis."""
     step = functools.partial(
-        train_step, model=model_of(case, **options), optimizer=scalable_sgd(), method=method_of(case)
+        train_step,
+        model=model_of(case, **options),
+        optimizer=scalable_sgd(),
+        method=method_of(case),
     )
     parallel = DataParallel(mode or "shard_map", jax.devices()[:devices])
     return parallel, parallel.compile_step(step) if mode else jax.jit(step)
@@ -132,7 +150,9 @@ def assert_same(found, case):
         return state, means(metrics)
 
     for k, batch in enumerate(BATCHES):
-        assert_equal_but_for_rounding(take, (found.states[k], batch), (found.states[k + 1], found.metrics[k]))
+        assert_equal_but_for_rounding(
+            take, (found.states[k], batch), (found.states[k + 1], found.metrics[k])
+        )
 
 
 slow = pytest.mark.slow
@@ -158,10 +178,14 @@ slow = pytest.mark.slow
 )
 def test_three_steps_do_not_depend_on_the_number_of_devices(case, mode, devices):
     expected = reference(case)
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), expected.states[0].params, expected.states[-1].params)
+    moved = jax.tree.map(
+        lambda a, b: np.abs(a - b).max(), expected.states[0].params, expected.states[-1].params
+    )
     assert max(jax.tree.leaves(moved)) > 1e-2, "gradients of some size were compared"
     if case == "queue":
-        assert 0 < expected.metrics[-1]["queue_negatives"] < 1, "both sources of negatives were compared"
+        assert 0 < expected.metrics[-1]["queue_negatives"] < 1, (
+            "both sources of negatives were compared"
+        )
     assert_same(Run(case, mode, devices), case)
 
 
@@ -191,7 +215,9 @@ def test_a_mean_of_the_means_of_the_devices_is_far_beyond_rounding(monkeypatch):
         return pmean(masked_mean(values, valid), axis_name)
 
     plant(monkeypatch, masked_mean, mean_of_means)
-    assert loss_against_metrics(batch_pool_metrics(*compiled.__wrapped__("batch", "pmap", 2))) > 32_000
+    assert (
+        loss_against_metrics(batch_pool_metrics(*compiled.__wrapped__("batch", "pmap", 2))) > 32_000
+    )
 
 
 @functools.cache
@@ -206,15 +232,21 @@ def sic_oracle(z, momentum_z, queued, ids, tau, alpha, branches):
     """
     rows, bank_ids = [], np.concatenate([ids, [row[0] for row in queued]])
     for own, other, own_momentum in ((0, 1, 0), (1, 0, 1)):
-        bank = np.concatenate([momentum_z[other], np.reshape([row[1 + other] for row in queued], (-1, z[0].shape[1]))])
+        bank = np.concatenate(
+            [momentum_z[other], np.reshape([row[1 + other] for row in queued], (-1, z[0].shape[1]))]
+        )
         targets = (ids[:, None] == bank_ids).astype(float)
         targets /= targets.sum(1, keepdims=True)
         soft = np.exp(momentum_z[own_momentum] @ bank.T / tau)
         targets = alpha * soft / soft.sum(1, keepdims=True) + (1 - alpha) * targets
-        for query, keys in zip(np.split(z[own], branches, axis=1), np.split(bank, branches, axis=1), strict=True):
+        for query, keys in zip(
+            np.split(z[own], branches, axis=1), np.split(bank, branches, axis=1), strict=True
+        ):
             unit = query / np.linalg.norm(query, axis=1, keepdims=True)
             logits = unit @ (keys / np.linalg.norm(keys, axis=1, keepdims=True)).T / tau
-            rows.append(-np.sum(targets * (logits - np.log(np.exp(logits).sum(1, keepdims=True))), axis=1))
+            rows.append(
+                -np.sum(targets * (logits - np.log(np.exp(logits).sum(1, keepdims=True))), axis=1)
+            )
     return np.mean(rows)
 
 
@@ -229,7 +261,9 @@ def test_each_step_equals_the_method_by_hand(case):
             for params in (before.params, before.momentum_params)
         )
         tau = run.metrics[step]["tau"]
-        expected = sic_oracle(z, momentum_z, queued[-13:], batch["image_id"], tau, 0.4 * step / 4, branches)
+        expected = sic_oracle(
+            z, momentum_z, queued[-13:], batch["image_id"], tau, 0.4 * step / 4, branches
+        )
         assert run.metrics[step]["sic_loss"] == pytest.approx(expected, rel=1e-4)
         assert run.metrics[step]["alpha"] == pytest.approx(0.4 * step / 4)
 
@@ -239,8 +273,12 @@ def test_each_step_equals_the_method_by_hand(case):
             assert int(queue.count) == len(kept)
             slots = [(first + k) % size for k in range(len(kept))]
             assert queue.entries["id"][slots].tolist() == [row[0] for row in kept]
-            np.testing.assert_allclose(queue.entries["speech"][slots], [row[1] for row in kept], atol=1e-5)
-            np.testing.assert_allclose(queue.entries["image"][slots], [row[2] for row in kept], atol=1e-5)
+            np.testing.assert_allclose(
+                queue.entries["speech"][slots], [row[1] for row in kept], atol=1e-5
+            )
+            np.testing.assert_allclose(
+                queue.entries["image"][slots], [row[2] for row in kept], atol=1e-5
+            )
 
         m = 0.995
         trees = after.momentum_params, before.momentum_params, momentum_subset(after.params)
@@ -256,12 +294,17 @@ def test_token_queue_keeps_the_momentum_tokens_that_were_encoded():
     for name, encoded in (("speech", speech), ("image", image)):
         assert entries[f"{name}_tokens"].dtype == jnp.bfloat16
         np.testing.assert_allclose(
-            entries[f"{name}_tokens"][8:16].astype(np.float32), encoded.tokens, rtol=2**-7, atol=1e-3
+            entries[f"{name}_tokens"][8:16].astype(np.float32),
+            encoded.tokens,
+            rtol=2**-7,
+            atol=1e-3,
         )
         assert entries[f"{name}_lengths"][8:16].tolist() == encoded.lengths.tolist()
 
 
-@pytest.mark.parametrize("case, mode, devices", [("online", "shard_map", 4), ("detached", "pmap", 2)])
+@pytest.mark.parametrize(
+    "case, mode, devices", [("online", "shard_map", 4), ("detached", "pmap", 2)]
+)
 def test_sic_alone_has_the_gradient_of_plain_infonce(case, mode, devices):
     """K = 0, alpha = 0, unique ids, momentum = online: symmetric InfoNCE, its keys detached if they are momentum's."""
     batch, start = make_batch(4, ids=np.arange(N)), start_of(case)
@@ -274,7 +317,10 @@ def test_sic_alone_has_the_gradient_of_plain_infonce(case, mode, devices):
             keys = (speech, image) if case == "online" else jax.lax.stop_gradient((speech, image))
             tau = jnp.exp(params["temperature"]["log_tau"])
             s2i, i2s = speech @ keys[1].T / tau, image @ keys[0].T / tau
-            pairs = [optax.softmax_cross_entropy_with_integer_labels(logits, jnp.arange(N)) for logits in (s2i, i2s)]
+            pairs = [
+                optax.softmax_cross_entropy_with_integer_labels(logits, jnp.arange(N))
+                for logits in (s2i, i2s)
+            ]
             return jnp.mean(jnp.stack(pairs))
 
         return jax.value_and_grad(infonce)(params)
@@ -284,7 +330,9 @@ def test_sic_alone_has_the_gradient_of_plain_infonce(case, mode, devices):
     assert run.metrics[0]["loss"] == pytest.approx(float(loss), rel=1e-5)
     found = jax.tree.map(lambda a, b: (a - b) / 0.01, start.params, run.states[1].params)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * largest), found, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * largest), found, expected
+    )
     if case == "online":
         assert not run.states[1].momentum_params
     else:
@@ -298,17 +346,24 @@ def test_temperature_stays_in_its_range_under_a_huge_learning_rate():
     for rate in (1e6, -1e6):
         state = parallel.place_state(start_of("detached").replace(opt_state=np.float32(rate)))
         state, _ = step(state, parallel.place_batch(make_batch(4, ids=np.arange(N))))
-        reached.add(round(float(np.exp(parallel.host_copy(state.params)["temperature"]["log_tau"])), 6))
+        reached.add(
+            round(float(np.exp(parallel.host_copy(state.params)["temperature"]["log_tau"])), 6)
+        )
     assert reached == {0.001, 0.5}
 
 
 @pytest.mark.parametrize("mode, devices", [("pmap", 2), ("shard_map", 4)])
 def test_step_compiles_once_and_moves_nothing_from_or_to_the_host(mode, devices):
     parallel, step = compiled("queue", mode, devices)
-    state, batches = parallel.place_state(start_of("queue")), [parallel.place_batch(batch) for batch in BATCHES]
+    state, batches = (
+        parallel.place_state(start_of("queue")),
+        [parallel.place_batch(batch) for batch in BATCHES],
+    )
     state, _ = step(state, batches[0])
     given, compilations = jax.tree.leaves(state), []
-    jax.monitoring.register_event_duration_secs_listener(lambda event, _, **__: compilations.append(event))
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **__: compilations.append(event)
+    )
     try:
         with jax.transfer_guard("disallow"):
             with pytest.raises(Exception, match="Disallowed host-to-device"):
@@ -327,19 +382,32 @@ def test_step_compiles_once_and_moves_nothing_from_or_to_the_host(mode, devices)
 
 def test_step_calls_nothing_on_the_host():
     parallel, step = compiled("queue", "shard_map", 4)
-    text = step.lower(parallel.place_state(start_of("queue")), parallel.place_batch(BATCHES[0])).as_text()
+    text = step.lower(
+        parallel.place_state(start_of("queue")), parallel.place_batch(BATCHES[0])
+    ).as_text()
     assert "stablehlo.dot_general" in text
-    assert not [word for word in ("callback", "infeed", "outfeed", "stablehlo.send", "stablehlo.recv") if word in text]
+    assert not [
+        word
+        for word in ("callback", "infeed", "outfeed", "stablehlo.send", "stablehlo.recv")
+        if word in text
+    ]
 
 
 def test_bfloat16_leaves_parameters_momentum_and_queue_in_float32():
     run, exact = Run("queue", dtype="bfloat16", batches=BATCHES[:1]), reference("queue")
     state = run.states[1]
-    for tree in (state.params, state.momentum_params, state.queue.entries["speech"], state.queue.entries["image"]):
+    for tree in (
+        state.params,
+        state.momentum_params,
+        state.queue.entries["speech"],
+        state.queue.entries["image"],
+    ):
         assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {np.dtype("float32")}
     assert run.metrics[0]["sic_loss"] == pytest.approx(exact.metrics[0]["sic_loss"], rel=0.05)
     assert run.metrics[0]["loss"] == pytest.approx(exact.metrics[0]["loss"], rel=0.1)
-    assert run.metrics[0]["gradient_norm"] == pytest.approx(exact.metrics[0]["gradient_norm"], rel=0.1)
+    assert run.metrics[0]["gradient_norm"] == pytest.approx(
+        exact.metrics[0]["gradient_norm"], rel=0.1
+    )
     assert run.metrics[0]["loss"] != exact.metrics[0]["loss"], "it was computed in another type"
 
 
@@ -353,7 +421,10 @@ def test_metrics_are_sums_and_counts_over_the_global_batch():
     parallel, step = compiled("queue", "pmap", 2)
     _, metrics = step(parallel.place_state(start_of("queue")), parallel.place_batch(BATCHES[0]))
     assert all(isinstance(value, clu_metrics.Average) for value in metrics.values())
-    counts = {name: float(metrics[name].count) for name in ("sic_loss", "sic_accuracy", "sim_loss", "queue_negatives")}
+    counts = {
+        name: float(metrics[name].count)
+        for name in ("sic_loss", "sic_accuracy", "sim_loss", "queue_negatives")
+    }
     assert counts == {"sic_loss": 8, "sic_accuracy": 8, "sim_loss": 24, "queue_negatives": 8}
     assert float(metrics["queue_negatives"].total) == 0, "nothing was in the queue yet"
 
@@ -361,14 +432,26 @@ def test_metrics_are_sums_and_counts_over_the_global_batch():
 @pytest.mark.parametrize(
     "values, sizes, message",
     [
-        ({"id_policy": "first"}, (0, 0), "method.id_policy='first': choose one of multi_positive, mask, diagonal"),
-        ({"negatives": "all"}, (0, 0), "method.negatives='all': choose one of batch, global, queue"),
+        (
+            {"id_policy": "first"},
+            (0, 0),
+            "method.id_policy='first': choose one of multi_positive, mask, diagonal",
+        ),
+        (
+            {"negatives": "all"},
+            (0, 0),
+            "method.negatives='all': choose one of batch, global, queue",
+        ),
         ({"alpha": 1.5}, (0, 0), "method.alpha=1.5: a weight from 0 to 1"),
         ({"momentum": -0.1}, (0, 0), "method.momentum=-0.1: a value from 0 to 1, or None"),
         ({"sim_weight": -1.0}, (0, 0), "sim_weight must not be negative"),
         ({"warm_up_steps": -1}, (0, 0), "warm_up_steps=-1"),
         ({}, (-1, 0), "queue_size=-1, token_queue_size=0: sizes are 0 or more"),
-        ({"momentum": None, "alpha": 0.0}, (8, 0), "set queue_size=0, token_queue_size=0 and method.alpha=0"),
+        (
+            {"momentum": None, "alpha": 0.0},
+            (8, 0),
+            "set queue_size=0, token_queue_size=0 and method.alpha=0",
+        ),
         ({"momentum": None}, (0, 0), "set queue_size=0, token_queue_size=0 and method.alpha=0"),
         ({"negatives": "queue"}, (8, 0), "need token_queue_size > 0"),
         ({"negatives": "global"}, (8, 4), "no other pool uses it"),
@@ -388,7 +471,10 @@ def test_devices_and_batch_size_must_fit():
     with pytest.raises(UserError, match="parallel='mpi': choose one of pmap, shard_map"):
         DataParallel("mpi")
     for batch_size in (0, 6):
-        with pytest.raises(UserError, match=f"batch_size={batch_size} does not divide over 4 devices: .*multiple of 4"):
+        with pytest.raises(
+            UserError,
+            match=f"batch_size={batch_size} does not divide over 4 devices: .*multiple of 4",
+        ):
             DataParallel("pmap", jax.devices()[:4]).check_batch_size(batch_size)
     DataParallel("pmap", jax.devices()[:4]).check_batch_size(8)
 
@@ -396,7 +482,11 @@ def test_devices_and_batch_size_must_fit():
 def test_warm_up_is_plain_contrastive_learning_and_the_momentum_model_follows():
     method = dataclasses.replace(method_of("queue"), warm_up_steps=1).warm_up()
     assert method.momentum is None and not method.sim_weight and not method.alpha
-    run = functools.partial(train_step, model=model_of("queue"), optimizer=scalable_sgd(), method=method)
+    run = functools.partial(
+        train_step, model=model_of("queue"), optimizer=scalable_sgd(), method=method
+    )
     after, metrics = jax.jit(run)(start_of("queue"), BATCHES[0])
-    jax.tree.map(np.testing.assert_array_equal, after.momentum_params, momentum_subset(after.params))
+    jax.tree.map(
+        np.testing.assert_array_equal, after.momentum_params, momentum_subset(after.params)
+    )
     assert int(after.queue.count) == int(after.token_queue.count) == 0 and "sim_loss" not in metrics

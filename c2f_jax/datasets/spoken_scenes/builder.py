@@ -97,7 +97,10 @@ class SpokenScenes(tfds.core.GeneratorBasedBuilder):
         config = self.builder_config
         seed = [config.seed, 1 + SPLITS.index(split)]
         count = config.captions[split]
-        plans = [_plan(scene, np.random.default_rng([*seed, i]), split, count) for i, scene in enumerate(described)]
+        plans = [
+            _plan(scene, np.random.default_rng([*seed, i]), split, count)
+            for i, scene in enumerate(described)
+        ]
         spoken = speech.speak_all((u for plan in plans for u in plan), processes=self._processes)
         lengths = []
         for i, (scene, plan) in enumerate(zip(described, plans, strict=True)):
@@ -105,20 +108,31 @@ class SpokenScenes(tfds.core.GeneratorBasedBuilder):
             for utterance in plan:
                 audio, samples = next(spoken)
                 lengths.append(samples)
-                recordings.append({"audio": audio, "caption": utterance["text"], "speaker": utterance["voice"]})
+                recordings.append(
+                    {"audio": audio, "caption": utterance["text"], "speaker": utterance["voice"]}
+                )
             picture = scenes.draw_picture(scene, np.random.default_rng([*seed, i, 1]))
-            yield i, {"image": _png(picture), "image_id": f"{split}-{i:05d}", "recordings": recordings}
+            yield (
+                i,
+                {"image": _png(picture), "image_id": f"{split}-{i:05d}", "recordings": recordings},
+            )
         self.info.metadata[split] = {"captions": count, "samples": lengths}
 
 
-def distinct_scenes(config: SpokenScenesConfig, split: str, rng: np.random.Generator, seen: set[frozenset]) -> list:
+def distinct_scenes(
+    config: SpokenScenesConfig, split: str, rng: np.random.Generator, seen: set[frozenset]
+) -> list:
     """Scenes that differ from each other and from all seen ones, which they join.
 
     No caption of a crowded scene is true of another one of its split, but for training.
     """
     drawn, told = [], set()
     while len(drawn) < config.images[split]:
-        scene = scenes.draw_crowded_scene(rng) if config.crowded else scenes.draw_scene(rng, simple=config.simple)
+        scene = (
+            scenes.draw_crowded_scene(rng)
+            if config.crowded
+            else scenes.draw_scene(rng, simple=config.simple)
+        )
         facts = scene.facts()
         if facts in seen or (config.crowded and split != "train" and facts & told):
             continue
@@ -128,7 +142,9 @@ def distinct_scenes(config: SpokenScenesConfig, split: str, rng: np.random.Gener
     return drawn
 
 
-def _plan(scene: scenes.Scene | scenes.CrowdedScene, rng: np.random.Generator, split: str, count: int) -> list[dict]:
+def _plan(
+    scene: scenes.Scene | scenes.CrowdedScene, rng: np.random.Generator, split: str, count: int
+) -> list[dict]:
     """What is said about a scene and how: `count` utterances by different speakers."""
     plan: list[dict] = []
     while len(plan) < count:

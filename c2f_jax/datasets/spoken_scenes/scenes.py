@@ -22,7 +22,11 @@ COLOURS = {
 
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
-RADII = {"small": 7.5, "large": 11.8, "": 10.0}  # pixels of a 64 pixel picture; "" in scenes that tell no sizes
+RADII = {
+    "small": 7.5,
+    "large": 11.8,
+    "": 10.0,
+}  # pixels of a 64 pixel picture; "" in scenes that tell no sizes
 SIZE_WORDS = {
     "small": ("small ", "small ", "little ", "tiny "),
     "large": ("large ", "large ", "big ", "huge "),
@@ -39,7 +43,12 @@ RELATION_WORDS = {
 
 
 OPPOSITE = {"above": "below", "below": "above", "left": "right", "right": "left"}
-DIRECTION = {"above": (0, -1), "below": (0, 1), "left": (-1, 0), "right": (1, 0)}  # of the subject, x right, y down
+DIRECTION = {
+    "above": (0, -1),
+    "below": (0, 1),
+    "left": (-1, 0),
+    "right": (1, 0),
+}  # of the subject, x right, y down
 PIXELS = 64
 _SUPERSAMPLE = 4
 
@@ -94,7 +103,11 @@ def draw_scene(rng: np.random.Generator, *, simple: bool = False) -> Scene:
     if count == 2:
         relations = (_pick(rng, tuple(OPPOSITE)),)
     else:
-        relations = tuple(rng.permutation([_pick(rng, ("above", "below")), _pick(rng, ("left", "right"))]).tolist())
+        relations = tuple(
+            rng.permutation(
+                [_pick(rng, ("above", "below")), _pick(rng, ("left", "right"))]
+            ).tolist()
+        )
     return Scene(objects, relations)
 
 
@@ -119,7 +132,9 @@ def caption(scene: Scene | CrowdedScene, rng: np.random.Generator) -> str:
         facts.reverse()
     (relation, other), (second_relation, second) = facts
     if rng.random() < 0.6:
-        return f"{first} {_words(relation, rng)} {other} and {_words(second_relation, rng)} {second}"
+        return (
+            f"{first} {_words(relation, rng)} {other} and {_words(second_relation, rng)} {second}"
+        )
     # Told from another object: "a green cross right of a red star, which is above a big yellow heart".
     return f"{other} {_words(OPPOSITE[relation], rng)} {first}, which is {_words(second_relation, rng)} {second}"
 
@@ -129,7 +144,9 @@ def draw_picture(scene: Scene | CrowdedScene, rng: np.random.Generator) -> np.nd
     radii = [RADII[o.size] * rng.uniform(0.9, 1.1) for o in scene.objects]
     centres = _grid_layout(rng) if isinstance(scene, CrowdedScene) else _layout(scene, radii, rng)
     scale = _SUPERSAMPLE
-    canvas = Image.fromarray(_background(rng)).resize((PIXELS * scale,) * 2, Image.Resampling.BICUBIC)
+    canvas = Image.fromarray(_background(rng)).resize(
+        (PIXELS * scale,) * 2, Image.Resampling.BICUBIC
+    )
     brush = ImageDraw.Draw(canvas)
     for item, radius, centre in zip(scene.objects, radii, centres, strict=True):
         colour = np.clip(np.array(COLOURS[item.colour]) + rng.normal(0, 9, 3), 0, 255).astype(int)
@@ -139,7 +156,9 @@ def draw_picture(scene: Scene | CrowdedScene, rng: np.random.Generator) -> np.nd
     return np.clip(pixels + rng.normal(0, 3, pixels.shape), 0, 255).astype(np.uint8)
 
 
-def _draw_objects(rng: np.random.Generator, count: int, sizes: tuple[str, ...]) -> tuple[SceneObject, ...]:
+def _draw_objects(
+    rng: np.random.Generator, count: int, sizes: tuple[str, ...]
+) -> tuple[SceneObject, ...]:
     """Different objects."""
     objects: list[SceneObject] = []
     while len(objects) < count:
@@ -204,11 +223,26 @@ def _outline(shape: str, angle: float) -> np.ndarray:
         points = np.array([(0, -1), (1, 0.85), (-1, 0.85)], float)
     elif shape == "star":
         t = -np.pi / 2 + np.arange(10) * np.pi / 5
-        points = np.where(np.arange(10) % 2, 0.42, 1.1)[:, None] * np.stack([np.cos(t), np.sin(t)], 1)
+        points = np.where(np.arange(10) % 2, 0.42, 1.1)[:, None] * np.stack(
+            [np.cos(t), np.sin(t)], 1
+        )
     elif shape == "cross":
         a, b = 0.32, 1.0
         points = np.array(
-            [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+            [
+                (-a, -b),
+                (a, -b),
+                (a, -a),
+                (b, -a),
+                (b, a),
+                (a, a),
+                (a, b),
+                (-a, b),
+                (-a, a),
+                (-b, a),
+                (-b, -a),
+                (-a, -a),
+            ]
         )
     elif shape == "heart":
         t = np.linspace(0, 2 * np.pi, 40, endpoint=False)

@@ -103,7 +103,9 @@ _RATE, _VOLUME, _PITCH, _PITCH_RANGE = 1, 2, 3, 4  # espeak_PARAMETER
 _SYNCHRONOUS, _DONT_EXIT, _UTF8, _CHARACTERS = 2, 0x8000, 1, 1
 _DATA_VARIABLE = "C2F_JAX_ESPEAK_DATA"  # from a process to its workers
 _CHUNK = 32  # utterances sent to a worker at a time
-_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+_CALLBACK = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
+)
 
 
 def draw_voice(rng: np.random.Generator, split: str) -> dict:
@@ -122,7 +124,9 @@ def draw_voice(rng: np.random.Generator, split: str) -> dict:
     }
 
 
-def speak(text: str, *, voice: str, rate: int, pitch: int, pitch_range: int, level: float) -> tuple[bytes, int]:
+def speak(
+    text: str, *, voice: str, rate: int, pitch: int, pitch_range: int, level: float
+) -> tuple[bytes, int]:
     """The text as (FLAC bytes, samples): 16 kHz mono, silence trimmed, at most 5 s, the same bytes for the same call.
 
     voice is `<accent>+<variant>`, rate words a minute (80 to 450), pitch and pitch_range 0 to 100, level the RMS in
@@ -148,7 +152,9 @@ def speak(text: str, *, voice: str, rate: int, pitch: int, pitch_range: int, lev
     return buffer.getvalue(), len(wave)
 
 
-def _synthesise(text: str, voice: str, rate: int, pitch: int, pitch_range: int) -> tuple[np.ndarray, int]:
+def _synthesise(
+    text: str, voice: str, rate: int, pitch: int, pitch_range: int
+) -> tuple[np.ndarray, int]:
     """The bare int16 samples and their rate, from a freshly loaded library.
 
     espeak-ng carries oscillator phases, filters and noise over from what it spoke before, and no call clears them.
@@ -173,7 +179,12 @@ def _synthesise(text: str, voice: str, rate: int, pitch: int, pitch_range: int) 
         library.espeak_ng_SetRandSeed(ctypes.c_long(1))
         if library.espeak_SetVoiceByName(voice.encode()) != 0:
             raise RuntimeError(f"espeak-ng has no voice {voice!r}")
-        for parameter, value in ((_RATE, rate), (_VOLUME, 100), (_PITCH, pitch), (_PITCH_RANGE, pitch_range)):
+        for parameter, value in (
+            (_RATE, rate),
+            (_VOLUME, 100),
+            (_PITCH, pitch),
+            (_PITCH_RANGE, pitch_range),
+        ):
             library.espeak_SetParameter(parameter, int(value), 0)
         data = text.encode() + b"\0"
         library.espeak_Synth(data, len(data), 0, _CHARACTERS, 0, _UTF8, None, None)
@@ -227,15 +238,24 @@ def check_installed() -> None:
         )
 
 
-def speak_all(utterances: Iterable[dict], *, processes: int | None = None) -> Iterator[tuple[bytes, int]]:
+def speak_all(
+    utterances: Iterable[dict], *, processes: int | None = None
+) -> Iterator[tuple[bytes, int]]:
     """`speak(**utterance)` of each, in order, by worker processes (all cores unless said otherwise)."""
     processes = processes or _cores()
     # Plain child processes rather than multiprocessing: that would import the caller's main module, jax and all,
     # in each worker, and fails in scripts without the __main__ guard.
-    environment = {**os.environ, _DATA_VARIABLE: _voice_data(), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    environment = {
+        **os.environ,
+        _DATA_VARIABLE: _voice_data(),
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+    }
     workers = [
         subprocess.Popen(
-            [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+            [sys.executable, "-P", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
         )
         for _ in range(processes)
     ]
@@ -262,7 +282,9 @@ def speak_all(utterances: Iterable[dict], *, processes: int | None = None) -> It
         waiting: collections.deque = collections.deque()
         for chunk in _chunks(utterances):
             waiting.append(threads.submit(ask, chunk))
-            if len(waiting) > 3 * processes:  # enough to keep the workers busy, little enough to hold in memory
+            if (
+                len(waiting) > 3 * processes
+            ):  # enough to keep the workers busy, little enough to hold in memory
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()

@@ -63,12 +63,16 @@ class VisionTransformer(TransformerEncoder):
         x = x.reshape(x.shape[0], -1, self.width)
         if self.cls:
             x = prepend_cls(self, x)
-        positions = self.param("positions", nn.initializers.normal(0.02), (1, x.shape[1], self.width))
+        positions = self.param(
+            "positions", nn.initializers.normal(0.02), (1, x.shape[1], self.width)
+        )
         x = x + positions.astype(self.dtype)
         if self.input_norm:
             x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="input_norm")(x)
         x = dropout(x, self.dropout_rate, fold_keys(keys, self.depth))
-        style = BlockStyle(activation=self.activation, epsilon=self.epsilon, layer_scale=self.layer_scale)
+        style = BlockStyle(
+            activation=self.activation, epsilon=self.epsilon, layer_scale=self.layer_scale
+        )
         x, hidden = self._transformer(style=style)(x, None, keys, layers=True)
         if self.pooling_head:
             x = jnp.concatenate([self._attention_pool(x), x], axis=1)
@@ -78,12 +82,18 @@ class VisionTransformer(TransformerEncoder):
 
     def _attention_pool(self, x):
         """(n, P, W) -> (n, 1, W): a learnt query attends to all tokens, then an MLP."""
-        probe = self.param("probe", nn.initializers.normal(0.02), (1, 1, self.width)).astype(self.dtype)
+        probe = self.param("probe", nn.initializers.normal(0.02), (1, 1, self.width)).astype(
+            self.dtype
+        )
         probe = jnp.broadcast_to(probe, (x.shape[0], 1, self.width))
-        pooled = Attention(self.heads, self.dtype, self.attention, name="pool_attention")(probe, x, None)
+        pooled = Attention(self.heads, self.dtype, self.attention, name="pool_attention")(
+            probe, x, None
+        )
         y = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="pool_norm")(pooled)
         y = Dense(round(self.width * self.mlp_ratio), dtype=self.dtype, name="pool_mlp_in")(y)
-        return pooled + Dense(self.width, dtype=self.dtype, name="pool_mlp_out")(ACTIVATIONS[self.activation](y))
+        return pooled + Dense(self.width, dtype=self.dtype, name="pool_mlp_out")(
+            ACTIVATIONS[self.activation](y)
+        )
 
 
 def resize_positions(positions, tokens):
@@ -100,7 +110,9 @@ def resize_positions(positions, tokens):
     old, new = math.isqrt(positions.shape[1]), math.isqrt(tokens - extra)
     weights = cubic_weights(old, new)
     grid = jnp.asarray(positions[0, extra:]).reshape(old, old, -1)
-    grid = jnp.einsum("ri,cj,ijw->rcw", weights, weights, grid, precision="highest").reshape(1, new * new, -1)
+    grid = jnp.einsum("ri,cj,ijw->rcw", weights, weights, grid, precision="highest").reshape(
+        1, new * new, -1
+    )
     return jnp.concatenate([positions[:, :extra], grid], axis=1)
 
 
@@ -116,5 +128,7 @@ def cubic_weights(old, new):
         x = np.abs(at - point)
         near = (a + 2) * x**3 - (a + 3) * x**2 + 1
         far = a * (x**3 - 5 * x**2 + 8 * x - 4)
-        np.add.at(weights, (np.arange(new), np.clip(point, 0, old - 1)), np.where(x <= 1, near, far))
+        np.add.at(
+            weights, (np.arange(new), np.clip(point, 0, old - 1)), np.where(x <= 1, near, far)
+        )
     return weights

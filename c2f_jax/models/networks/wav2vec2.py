@@ -46,7 +46,9 @@ def span_mask(keys, shape, probability, length, valid=None):
     starts = jax.vmap(lambda key: jax.random.bernoulli(key, probability / length, (shape,)))(keys)
     starts = starts if valid is None else starts & valid
     started = jnp.cumsum(starts, axis=1)
-    before = jnp.pad(started, ((0, 0), (length, 0)))[:, :shape]  # spans that began `length` or more places ago
+    before = jnp.pad(started, ((0, 0), (length, 0)))[
+        :, :shape
+    ]  # spans that began `length` or more places ago
     return started > before
 
 
@@ -75,7 +77,9 @@ class ConvFeatures(nn.Module):
     def __call__(self, waveform, lengths):
         """(n, S), (n,) samples -> (n, T, C), (n,) int32 frames."""
         x = waveform[..., None].astype(self.dtype)
-        for layer, (width, kernel, stride) in enumerate(zip(self.widths, self.kernels, self.strides, strict=True)):
+        for layer, (width, kernel, stride) in enumerate(
+            zip(self.widths, self.kernels, self.strides, strict=True)
+        ):
             x = nn.Conv(
                 width,
                 (kernel,),
@@ -98,7 +102,9 @@ class ConvFeatures(nn.Module):
         bias = self.param("norm_bias", nn.initializers.zeros, (x.shape[-1],))
         counted = lengths if self.masked_norm else jnp.full_like(lengths, x.shape[1])
         mean, variance = _moments(x.astype(jnp.float32), length_mask(counted, x.shape[1]))
-        return ((x - mean) * jax.lax.rsqrt(variance + NORM_EPSILON) * scale + bias).astype(self.dtype)
+        return ((x - mean) * jax.lax.rsqrt(variance + NORM_EPSILON) * scale + bias).astype(
+            self.dtype
+        )
 
 
 class PositionConv(nn.Module):
@@ -117,7 +123,9 @@ class PositionConv(nn.Module):
     @nn.compact
     def __call__(self, x):
         width = x.shape[-1]
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (self.size, width // self.groups, width))
+        kernel = self.param(
+            "kernel", nn.initializers.lecun_normal(), (self.size, width // self.groups, width)
+        )
         bias = self.param("bias", nn.initializers.zeros, (width,))
         # XLA's gradient of a grouped convolution is very slow on the CPU: 2.9 s against 0.3 s as one convolution a
         # group, for HuBERT base's 16 groups and 2 x 4 s on one core.
@@ -207,14 +215,23 @@ class Wav2Vec2(TransformerEncoder):
         valid = length_mask(lengths, x.shape[1])
         mask_embedding = self.param("mask_embedding", nn.initializers.uniform(), (self.width,))
         if keys is not None and self.mask_time:
-            masked = span_mask(fold_keys(keys, SITES), x.shape[1], self.mask_time, self.mask_time_length, valid)
+            masked = span_mask(
+                fold_keys(keys, SITES), x.shape[1], self.mask_time, self.mask_time_length, valid
+            )
             x = jnp.where(masked[..., None], mask_embedding.astype(x.dtype), x)
         if keys is not None and self.mask_channels:
-            masked = span_mask(fold_keys(keys, SITES + 1), self.width, self.mask_channels, self.mask_channels_length)
+            masked = span_mask(
+                fold_keys(keys, SITES + 1),
+                self.width,
+                self.mask_channels,
+                self.mask_channels_length,
+            )
             x = jnp.where(masked[:, None], 0, x)
         # The convolution over positions reaches past the end: the reference has zeros there, so that padding is unseen.
         x = jnp.where(valid[..., None], x, 0)
-        positions = PositionConv(self.position_kernel, self.position_groups, self.dtype, name="position_conv")(x)
+        positions = PositionConv(
+            self.position_kernel, self.position_groups, self.dtype, name="position_conv"
+        )(x)
         x = x + nn.gelu(positions, approximate=False)
         if not self.pre_norm:
             x = nn.LayerNorm(NORM_EPSILON, dtype=self.dtype, name="input_norm")(x)

@@ -35,7 +35,9 @@ def whisper_log_mel(waveform, lengths, frames, mels=80):
     index = np.arange(frames)[:, None] * HOP + np.arange(WINDOW)
     spectrum = jnp.fft.rfft(x[:, index] * jnp.asarray(window, jnp.float32))
     power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
-    y = jnp.log10(jnp.maximum(power @ jnp.asarray(mel_filters(mels)), 1e-10))  # (n, T, F) . (F, M) -> (n, T, M)
+    y = jnp.log10(
+        jnp.maximum(power @ jnp.asarray(mel_filters(mels)), 1e-10)
+    )  # (n, T, F) . (F, M) -> (n, T, M)
     return (jnp.maximum(y, jnp.max(y, axis=(1, 2), keepdims=True) - 8.0) + 4.0) / 4.0
 
 
@@ -94,10 +96,14 @@ class Whisper(TransformerEncoder):
         x = whisper_log_mel(waveform, lengths, 2 * frames + extra, self.mels).astype(self.dtype)
         x = nn.Conv(self.width, (3,), padding=((1, 1),), dtype=self.dtype, name="conv_0")(x)
         x = nn.gelu(x, approximate=False)
-        x = nn.Conv(self.width, (3,), strides=(2,), padding=((1, 1),), dtype=self.dtype, name="conv_1")(x)
+        x = nn.Conv(
+            self.width, (3,), strides=(2,), padding=((1, 1),), dtype=self.dtype, name="conv_1"
+        )(x)
         x = nn.gelu(x, approximate=False)[:, :frames]
         table = self.param("positions", lambda _: whisper_positions(self.positions, self.width))
-        x = dropout(x + table[:frames].astype(self.dtype), self.dropout_rate, fold_keys(keys, self.depth))
+        x = dropout(
+            x + table[:frames].astype(self.dtype), self.dropout_rate, fold_keys(keys, self.depth)
+        )
         lengths = ((lengths + step - 1) // step).astype(jnp.int32)
         transformer = self._transformer(style=BlockStyle(activation="gelu", epsilon=1e-5))
         x, hidden = transformer(x, None if self.pad else lengths, keys, layers=True)
