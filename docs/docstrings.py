@@ -1,0 +1,49 @@
+"""Docstrings as Markdown: what mkdocstrings needs to show this package's docstrings as they are meant."""
+
+import re
+
+import griffe
+
+# Code, or a star right after a word, as in `S*` of an equation, which Markdown would take for emphasis.
+CODE_OR_STAR = re.compile(r"(``.*?``|`[^`\n]*`)|(?<=[\w)])\*(?!\*)", re.DOTALL)
+# Several names with one description, as in "speech, image: embeddings", with the lines that continue it.
+GROUP = re.compile(r"^( +)(\*{0,2}\w+(?:, \*{0,2}\w+)+):( .*(?:\n\1 +.*)*)", re.MULTILINE)
+
+
+class ReadableDocstrings(griffe.Extension):
+    """Make doctests a section, keep stars of equations as stars, and give each name of a group its own row."""
+
+    def on_object(self, *, obj: griffe.Object, loader: griffe.GriffeLoader, **kwargs: object) -> None:
+        """Rewrite the docstring of an object once it is loaded."""
+        if obj.docstring is not None:
+            obj.docstring.value = readable(obj.docstring.value)
+
+
+def readable(text: str) -> str:
+    """Return a docstring as mkdocstrings reads it.
+
+    Args:
+      text: the docstring, its indentation removed.
+
+    >>> readable("Add one.\\n\\n>>> add(1)\\n2")
+    'Add one.\\n\\nExamples:\\n  >>> add(1)\\n  2'
+    >>> readable("CE(z . S*) + CE(z . I*)")
+    'CE(z . S\\\\*) + CE(z . I\\\\*)'
+    >>> readable("Args:\\n  a, b: sizes.")
+    'Args:\\n  a: sizes.\\n  b: sizes.'
+    """
+    paragraphs = []
+    for paragraph in text.split("\n\n"):
+        if paragraph.startswith(">>> "):
+            lines = [f"  {line}" for line in paragraph.splitlines()]
+            paragraph = "\n".join(["Examples:", *lines])
+        elif ">>> " not in paragraph and not paragraph.startswith("    "):
+            paragraph = CODE_OR_STAR.sub(lambda found: found[1] or r"\*", paragraph)
+        paragraphs.append(paragraph)
+    return GROUP.sub(one_row_a_name, "\n\n".join(paragraphs))
+
+
+def one_row_a_name(group: re.Match[str]) -> str:
+    """Return a group of names as items of a section, each with the description of all."""
+    indent, names, description = group.groups()
+    return "\n".join(f"{indent}{name}:{description}" for name in names.split(", "))
