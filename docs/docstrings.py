@@ -13,7 +13,9 @@ GROUP = re.compile(r"^( +)(\*{0,2}\w+(?:, \*{0,2}\w+)+):( .*(?:\n\1 +.*)*)", re.
 class ReadableDocstrings(griffe.Extension):
     """Make doctests a section, keep stars of equations as stars, and give each name of a group its own row."""
 
-    def on_object(self, *, obj: griffe.Object, loader: griffe.GriffeLoader, **kwargs: object) -> None:
+    def on_object(
+        self, *, obj: griffe.Object, loader: griffe.GriffeLoader, **kwargs: object
+    ) -> None:
         """Rewrite the docstring of an object once it is loaded."""
         if obj.docstring is not None:
             obj.docstring.value = readable(obj.docstring.value)
