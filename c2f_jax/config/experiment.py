@@ -211,18 +211,18 @@ def _check_features(experiment):
                 f"data.{part}_features needs a frozen network: set model.{part}.frozen='tower'"
             )
     data = experiment.data
-    if data.image_features is not None and data.augment.pictures:
+    if data.image_features is not None and data.augment.varies_images:
         raise UserError(
             "data.augment cannot vary pictures that data.image_features keeps encoded: leave one out"
         )
     if data.speech_copies and not (
-        data.speech_features and data.augment.recordings and "speech" in experiment.weights
+        data.speech_features and data.augment.varies_speech and "speech" in experiment.weights
     ):
         raise UserError(
             f"data.speech_copies={data.speech_copies}: varied recordings that a frozen network has run on need "
             "data.speech_features, model.speech.weights, and something of recordings in data.augment, such as speed"
         )
-    if data.speech_features is not None and data.augment.recordings and not data.speech_copies:
+    if data.speech_features is not None and data.augment.varies_speech and not data.speech_copies:
         raise UserError(
             "data.augment cannot vary recordings that data.speech_features keeps encoded: leave one out, or set "
             "data.speech_copies"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from dataclasses import field
 
 import numpy as np
 from PIL import Image
@@ -15,43 +16,49 @@ SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
-    """How training pictures and recordings are varied; everything is off by default and always off at evaluation.
+    """How training images and recordings are varied.
+
+    Everything is off by default, and always off in evaluation. The metadata of a field are its range.
 
     Attributes:
-      crop_area: smallest share of the picture's area that a random resized crop keeps; 1 for the centre square.
-      crop_ratio: largest aspect ratio of that crop (and its inverse the smallest).
-      flip: probability of mirroring a picture none of whose captions speaks of left or right (or is unknown).
+      crop_area: smallest share of the image's area that a random resized crop keeps; 1 for the
+        center square.
+      crop_ratio: largest aspect ratio of that crop; its inverse is the smallest.
+      flip: probability of mirroring an image, unless one of its captions is unknown or mentions left
+        or right.
       jitter: brightness, contrast and saturation are each multiplied by 1 - jitter to 1 + jitter.
       speed: duration and pitch are divided by 1 - speed to 1 + speed.
-      gain_db: level changes by up to as many decibels, either way.
+      gain_db: largest change of the level, up or down, in decibels.
       noise_db: (lowest, highest) signal-to-noise ratio of added white noise, in decibels; () for none.
-      reverb_seconds: longest reverberation time (60 dB), of a synthetic room; 0 for none.
+      reverb_seconds: longest reverberation time (60 dB) of a synthetic room; 0 for none.
       reverb: probability of reverberation.
-      time_masks, time_mask_seconds: number of muted stretches and the longest one.
-      frequency_masks, frequency_mask_octaves: number of muted bands and the widest one.
+      time_masks: number of muted stretches.
+      time_mask_seconds: length of the longest muted stretch.
+      frequency_masks: number of muted bands.
+      frequency_mask_octaves: width of the widest muted band.
     """
 
-    crop_area: float = 1.0
-    crop_ratio: float = 1.33
-    flip: float = 0.0
-    jitter: float = 0.0
-    speed: float = 0.0
-    gain_db: float = 0.0
+    crop_area: float = field(default=1.0, metadata={"min": 0.05, "max": 1.0})
+    crop_ratio: float = field(default=1.33, metadata={"min": 1.0, "max": 4.0})
+    flip: float = field(default=0.0, metadata={"min": 0.0, "max": 1.0})
+    jitter: float = field(default=0.0, metadata={"min": 0.0, "max": 0.9})
+    speed: float = field(default=0.0, metadata={"min": 0.0, "max": 0.5})
+    gain_db: float = field(default=0.0, metadata={"min": 0.0, "max": 40.0})
     noise_db: tuple[float, ...] = ()
-    reverb_seconds: float = 0.0
-    reverb: float = 0.5
-    time_masks: int = 0
-    time_mask_seconds: float = 0.2
-    frequency_masks: int = 0
-    frequency_mask_octaves: float = 0.5
+    reverb_seconds: float = field(default=0.0, metadata={"min": 0.0, "max": 5.0})
+    reverb: float = field(default=0.5, metadata={"min": 0.0, "max": 1.0})
+    time_masks: int = field(default=0, metadata={"min": 0, "max": 20})
+    time_mask_seconds: float = field(default=0.2, metadata={"min": 0.0, "max": 10.0})
+    frequency_masks: int = field(default=0, metadata={"min": 0, "max": 20})
+    frequency_mask_octaves: float = field(default=0.5, metadata={"min": 0.0, "max": 5.0})
 
     @property
-    def pictures(self) -> bool:
-        """Whether pictures are varied."""
+    def varies_images(self) -> bool:
+        """Whether images are varied."""
         return self.crop_area < 1 or self.flip > 0 or self.jitter > 0
 
     @property
-    def recordings(self) -> bool:
+    def varies_speech(self) -> bool:
         """Whether recordings are varied."""
         return bool(
             self.speed
@@ -62,30 +69,30 @@ class AugmentConfig:
             or self.frequency_masks
         )
 
-    def recording_options(self) -> dict:
-        """The values that recordings are varied by, as JSON has them."""
-        values = dataclasses.asdict(self) | {"noise_db": list(self.noise_db)}
-        return {
-            k: v
-            for k, v in values.items()
-            if k not in ("crop_area", "crop_ratio", "flip", "jitter")
-        }
+    def speech_options(self) -> dict[str, float | list[float]]:
+        """Return the options that recordings are varied by, as JSON holds them."""
+        values = dataclasses.asdict(self)
+        for name in ("crop_area", "crop_ratio", "flip", "jitter"):
+            del values[name]
+        values["noise_db"] = list(self.noise_db)
+        return values
 
     def check(self) -> None:
-        """Raises `UserError` for a value out of range."""
-        limits = {
-            "crop_area": (0.05, 1), "crop_ratio": (1, 4), "flip": (0, 1), "jitter": (0, 0.9), "speed": (0, 0.5),
-            "gain_db": (0, 40), "reverb_seconds": (0, 5), "reverb": (0, 1), "time_masks": (0, 20),
-            "time_mask_seconds": (0, 10), "frequency_masks": (0, 20), "frequency_mask_octaves": (0, 5),
-        }  # fmt: skip
-        for name, (low, high) in limits.items():
-            if not low <= getattr(self, name) <= high:
+        """Check the values.
+
+        Raises:
+          UserError: a value is out of range.
+        """
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            low, high = option.metadata.get("min"), option.metadata.get("max")
+            if low is not None and not low <= value <= high:
                 raise UserError(
-                    f"data.augment.{name}={getattr(self, name)}: {low} to {high} is expected"
+                    f"data.augment.{option.name}={value}: must be between {low:g} and {high:g}"
                 )
         if len(self.noise_db) not in (0, 2) or list(self.noise_db) != sorted(self.noise_db):
             raise UserError(
-                f"data.augment.noise_db={self.noise_db}: (lowest, highest) or () is expected"
+                f"data.augment.noise_db={self.noise_db}: must be (lowest, highest), or () for no noise"
             )
 
 

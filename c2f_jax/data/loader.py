@@ -137,11 +137,11 @@ class _TrainBatch:
         for out, row in enumerate(self.rows):
             index, speech, image = self._load_row(epoch, plan, position, row)
             identity = int(self.source.image_ids[self.source.image_index[index]])
-            if self.augment.recordings and self.source.speech_features is None:
+            if self.augment.varies_speech and self.source.speech_features is None:
                 speech = augment_wave(
                     speech, self.augment, np.random.default_rng((self.seed, epoch, index, 1))
                 )
-            if self.augment.pictures:
+            if self.augment.varies_images:
                 rng = np.random.default_rng((self.seed, epoch, index, 2))
                 may_flip = self.augment.flip > 0 and self.may_flip(identity)
                 image = augment_picture(
@@ -177,7 +177,7 @@ class _TrainBatch:
             )
             read = functools.partial(load_speech, self.source, index, copy)
             speech = self.cache.get(("speech", index, copy), read)
-            load = load_whole_image if self.augment.pictures else load_picture
+            load = load_whole_image if self.augment.varies_images else load_picture
             image = (
                 self.cache.get(
                     ("image", picture),

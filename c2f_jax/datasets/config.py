@@ -1,35 +1,46 @@
 """The `data` section of a configuration."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from c2f_jax.data.augment import AugmentConfig
 from c2f_jax.data.feature_cache import open_features
+from c2f_jax.data.images import RESIZE
+from c2f_jax.data.source import MIN_SAMPLES, SAMPLE_RATE, PairSource
 from c2f_jax.datasets.registry import load_pairs
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read.
+    """Options for reading data; the metadata of a field are its range.
 
     Attributes:
       name: data set ("spoken_scenes", "spoken_scenes/tiny") or path of a manifest (.jsonl, .csv).
       data_dir: where TFDS keeps prepared sets; None for its default.
-      train_split, validation_split, test_split: splits; validation chooses the best checkpoint.
-      image_size: side in pixels.
-      image_resize, image_resize_side: how a picture becomes a square, see ``data.images.decode_image``; a published
-        image network brings its own.
-      speech_features, image_features: feature caches (folders of ``c2f features``, made if the configuration names the
-        network's weights) or files of tokens (.npz) to read instead of recordings and pictures.
-      speech_copies: varied copies of each training recording, as augment says, which the network also runs on. Caches
-        of their own beside speech_features hold them, and training draws from the recording and its copies.
-      bucket_seconds: training lengths; every batch has one of them and longer recordings are cropped to the longest.
+      train_split: split to train on.
+      validation_split: split that chooses the best checkpoint.
+      test_split: split of the final evaluation.
+      image_size: side of an image in pixels.
+      image_resize: how an image becomes a square, see `data.images.decode_image`; a published image
+        network brings its own.
+      image_resize_side: length of the short side before the crop of "short_side"; 0 for image_size.
+      speech_features: feature cache (a folder of `c2f features`, made in training if the
+        configuration names the network's weights) or file of tokens (.npz) to read instead of
+        recordings.
+      image_features: the same in place of images.
+      speech_copies: number of varied copies of each training recording, as augment says, that the
+        network runs on too. They are kept in caches beside speech_features, and training draws from
+        the recording and its copies.
+      bucket_seconds: training lengths; every batch has one of them, and longer recordings are cropped
+        to the longest.
       max_seconds: evaluation length; recordings are taken whole up to it.
       max_bad_share: share of unreadable items above which a run stops.
-      shuffled_share: share of training recordings whose image is swapped with another's (noisy supervision).
+      shuffled_share: share of training recordings whose image is swapped with another's (noisy
+        supervision).
       threads: decoding threads.
       prefetch: batches held ready.
-      max_padding: share of padding that training batches may have; lengths are then chosen for it, up to the last of
-        bucket_seconds (a compiled step a length); None to take bucket_seconds as they are.
+      max_padding: largest share of padding in training batches. Lengths are chosen to keep it, up to
+        the last of bucket_seconds; each length is one more compiled step. None to use bucket_seconds
+        as they are.
       augment: how training examples are varied.
     """
 
@@ -38,23 +49,23 @@ class DataConfig:
     train_split: str = "train"
     validation_split: str = "validation"
     test_split: str = "test"
-    image_size: int = 224
-    image_resize: str = "square"
-    image_resize_side: int = 0
+    image_size: int = field(default=64, metadata={"min": 1})
+    image_resize: str = field(default="square", metadata={"choices": RESIZE})
+    image_resize_side: int = field(default=0, metadata={"min": 0})
     speech_features: str | None = None
     image_features: str | None = None
-    speech_copies: int = 0
-    bucket_seconds: tuple[float, ...] = (8.0,)
-    max_seconds: float = 20.0
-    max_bad_share: float = 0.01
-    shuffled_share: float = 0.0
-    threads: int = 4
-    prefetch: int = 4
-    max_padding: float | None = None
+    speech_copies: int = field(default=0, metadata={"min": 0})
+    bucket_seconds: tuple[float, ...] = (4.5,)
+    max_seconds: float = field(default=5.0, metadata={"min": MIN_SAMPLES / SAMPLE_RATE})
+    max_bad_share: float = field(default=0.01, metadata={"min": 0.0, "max": 1.0})
+    shuffled_share: float = field(default=0.0, metadata={"min": 0.0, "max": 1.0})
+    threads: int = field(default=2, metadata={"min": 0})
+    prefetch: int = field(default=4, metadata={"min": 0})
+    max_padding: float | None = field(default=None, metadata={"above": 0.0, "below": 1.0})
     augment: AugmentConfig = AugmentConfig()
 
-    def load(self, split, features=True):
-        """The PairSource of a split; ``features`` attaches the feature caches."""
+    def load(self, split: str, features: bool = True) -> PairSource:
+        """Open a split; ``features`` attaches the feature caches."""
         source = load_pairs(self.name, split, self.data_dir, max_bad_share=self.max_bad_share)
         source.image_resize = (self.image_resize, self.image_resize_side)
         if features:
@@ -63,7 +74,7 @@ class DataConfig:
                 setattr(source, f"{part}_features", None if path is None else open_features(path))
         return source
 
-    def copy_caches(self):
-        """The paths of the caches of speech_copies."""
+    def copy_caches(self) -> list[str]:
+        """Return the paths of the caches of speech_copies."""
         folder = str(self.speech_features).rstrip("/")
         return [f"{folder}-copy{number}" for number in range(1, self.speech_copies + 1)]

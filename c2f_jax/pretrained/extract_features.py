@@ -126,7 +126,7 @@ def cache_card(card, attributes, layer, max_seconds, dtype="float32", augment=No
         }
     if augment is not None:
         found |= {
-            f"augment.{name}": value for name, value in augment.recording_options().items()
+            f"augment.{name}": value for name, value in augment.speech_options().items()
         } | {"copy": copy}
     return found
 

@@ -126,7 +126,7 @@ def test_masks_mute_stretches_and_bands():
 
 
 def test_everything_is_off_by_default():
-    assert not AugmentConfig().pictures and not AugmentConfig().recordings
+    assert not AugmentConfig().varies_images and not AugmentConfig().varies_speech
     np.testing.assert_array_equal(wave({}), TONE)
     source = Memory([800] * 20)
     same(take(source, 4), take(source, 4, augment=AugmentConfig()))
