@@ -1,0 +1,35 @@
+"""``c2f convert``: make published weights readable by this package."""
+
+from argparse import ArgumentParser, Namespace
+
+SUMMARY = "Convert published weights for model.speech.weights or model.image.weights."
+EXAMPLES = """\
+  c2f convert path/to/whisper-tiny.en --output=weights/whisper_tiny_en
+  c2f convert facebook/hubert-base-ls960 --output=weights/hubert_base"""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of ``c2f convert``."""
+    parser.add_argument(
+        "source", nargs="+", help="published files or folders, or a hub id such as owner/name"
+    )
+    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument(
+        "--normalize",
+        choices=("true", "false"),
+        help="whether waveforms are scaled to mean 0 and variance 1, if the files do not say",
+    )
+    parser.add_argument("--license", help="license for the card, if no README names it")
+
+
+def run(args: Namespace) -> int:
+    """Convert the weights and print what they are."""
+    from c2f_jax.pretrained.convert import convert
+
+    normalize = None if args.normalize is None else args.normalize == "true"
+    card = convert(args.source, args.output, normalise=normalize, licence=args.license)
+    print(
+        f"{card['layout']}: {card['parameters']:,} parameters, "
+        f"license {card['licence']}: {args.output}"
+    )
+    return 0

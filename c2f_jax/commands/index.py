@@ -1,0 +1,35 @@
+"""``c2f index``: encode a gallery once, to search it many times."""
+
+from argparse import ArgumentParser, Namespace
+
+from c2f_jax.commands import arguments
+
+SUMMARY = "Encode a gallery once, to search it many times."
+EXAMPLES = """\
+  c2f index --workdir=runs/scenes --gallery=path/to/images --output=gallery.npz
+  c2f search --workdir=runs/scenes --index=gallery.npz --audio question.wav"""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of ``c2f index``."""
+    arguments.add_run(parser)
+    arguments.add_gallery(parser)
+    parser.add_argument(
+        "--kind",
+        choices=("image", "speech"),
+        default="image",
+        help="what to index (default: %(default)s)",
+    )
+    parser.add_argument("--output", required=True, help="index file (.npz), local or gs://")
+
+
+def run(args: Namespace) -> int:
+    """Encode the gallery and save the index."""
+    from c2f_jax.search import build_index
+
+    index = build_index(
+        args.workdir, args.gallery, kind=args.kind, split=args.split, step=args.step
+    )
+    index.save(args.output)
+    print(f"{len(index.names)} items indexed: {args.output}")
+    return 0

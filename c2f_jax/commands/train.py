@@ -1,0 +1,74 @@
+"""``c2f train``: train a model, resume a run, evaluate the best checkpoint."""
+
+import sys
+from argparse import ArgumentParser, Namespace
+
+from c2f_jax.commands import arguments
+from c2f_jax.errors import UserError
+
+SUMMARY = "Train a model, then evaluate its best checkpoint on the test split."
+EXAMPLES = """\
+  c2f train --config=configs/spoken_scenes.py --workdir=runs/scenes --config.steps=1000
+  c2f train --config=configs/manifest.py:path/to/manifest.jsonl --workdir=runs/mine
+To resume an interrupted run, repeat its command."""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of ``c2f train``."""
+    arguments.add_config(parser)
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        type=arguments.directory,
+        help="directory of the run, local or gs://; a run that is there already is resumed",
+    )
+    parser.add_argument(
+        "--zero-shot",
+        nargs="+",
+        default=[],
+        metavar="DATA",
+        help="evaluate on these as well: protocols, data sets or manifests (their test split)",
+    )
+    parser.add_argument("--by-voice", action="store_true", help=arguments.BY_VOICE_HELP)
+    arguments.add_distributed(parser)
+
+
+def run(args: Namespace) -> int:
+    """Train and evaluate; the exit status is 42 if the run was stopped and can be resumed."""
+    from c2f_jax.config.experiment import create_experiment
+    from c2f_jax.config.files import load_config
+
+    config = load_config(args.config, args.overrides)
+    several = arguments.join_processes(args)
+
+    from c2f_jax.commands.evaluate import evaluate_by_voice, evaluate_on, open_target
+    from c2f_jax.retrieval.evaluation import format_table
+    from c2f_jax.retrieval.voices import check_voices
+    from c2f_jax.train import PREEMPTED_EXIT_CODE, Preempted, train_and_evaluate
+
+    if several and (args.zero_shot or args.by_voice):
+        raise UserError(
+            "--zero-shot and --by-voice need a single process: run `c2f evaluate` after training"
+        )
+    # Open the targets before training, so that a typo does not surface hours later.
+    for target in args.zero_shot:
+        open_target(create_experiment(config), target)
+    if args.by_voice:
+        data = create_experiment(config).data
+        check_voices(data.load(data.test_split, features=False))
+
+    try:
+        _, _, result, page = train_and_evaluate(config, args.workdir)
+    except Preempted as event:
+        print(f"c2f train: {event}", file=sys.stderr)
+        return PREEMPTED_EXIT_CODE
+
+    if result is not None:  # only the first process evaluates
+        print(format_table(result))
+        print(f"\nresults page: {page}")
+        if args.by_voice:
+            evaluate_by_voice(create_experiment(config), args.workdir)
+        for target in args.zero_shot:
+            print(f"\nzero-shot: {target}")
+            evaluate_on(create_experiment(config), args.workdir, target=target)
+    return 0
