@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -13,6 +13,25 @@ from c2f_jax.retrieval import ranking, recall
 SCORES = ("sic", "sim", "sum", "prob", "joint")
 DIRECTIONS = {"s2i": "speech_to_image", "i2s": "image_to_speech"}
 NAMES = {"s2i": "speech -> image", "i2s": "image -> speech"}
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Options of an evaluation; the metadata of a field are its range.
+
+    Attributes:
+      k: number of candidates for each query that SIM reranks; all of a gallery smaller than k.
+      score: score that orders the candidates: "sic", "sim", "sum", "prob" or "joint".
+      batch_size: rows encoded at once.
+      pair_batch_size: pairs matched at once.
+      resamples: number of bootstrap resamples behind the confidence intervals.
+    """
+
+    k: int = field(default=32, metadata={"min": 1})
+    score: str = field(default="joint", metadata={"choices": SCORES})
+    batch_size: int = field(default=100, metadata={"min": 1})
+    pair_batch_size: int = field(default=256, metadata={"min": 1})
+    resamples: int = field(default=1000, metadata={"min": 1})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,22 +308,3 @@ def _cell(values: dict, name: str, digits: int, signed: bool) -> str:
     sign = "+" if signed else ""
     low, high = values[f"{name}_interval"]
     return f"{values[name]:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """How retrieval is measured.
-
-    Attributes:
-      k: candidates of each query that SIM re-ranks; more than the gallery re-ranks all.
-      score: ranking of the fine stage: "sic", "sim", "sum", "prob" or "joint".
-      batch_size: rows encoded at once.
-      pair_batch_size: pairs matched at once.
-      resamples: bootstrap resamples of the intervals.
-    """
-
-    k: int = 128
-    score: str = "joint"
-    batch_size: int = 64
-    pair_batch_size: int = 256
-    resamples: int = 1000
