@@ -21,6 +21,32 @@ class ReadableDocstrings(griffe.Extension):
             obj.docstring.value = readable(obj.docstring.value)
 
 
+class FieldRanges(griffe.Extension):
+    """Show `field(default=1, metadata={"min": 0})` as the default 1 and the range "at least 0"."""
+
+    def on_class(self, *, cls: griffe.Class, loader: griffe.GriffeLoader, **kwargs: object) -> None:
+        """Replace the value of each field, and keep its range for the table of attributes."""
+        for member in cls.attributes.values():
+            value = member.value
+            if isinstance(value, griffe.ExprCall) and str(value.function).endswith("field"):
+                given = {a.name: a.value for a in value.arguments}
+                member.value = given.get("default")
+                member.extra["c2f_jax"]["range"] = range_of(given.get("metadata"))
+
+
+def range_of(metadata: griffe.ExprDict | None) -> str:
+    """Return the range that the metadata of a field state, in words; "" for none."""
+    if metadata is None:
+        return ""
+    bounds = {
+        str(k).strip("'"): str(v) for k, v in zip(metadata.keys, metadata.values, strict=True)
+    }
+    if {"min", "max"} <= bounds.keys():
+        return f"{bounds['min']} to {bounds['max']}"
+    words = {"min": "at least", "max": "at most", "above": "above", "below": "below"}
+    return ", ".join(f"{text} {bounds[name]}" for name, text in words.items() if name in bounds)
+
+
 def readable(text: str) -> str:
     """Return a docstring as mkdocstrings reads it.
 
