@@ -238,6 +238,7 @@ def _spoken(text):
     from c2f_jax.datasets.spoken_scenes.speech import check_installed, draw_voice, speak
 
     check_installed()
+    # A bare generator, which must stay so: the same sentence keeps its voice.
     voice = draw_voice(np.random.default_rng(list(text.encode())), "test")
     try:
         return speak(text, **voice)[0]

@@ -19,6 +19,7 @@ from c2f_jax.datasets.registry import make_data_set
 from c2f_jax.evaluate import data_set_label, evaluate_source, retrieve
 from c2f_jax.inference import encode_split
 from c2f_jax.models.parameters import merge_params, momentum_subset
+from c2f_jax.objectives.keys import Stream, host_rng
 from c2f_jax.pretrained.weights import check_weights, load_published
 from c2f_jax.training.checkpoints import Checkpoints, abstract
 from c2f_jax.training.distributed import first_process_first, wait_for_all
@@ -248,7 +249,7 @@ def shuffled_images(image_index, share, seed):
     """
     if not share:
         return image_index
-    rng = np.random.default_rng((seed, 1))
+    rng = host_rng(seed, Stream.WRONG_CAPTIONS)
     chosen = rng.permutation(len(image_index))[: round(share * len(image_index))]
     shuffled = image_index.copy()
     shuffled[chosen] = image_index[np.roll(chosen, 1)]

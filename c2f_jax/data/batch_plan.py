@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from c2f_jax.errors import UserError
+from c2f_jax.objectives.keys import Stream, host_rng
 
 
 def bucket_of(num_samples: np.ndarray, bucket_samples: Sequence[int]) -> np.ndarray:
@@ -28,7 +29,7 @@ def plan_epoch(
     steps = floor(M / batch) in every epoch. Each batch is of one bucket; what is left over of a bucket joins the next
     longer one, so that no recording is left out but the last M mod batch, other ones in each epoch.
     """
-    rng = np.random.default_rng((seed, epoch))
+    rng = host_rng(seed, Stream.BATCHES, epoch)
     order = rng.permutation(len(num_samples))
     bucket = bucket_of(num_samples, bucket_samples)[order]
     batches, lengths = [], []

@@ -17,6 +17,7 @@ from c2f_jax.data.augment import AugmentConfig, augment_picture, augment_wave, s
 from c2f_jax.data.images import decode_image, open_rgb
 from c2f_jax.data.source import MIN_SAMPLES, SAMPLE_RATE, PairSource
 from c2f_jax.errors import UserError
+from c2f_jax.objectives.keys import Stream, host_rng
 
 
 def steps_per_epoch(source: PairSource, batch_size: int) -> int:
@@ -139,16 +140,18 @@ class _TrainBatch:
             identity = int(self.source.image_ids[self.source.image_index[index]])
             if self.augment.varies_speech and self.source.speech_features is None:
                 speech = augment_wave(
-                    speech, self.augment, np.random.default_rng((self.seed, epoch, index, 1))
+                    speech,
+                    self.augment,
+                    host_rng(self.seed, Stream.SPEECH_AUGMENTATION, epoch, index),
                 )
             if self.augment.varies_images:
-                rng = np.random.default_rng((self.seed, epoch, index, 2))
+                rng = host_rng(self.seed, Stream.IMAGE_AUGMENTATION, epoch, index)
                 may_flip = self.augment.flip > 0 and self.may_flip(identity)
                 image = augment_picture(
                     image, self.image_size, self.augment, rng, may_flip=may_flip
                 )
             if len(speech) > longest:
-                start = np.random.default_rng((self.seed, epoch, index)).integers(
+                start = host_rng(self.seed, Stream.CROPS, epoch, index).integers(
                     len(speech) - longest + 1
                 )
                 speech = speech[start : start + longest]
@@ -171,7 +174,11 @@ class _TrainBatch:
             picture = int(self.source.image_index[index])
             copies = self.source.speech_copies
             copy = (
-                int(np.random.default_rng((self.seed, epoch, index, 3)).integers(len(copies) + 1))
+                int(
+                    host_rng(self.seed, Stream.SPEECH_COPIES, epoch, index).integers(
+                        len(copies) + 1
+                    )
+                )
                 if copies
                 else 0
             )

@@ -9,6 +9,7 @@ from c2f_jax.data.images import open_rgb
 from c2f_jax.data.source import PairSource
 from c2f_jax.data_check.findings import ERROR, KINDS, NOTE, WARNING, Report, captions_of
 from c2f_jax.errors import BadFileError
+from c2f_jax.objectives.keys import Stream, host_rng
 from c2f_jax.reports.figures import histogram_png
 from c2f_jax.reports.html import (
     Media,
@@ -64,7 +65,7 @@ def write_check_page(path, report: Report) -> None:
     for split, source in report.sources.items():
         usable = [k for k in range(len(source)) if k not in report.left_out[split]]
         drawn = np.sort(
-            np.random.default_rng(0).choice(usable, min(PAIRS, len(usable)), replace=False)
+            host_rng(0, Stream.CHECKED_PAIRS).choice(usable, min(PAIRS, len(usable)), replace=False)
         )
         pairs = "".join(
             _article(_picture(source, source.image_index[k]), _player(source, int(k)), "")

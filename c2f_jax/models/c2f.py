@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from c2f_jax.models.encoder import numbered
 from c2f_jax.models.layers import Dense
-from c2f_jax.objectives.keys import fold_keys
+from c2f_jax.objectives.keys import Site, fold_keys
 
 
 class Encoded(NamedTuple):
@@ -77,18 +77,24 @@ class C2FModel(nn.Module):
 
     def encode_speech(self, waveform, lengths, keys=None) -> Encoded:
         """Encode recordings: waveform (n, S) float32 at 16 kHz with (n,) valid samples, or cached tokens (n, T, C)."""
-        tokens, token_lengths = self.speech_encoder(waveform, lengths, fold_keys(keys, 0))
+        tokens, token_lengths = self.speech_encoder(
+            waveform, lengths, fold_keys(keys, Site.SPEECH_ENCODER)
+        )
         return Encoded(_embedding(self.speech_projections, tokens), tokens, token_lengths)
 
     def encode_image(self, image, keys=None) -> Encoded:
         """Encode images: (n, H, W, 3) uint8, or cached tokens (n, P, C)."""
-        tokens, token_lengths = self.image_encoder(image, fold_keys(keys, 1))
+        tokens, token_lengths = self.image_encoder(image, fold_keys(keys, Site.IMAGE_ENCODER))
         return Encoded(_embedding(self.image_projections, tokens), tokens, token_lengths)
 
     def match(self, speech: Encoded, image: Encoded, keys=None):
         """SIM logits (n, 2) of n pairs; embeddings are not used and may be None."""
         return self.multimodal_encoder(
-            speech.tokens, speech.lengths, image.tokens, image.lengths, fold_keys(keys, 2)
+            speech.tokens,
+            speech.lengths,
+            image.tokens,
+            image.lengths,
+            fold_keys(keys, Site.MULTIMODAL_ENCODER),
         )
 
     @property

@@ -6,10 +6,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from c2f_jax.models.layers import Transformer, length_mask
-from c2f_jax.objectives.keys import fold_keys
+from c2f_jax.objectives.keys import Site, fold_keys
 
 POOLINGS = ("cls", "mean")
-_BRANCH_SITE = 1000  # of dropout keys, beyond those of the encoders' own uses
 
 
 class TransformerEncoder(nn.Module):
@@ -84,7 +83,7 @@ class BranchedEncoder(PooledEncoder):
         outputs = []
         for branch in range(self.branches):
             transformer = self._transformer(numbered("transformer", branch))
-            y = transformer(x, lengths, fold_keys(keys, _BRANCH_SITE + branch) if branch else keys)
+            y = transformer(x, lengths, fold_keys(keys, Site.BRANCH, branch))
             outputs.append(self._pooled(y, lengths))
         return jnp.concatenate(outputs, axis=-1)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from c2f_jax.objectives.keys import fold_keys
+from c2f_jax.objectives.keys import Site, fold_keys
 
 ATTENTION_IMPLEMENTATIONS = ("xla", "cudnn")
 ACTIVATIONS = {
@@ -247,13 +247,13 @@ class TransformerBlock(nn.Module):
             )
 
         attend_self = lambda y: attend("self_attention", y, y, lengths, positions)  # noqa: E731
-        x = self._residual(x, "self_attention", attend_self, fold_keys(keys, 0))
+        x = self._residual(x, "self_attention", attend_self, fold_keys(keys, Site.SELF_ATTENTION))
         if self.cross_attention:
             cross = functools.partial(
                 attend, "cross_attention", context=context, lengths=context_lengths
             )
-            x = self._residual(x, "cross_attention", cross, fold_keys(keys, 1))
-        return self._residual(x, "mlp", mlp, fold_keys(keys, 2))
+            x = self._residual(x, "cross_attention", cross, fold_keys(keys, Site.CROSS_ATTENTION))
+        return self._residual(x, "mlp", mlp, fold_keys(keys, Site.MLP))
 
     def _residual(self, x, name, sub_layer, keys):
         """x + sub_layer(norm(x)), or norm(x + sub_layer(x))."""
@@ -315,10 +315,12 @@ class Transformer(nn.Module):
                 self.attention,
                 name=f"block_{layer}",
             )
-            y = block(x, lengths, fold_keys(keys, layer), context, context_lengths, positions)
+            y = block(
+                x, lengths, fold_keys(keys, Site.BLOCK, layer), context, context_lengths, positions
+            )
             if keys is not None and self.layer_drop:
                 skip = jax.vmap(lambda key: jax.random.bernoulli(key, self.layer_drop))(
-                    fold_keys(keys, self.depth + 1 + layer)
+                    fold_keys(keys, Site.LAYER_DROP, layer)
                 )
                 y = jnp.where(skip[:, None, None], x, y)
             x = y

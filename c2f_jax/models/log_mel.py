@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from c2f_jax.models.encoder import BranchedEncoder, prepend_cls
 from c2f_jax.models.layers import dropout, length_mask, sinusoidal_positions
 from c2f_jax.models.spectrogram import log_mel
-from c2f_jax.objectives.keys import fold_keys
+from c2f_jax.objectives.keys import Site, fold_keys
 
 
 class LogMelSpeechEncoder(BranchedEncoder):
@@ -45,6 +45,6 @@ class LogMelSpeechEncoder(BranchedEncoder):
         # Features on the scale of the positions: without the norm the positions drown them at the start.
         x = nn.LayerNorm(dtype=self.dtype, name="input_norm")(x)
         x = x + sinusoidal_positions(x.shape[1], self.width).astype(self.dtype)
-        x = prepend_cls(self, dropout(x, self.dropout_rate, fold_keys(keys, self.depth)))
+        x = prepend_cls(self, dropout(x, self.dropout_rate, fold_keys(keys, Site.INPUT_DROPOUT)))
         lengths = lengths + 1
         return self._encode(x, lengths, keys), lengths

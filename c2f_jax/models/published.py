@@ -13,7 +13,7 @@ from c2f_jax.errors import UserError
 from c2f_jax.models.encoder import BranchedEncoder, mean_token, prepend_cls
 from c2f_jax.models.layers import Dense, dropout, length_mask, sinusoidal_positions
 from c2f_jax.models.networks.wav2vec2 import span_mask
-from c2f_jax.objectives.keys import fold_keys
+from c2f_jax.objectives.keys import Site, fold_keys
 
 FROZEN = ("tower", "conv", "none")
 
@@ -73,7 +73,7 @@ class TimeConvolutions(nn.Module):
             valid = length_mask(lengths, x.shape[1])[..., None]
             y = jnp.where(valid, nn.LayerNorm(dtype=self.dtype, name=f"norm_{block}")(x), 0)
             y = nn.gelu(nn.Conv(x.shape[-1], (5,), dtype=self.dtype, name=f"conv_{block}")(y))
-            x = x + dropout(y, self.dropout_rate, fold_keys(keys, block))
+            x = x + dropout(y, self.dropout_rate, fold_keys(keys, Site.CONVOLUTION, block))
             x, lengths = pool_tokens(x, lengths, 2)
         return x, lengths
 
@@ -121,7 +121,7 @@ class PublishedEncoder(BranchedEncoder):
                 "this model reads tokens from a feature cache; it has no network to make them with"
             )
         else:
-            tower_keys = None if self.frozen == "tower" else fold_keys(keys, self.depth + 1)
+            tower_keys = None if self.frozen == "tower" else fold_keys(keys, Site.TOWER)
             tokens, lengths, hidden = self.tower(given, *lengths, tower_keys)
         if self.layer == "weighted_sum":
             if hidden is None:
@@ -148,15 +148,15 @@ class PublishedEncoder(BranchedEncoder):
                 return self._pooled(tokens, lengths), lengths
             return jnp.concatenate([mean_token(tokens, lengths), tokens], axis=1), lengths + 1
         x = nn.LayerNorm(dtype=self.dtype, name="input_norm")(tokens)
-        x = dropout(x, self.token_dropout, fold_keys(keys, self.depth + 2))
+        x = dropout(x, self.token_dropout, fold_keys(keys, Site.TOKEN_DROPOUT))
         if keys is not None and self.token_mask:
-            masked = span_mask(fold_keys(keys, self.depth + 3), x.shape[1], self.token_mask, 1)
+            masked = span_mask(fold_keys(keys, Site.TOKEN_MASK), x.shape[1], self.token_mask, 1)
             x = jnp.where(masked[..., None], 0, x)
         x = Dense(self.width, dtype=self.dtype, name="input")(x)
-        x, lengths = self._convolved(x, lengths, fold_keys(keys, self.depth + 4))
+        x, lengths = self._convolved(x, lengths, fold_keys(keys, Site.CONVOLUTIONS))
         if positions:
             x = x + sinusoidal_positions(x.shape[1], self.width).astype(self.dtype)
-        x = prepend_cls(self, dropout(x, self.dropout_rate, fold_keys(keys, self.depth)))
+        x = prepend_cls(self, dropout(x, self.dropout_rate, fold_keys(keys, Site.INPUT_DROPOUT)))
         lengths = lengths + 1
         return self._encode(x, lengths, keys), lengths
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from c2f_jax.models.encoder import BranchedEncoder, prepend_cls
 from c2f_jax.models.layers import Dense, dropout
-from c2f_jax.objectives.keys import fold_keys
+from c2f_jax.objectives.keys import Site, fold_keys
 
 
 def patches(x, side):
@@ -62,7 +62,7 @@ class ViTImageEncoder(BranchedEncoder):
             "positions", nn.initializers.normal(0.02), (1, x.shape[1], self.width)
         )
         x = x + positions.astype(self.dtype)
-        x = prepend_cls(self, dropout(x, self.dropout_rate, fold_keys(keys, self.depth)))
+        x = prepend_cls(self, dropout(x, self.dropout_rate, fold_keys(keys, Site.INPUT_DROPOUT)))
         lengths = jnp.full((n,), x.shape[1], jnp.int32)
         x = self._encode(x, lengths, keys)
         if self.token_pool > 1:

@@ -1,14 +1,117 @@
-"""Keys of random draws: one for each row of the global batch, folded in for each use."""
+"""Every purpose that random numbers are drawn for, by name: generators on the host and keys in the model.
+
+Two purposes never share a stream, whatever further integers (epoch, recording, layer) they take, because the number of
+the purpose has a fixed place in each seed. Nothing else in the package makes a generator or derives a key, except where
+values must stay as they are because data on disk were made with them.
+"""
+
+from enum import IntEnum
 
 import jax
+import numpy as np
 
 
-def row_keys(key, rows):
-    """One key for each row: fold_in(key, row). Keys of global rows give the same draws on any number of devices.
+class Stream(IntEnum):
+    """What a generator on the host is for, with the integers that it takes."""
+
+    BATCHES = 1  # epoch
+    CROPS = 2  # epoch, recording
+    SPEECH_AUGMENTATION = 3  # epoch, recording
+    IMAGE_AUGMENTATION = 4  # epoch, recording
+    SPEECH_COPIES = 5  # epoch, recording
+    WRONG_CAPTIONS = 6
+    BOOTSTRAP = 7
+    EXAMPLE_QUERIES = 8
+    CHECKED_PAIRS = 9
+
+
+class Site(IntEnum):
+    """What a jax key is for, with the integers that it takes."""
+
+    # Of the training step.
+    ENCODERS = 1
+    IMAGE_NEGATIVES = 2
+    SPEECH_NEGATIVES = 3
+    POSITIVE_SIDES = 4
+    POSITIVE_PAIRS = 5
+    IMAGE_NEGATIVE_PAIRS = 6
+    SPEECH_NEGATIVE_PAIRS = 7
+    # Parts of the model.
+    SPEECH_ENCODER = 11
+    IMAGE_ENCODER = 12
+    MULTIMODAL_ENCODER = 13
+    BRANCH = 14  # branch
+    TOWER = 15
+    # Parts of an encoder.
+    INPUT_DROPOUT = 21
+    TOKEN_DROPOUT = 22
+    TOKEN_MASK = 23
+    CONVOLUTIONS = 24
+    CONVOLUTION = 25  # block
+    FRAME_MASK = 26
+    CHANNEL_MASK = 27
+    # Parts of a transformer.
+    BLOCK = 31  # layer
+    LAYER_DROP = 32  # layer
+    SELF_ATTENTION = 33
+    CROSS_ATTENTION = 34
+    MLP = 35
+
+
+def host_rng(seed: int, stream: Stream, *numbers: int) -> np.random.Generator:
+    """Make the generator of one purpose.
 
     Args:
-      key: a typed PRNG key.
-      rows: (n,) int global row numbers.
+      seed: seed of the run, at least 0.
+      stream: the purpose.
+      *numbers: further integers that the purpose takes, such as the epoch; at least 0.
+
+    Returns:
+      A generator that depends on nothing but the arguments.
+
+    >>> host_rng(0, Stream.CROPS, 1, 7).integers(100) == host_rng(0, Stream.CROPS, 1, 7).integers(100)
+    True
+    """
+    # numpy pads the seed to four words before it appends the spawn key, so the stream is always the fifth word.
+    return np.random.default_rng(
+        np.random.SeedSequence(int(seed), spawn_key=(int(stream), *map(int, numbers)))
+    )
+
+
+def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:
+    """Make the two root keys of a run: one that initializes the parameters, one that all steps draw from.
+
+    Args:
+      seed: seed of the run.
+
+    Returns:
+      Two typed keys.
+    """
+    init_key, training_key = jax.random.split(jax.random.key(seed))
+    return init_key, training_key
+
+
+def step_key(training_key: jax.Array, step: jax.Array | int) -> jax.Array:
+    """Make the key of one training step: fold_in(key, step). A resumed run draws what an unbroken one would have.
+
+    Args:
+      training_key: the run's key, typed or raw.
+      step: int scalar.
+
+    Returns:
+      A typed key.
+    """
+    if not jax.dtypes.issubdtype(training_key.dtype, jax.dtypes.prng_key):
+        training_key = jax.random.wrap_key_data(training_key)
+    return jax.random.fold_in(training_key, step)
+
+
+def row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
+    """Make one key for each row: fold_in(key, row). Global row numbers give the same draws on any number of devices.
+
+    Args:
+      key: a typed key.
+      rows: (n,) int row numbers in the global batch.
 
     Returns:
       (n,) typed keys.
@@ -16,6 +119,23 @@ def row_keys(key, rows):
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
 
 
-def fold_keys(keys, site):
-    """Keys for one use: fold_in(key, site) for each of (n,) keys; None (deterministic) stays None."""
-    return None if keys is None else jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, site)
+def fold_keys(keys: jax.Array | None, site: Site, *numbers: int) -> jax.Array | None:
+    """Make the keys of one purpose: fold_in(fold_in(key, site), number), so that no layer number equals a site.
+
+    Args:
+      keys: (n,) typed keys, or None where nothing is drawn (no dropout), which stays None.
+      site: the purpose.
+      *numbers: further integers that the purpose takes, such as the layer.
+
+    Returns:
+      (n,) typed keys, or None.
+
+    >>> keys = row_keys(jax.random.key(0), jax.numpy.arange(2))
+    >>> fold_keys(keys, Site.BLOCK, 3).shape, fold_keys(None, Site.BLOCK, 3)
+    ((2,), None)
+    """
+    if keys is None:
+        return None
+    for number in (int(site), *numbers):
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
+    return keys

@@ -125,9 +125,9 @@ def cache_card(card, attributes, layer, max_seconds, dtype="float32", augment=No
             "samples_per_token": create_tower(attributes).samples_per_token(),
         }
     if augment is not None:
-        found |= {
-            f"augment.{name}": value for name, value in augment.speech_options().items()
-        } | {"copy": copy}
+        found |= {f"augment.{name}": value for name, value in augment.speech_options().items()} | {
+            "copy": copy
+        }
     return found
 
 
@@ -158,6 +158,8 @@ def _read_waves(source, max_seconds, augment, copy):
     def read(row):
         wave = loader.load_wave(source, row)
         if wave is not None and augment is not None:
+            # A bare generator, which must stay so: an unfinished cache on a user's disk is resumed
+            # with the same variations.
             wave = augment_wave(wave, augment, np.random.default_rng((copy, row)))
         wave = (
             None

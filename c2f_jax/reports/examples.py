@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from c2f_jax.objectives.keys import Stream, host_rng
 from c2f_jax.reports.html import Media
 from c2f_jax.retrieval.evaluation import RankedLists
 
@@ -29,7 +30,9 @@ class Example:
 def random_queries(ranked: RankedLists, count: int, seed: int = 0) -> np.ndarray:
     """Places in `ranked` of queries drawn at random, without a look at how they did."""
     total = len(ranked.queries)
-    return np.sort(np.random.default_rng(seed).choice(total, min(count, total), replace=False))
+    return np.sort(
+        host_rng(seed, Stream.EXAMPLE_QUERIES).choice(total, min(count, total), replace=False)
+    )
 
 
 def worst_queries(ranked: RankedLists, count: int) -> np.ndarray:

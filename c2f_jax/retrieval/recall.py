@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from c2f_jax.errors import UserError
+from c2f_jax.objectives.keys import Stream, host_rng
 
 RECALL_AT = (1, 5, 10)
 RESAMPLES = 1000
@@ -87,7 +88,7 @@ def bootstrap_metrics(
         raise UserError(
             f"clusters has shape {cluster_of.shape} but ranks has {ranks.shape}; give one image per query."
         )
-    drawn = np.random.default_rng(seed).integers(len(names), size=(resamples, len(names)))
+    drawn = host_rng(seed, Stream.BOOTSTRAP).integers(len(names), size=(resamples, len(names)))
     counts = np.bincount(
         (drawn + len(names) * np.arange(resamples)[:, None]).ravel(),
         minlength=resamples * len(names),

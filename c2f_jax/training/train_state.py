@@ -9,6 +9,7 @@ from flax import struct
 from c2f_jax.models.c2f import C2FModel
 from c2f_jax.models.parameters import merge_params, momentum_subset, split_params
 from c2f_jax.objectives.embedding_queue import EmbeddingQueue, create_queue
+from c2f_jax.objectives.keys import run_keys
 
 
 @struct.dataclass
@@ -54,7 +55,7 @@ def create_train_state(
       momentum_model: whether momentum parameters are kept.
       weights: published parameters in place of random ones, a part of the nested dict of all parameters.
     """
-    init_rng, run_rng = jax.random.split(jax.random.key(seed))
+    init_rng, run_rng = run_keys(seed)
     names = ("waveform", "speech_tokens", "speech_lengths", "image", "image_tokens")
     one = {name: jnp.asarray(batch[name][:1]) for name in names if name in batch}
     given = _paths(weights or {})

@@ -10,7 +10,7 @@ from c2f_jax.models.c2f import image_input, speech_input
 from c2f_jax.models.parameters import clip_temperature, merge_params, momentum_subset
 from c2f_jax.objectives.collectives import all_gather, axis_index, masked_mean, pmean, psum
 from c2f_jax.objectives.embedding_queue import bank, bank_valid, enqueue
-from c2f_jax.objectives.keys import fold_keys
+from c2f_jax.objectives.keys import Site, fold_keys, step_key
 from c2f_jax.objectives.momentum import update_momentum
 from c2f_jax.training.negative_pool import (
     Rows,
@@ -45,8 +45,7 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
     """
     ids = batch["image_id"]
     index = axis_index(axis_name) * ids.shape[0] + jnp.arange(ids.shape[0])
-    step_key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    rows = Rows(ids, index, objectives.row_keys(step_key, index))
+    rows = Rows(ids, index, objectives.row_keys(step_key(state.rng, state.step), index))
     alpha = objectives.alpha_at(
         state.step - method.warm_up_steps, method.alpha, method.alpha_ramp_steps
     )
@@ -61,7 +60,7 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
     def loss_fn(trained):
         params = merge_params(trained, state.frozen)
         # 2. Online forward.
-        speech, image = encode(model, params, batch, fold_keys(rows.keys, 0))
+        speech, image = encode(model, params, batch, fold_keys(rows.keys, Site.ENCODERS))
         tau = model.apply({"params": params}, method="tau")
 
         # 3. Banks: the global batch first, then the queue.
@@ -193,7 +192,7 @@ def sim_stage(
         objectives.sample_hard_negatives(
             fold_keys(rows.keys, site), s, rows.ids, pool_ids, pool_valid
         )
-        for site, s in zip((1, 2), scores, strict=True)
+        for site, s in zip((Site.IMAGE_NEGATIVES, Site.SPEECH_NEGATIVES), scores, strict=True)
     )
 
     # 6. SIM over the 3n pairs.
@@ -207,10 +206,15 @@ def sim_stage(
     )
     if method.negatives == "queue":
         # As in a negative pair, one side of a positive is the momentum encoder's: which one is drawn for each row.
-        from_momentum = jax.vmap(jax.random.bernoulli)(fold_keys(rows.keys, 6))
+        from_momentum = jax.vmap(jax.random.bernoulli)(fold_keys(rows.keys, Site.POSITIVE_SIDES))
         pair_speech = replace_rows(pair_speech, from_momentum, candidates[0])
         pair_image = replace_rows(pair_image, ~from_momentum, candidates[1])
-    pair_keys = jnp.concatenate([fold_keys(rows.keys, site) for site in (3, 4, 5)])
+    pair_keys = jnp.concatenate(
+        [
+            fold_keys(rows.keys, site)
+            for site in (Site.POSITIVE_PAIRS, Site.IMAGE_NEGATIVE_PAIRS, Site.SPEECH_NEGATIVE_PAIRS)
+        ]
+    )
     sim_logits = model.apply({"params": params}, pair_speech, pair_image, pair_keys, method="match")
     sim_rows = objectives.sim_loss(sim_logits, labels)
     correct = (jnp.argmax(sim_logits, axis=-1) == labels).astype(jnp.float32)

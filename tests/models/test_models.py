@@ -22,7 +22,7 @@ from c2f_jax.models.log_mel import LogMelSpeechEncoder
 from c2f_jax.models.parameters import momentum_subset
 from c2f_jax.models.spectrogram import log_mel
 from c2f_jax.models.vit import ViTImageEncoder, patches
-from c2f_jax.objectives.keys import fold_keys
+from c2f_jax.objectives.keys import Site, fold_keys
 
 TOWER = {"width": 16, "depth": 1, "heads": 2}
 SPEECH = TOWER | {"name": "log_mel", "mels": 8, "conv_layers": 2}
@@ -345,14 +345,18 @@ def test_dropout_masks_belong_to_the_example_whatever_its_batch():
         dropout(jnp.ones((6, 2)), 0.0, keys),
     ):
         np.testing.assert_array_equal(switched_off, jnp.ones((6, 2)))
-    assert fold_keys(None, 1) is None
+    assert fold_keys(None, Site.MLP) is None
 
 
 def test_every_dropout_site_draws_its_own_mask():
     # A layer that reuses one key would drop the same places twice: fold_in makes each site's keys distinct.
     keys = jax.random.split(jax.random.key(3), 2)
     sites = np.stack(
-        [jax.random.key_data(fold_keys(fold_keys(keys, a), b)) for a in range(3) for b in range(3)]
+        [
+            jax.random.key_data(fold_keys(fold_keys(keys, Site.BLOCK, a), b))
+            for a in range(3)
+            for b in (Site.SELF_ATTENTION, Site.CROSS_ATTENTION, Site.MLP)
+        ]
     )
     assert len(np.unique(sites.reshape(-1, 2), axis=0)) == 9 * 2
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from c2f_jax.errors import UserError
+from c2f_jax.objectives.keys import Stream, host_rng
 from c2f_jax.retrieval import recall
 
 
@@ -45,7 +46,7 @@ def test_bootstrap_equals_explicit_resampling_of_unequal_clusters():
     ranks = rng.integers(1, 12, len(clusters))
     samples = recall.bootstrap_metrics(ranks, clusters, resamples=150, seed=4)
     names = np.unique(clusters)
-    drawn = np.random.default_rng(4).integers(len(names), size=(150, len(names)))
+    drawn = host_rng(4, Stream.BOOTSTRAP).integers(len(names), size=(150, len(names)))
     for number, draw in enumerate(drawn):
         again = np.concatenate([ranks[clusters == names[cluster]] for cluster in draw])
         for name, value in recall.rank_metrics(again).items():

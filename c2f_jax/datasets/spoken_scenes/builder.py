@@ -86,6 +86,8 @@ class SpokenScenes(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager):
         del dl_manager  # nothing is downloaded
         config = self.builder_config
+        # The generators of this file are bare and must stay so: named ones would draw other scenes
+        # than those of the data sets on users' disks.
         rng = np.random.default_rng([config.seed, 0])
         seen: set[frozenset] = set()
         return {

@@ -113,6 +113,7 @@ def draw_voice(rng: np.random.Generator, split: str) -> dict:
     variant = VARIANTS[split][rng.integers(len(VARIANTS[split]))]
     accent = ACCENTS[rng.integers(len(ACCENTS))]
     # A speaker keeps a habitual rate and pitch; each utterance strays a little from them.
+    # A bare generator, which must stay so: data sets on users' disks have these habits.
     habit = np.random.default_rng(list(f"{accent}+{variant}".encode()))
     rate, pitch, pitch_range = habit.uniform(185, 235), habit.uniform(30, 65), habit.uniform(35, 65)
     return {

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from c2f_jax.models.encoder import TransformerEncoder
 from c2f_jax.models.layers import BlockStyle, Dense, dropout
-from c2f_jax.objectives.keys import fold_keys
+from c2f_jax.objectives.keys import Site, fold_keys
 
 
 class Blip2(TransformerEncoder, kw_only=True):
@@ -36,11 +36,11 @@ class Blip2(TransformerEncoder, kw_only=True):
     @nn.compact
     def __call__(self, image, keys=None):
         """(n, H, W, 3) uint8 -> query tokens (n, queries, W), (n,) int32 lengths, depth + 1 hidden states."""
-        context, context_lengths, _ = self.vision(image, fold_keys(keys, self.depth + 1))
+        context, context_lengths, _ = self.vision(image, fold_keys(keys, Site.TOWER))
         queries = self.param("queries", nn.initializers.normal(0.02), (1, self.queries, self.width))
         x = jnp.broadcast_to(queries.astype(self.dtype), (image.shape[0], self.queries, self.width))
         x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="input_norm")(x)
-        x = dropout(x, self.dropout_rate, fold_keys(keys, self.depth))
+        x = dropout(x, self.dropout_rate, fold_keys(keys, Site.INPUT_DROPOUT))
         style = BlockStyle(False, "gelu", self.epsilon, cross_every=self.cross_every)
         transformer = self._transformer(style=style, cross_attention=True)
         x, hidden = transformer(x, None, keys, context, None, layers=True)

@@ -9,7 +9,7 @@ import numpy as np
 from c2f_jax.models.encoder import TransformerEncoder, prepend_cls
 from c2f_jax.models.layers import ACTIVATIONS, Attention, BlockStyle, Dense, dropout
 from c2f_jax.models.vit import patches
-from c2f_jax.objectives.keys import fold_keys
+from c2f_jax.objectives.keys import Site, fold_keys
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -69,7 +69,7 @@ class VisionTransformer(TransformerEncoder):
         x = x + positions.astype(self.dtype)
         if self.input_norm:
             x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="input_norm")(x)
-        x = dropout(x, self.dropout_rate, fold_keys(keys, self.depth))
+        x = dropout(x, self.dropout_rate, fold_keys(keys, Site.INPUT_DROPOUT))
         style = BlockStyle(
             activation=self.activation, epsilon=self.epsilon, layer_scale=self.layer_scale
         )

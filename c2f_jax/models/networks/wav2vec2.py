@@ -8,10 +8,9 @@ import jax.numpy as jnp
 
 from c2f_jax.models.encoder import TransformerEncoder
 from c2f_jax.models.layers import BlockStyle, Dense, dropout, length_mask
-from c2f_jax.objectives.keys import fold_keys
+from c2f_jax.objectives.keys import Site, fold_keys
 
 NORM_EPSILON = 1e-5
-SITES = 1000  # dropout sites of the encoder itself, beyond those of its blocks
 
 
 def normalise_waveform(waveform, lengths, epsilon=1e-7):
@@ -216,12 +215,16 @@ class Wav2Vec2(TransformerEncoder):
         mask_embedding = self.param("mask_embedding", nn.initializers.uniform(), (self.width,))
         if keys is not None and self.mask_time:
             masked = span_mask(
-                fold_keys(keys, SITES), x.shape[1], self.mask_time, self.mask_time_length, valid
+                fold_keys(keys, Site.FRAME_MASK),
+                x.shape[1],
+                self.mask_time,
+                self.mask_time_length,
+                valid,
             )
             x = jnp.where(masked[..., None], mask_embedding.astype(x.dtype), x)
         if keys is not None and self.mask_channels:
             masked = span_mask(
-                fold_keys(keys, SITES + 1),
+                fold_keys(keys, Site.CHANNEL_MASK),
                 self.width,
                 self.mask_channels,
                 self.mask_channels_length,
@@ -235,7 +238,7 @@ class Wav2Vec2(TransformerEncoder):
         x = x + nn.gelu(positions, approximate=False)
         if not self.pre_norm:
             x = nn.LayerNorm(NORM_EPSILON, dtype=self.dtype, name="input_norm")(x)
-        x = dropout(x, self.dropout_rate, fold_keys(keys, SITES + 2))
+        x = dropout(x, self.dropout_rate, fold_keys(keys, Site.INPUT_DROPOUT))
         style = BlockStyle(
             self.pre_norm,
             "gelu",

@@ -8,7 +8,7 @@ from c2f_jax.errors import UserError
 from c2f_jax.models.encoder import TransformerEncoder
 from c2f_jax.models.layers import BlockStyle, dropout, length_mask
 from c2f_jax.models.spectrogram import SAMPLE_RATE, WINDOW, mel_filters
-from c2f_jax.objectives.keys import fold_keys
+from c2f_jax.objectives.keys import Site, fold_keys
 
 HOP = 160
 
@@ -102,7 +102,9 @@ class Whisper(TransformerEncoder):
         x = nn.gelu(x, approximate=False)[:, :frames]
         table = self.param("positions", lambda _: whisper_positions(self.positions, self.width))
         x = dropout(
-            x + table[:frames].astype(self.dtype), self.dropout_rate, fold_keys(keys, self.depth)
+            x + table[:frames].astype(self.dtype),
+            self.dropout_rate,
+            fold_keys(keys, Site.INPUT_DROPOUT),
         )
         lengths = ((lengths + step - 1) // step).astype(jnp.int32)
         transformer = self._transformer(style=BlockStyle(activation="gelu", epsilon=1e-5))
