@@ -9,7 +9,7 @@ from etils import epath
 
 from c2f_jax.data.audio import decode_audio
 from c2f_jax.data.images import decode_image
-from c2f_jax.data.source import MANIFEST_SUFFIXES
+from c2f_jax.data.manifest import MANIFEST_SUFFIXES
 from c2f_jax.inference import LENGTH_BUCKETS, encode_split, matcher
 from c2f_jax.reports.examples import make_examples, random_queries, worst_queries
 from c2f_jax.reports.figures import learning_curves_png, results_png

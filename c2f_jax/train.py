@@ -14,7 +14,6 @@ from c2f_jax.config.caches import prepare_features
 from c2f_jax.config.experiment import create_experiment, example_batch
 from c2f_jax.config.files import load_saved_config, save_config
 from c2f_jax.data import batch_plan, loader
-from c2f_jax.data.feature_cache import open_features
 from c2f_jax.datasets.registry import make_data_set
 from c2f_jax.evaluate import data_set_label, evaluate_source, retrieve
 from c2f_jax.inference import encode_split
@@ -66,8 +65,8 @@ def train_and_evaluate(config, workdir, *, devices=None, test=True):
     prepare_features(
         experiment, (data.train_split, data.validation_split, *((data.test_split,) if test else ()))
     )
-    source, validation = data.load(data.train_split), data.load(data.validation_split)
-    source.speech_copies = [open_features(path) for path in data.copy_caches()]
+    source = data.load(data.train_split, copies=True)
+    validation = data.load(data.validation_split)
     batch_plan.check_plan(
         len(source),
         batch_size=experiment.batch_size,

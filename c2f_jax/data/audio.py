@@ -1,29 +1,51 @@
 """Encoded audio to 16 kHz mono samples."""
 
+from __future__ import annotations
+
 import io
 import os
 import stat
 import struct
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from c2f_jax.data.source import SAMPLE_RATE
 from c2f_jax.errors import BadFileError
 
-MOST_SAMPLES = 100_000_000  # before and after conversion: 400 MB, 100 minutes at 16 kHz; more is taken for a bomb
+if TYPE_CHECKING:
+    import soundfile
+
+# Before and after conversion: 400 MB, 100 minutes at 16 kHz. More is taken for a bomb.
+MOST_SAMPLES = 100_000_000
 MOST_BYTES = 2**30
 RATES = (4_000, 768_000)  # Hz; below there is no speech, above no recorder
+STREAMED_SIZE = (
+    2**31 - 2**16
+)  # a recorder that could not go back to write the length wrote this or more
 _BLOCK = 2**20  # samples read at a time
 
 
 def decode_audio(
-    data: bytes | str, *, sample_rate: int = 16_000, name: str | None = None
+    data: bytes | str, *, sample_rate: int = SAMPLE_RATE, name: str | None = None
 ) -> np.ndarray:
-    """The samples, float32 (samples,) about -1 to 1, of bytes or of a file; channels averaged, rate converted.
+    """Decode a recording; channels are averaged, the rate is converted.
 
-    Reads what libsndfile reads: WAV, FLAC, Ogg Opus and Vorbis, MP3, AIFF and more; the content decides, not the name.
-    Memory is bounded whatever a header promises. Raises `BadFileError` naming the item when it is missing, unreadable,
-    cut off, empty, not finite, of a rate outside 4 to 768 kHz, or longer than 100 million samples. (Damage inside
-    samples without checksums, as in WAV, cannot be seen; nor a cut of Ogg exactly between two pages.)
+    Reads what libsndfile reads: WAV, FLAC, Ogg Opus and Vorbis, MP3, AIFF and more; the content decides,
+    not the name. Memory is bounded whatever a header promises. Damage inside samples without checksums,
+    as in WAV, cannot be seen, nor can a cut of Ogg exactly between two pages.
+
+    Args:
+      data: the encoded bytes, or a path.
+      sample_rate: rate of the samples in Hz.
+      name: what error messages call it; the path unless given.
+
+    Returns:
+      float32 (samples,), about -1 to 1.
+
+    Raises:
+      BadFileError: the file is missing, unreadable, cut off, empty, not finite, has a rate outside of 4
+        to 768 kHz, or is longer than 100 million samples.
     """
     import soundfile
 
@@ -40,11 +62,55 @@ def decode_audio(
                     "wrong rate",
                 )
             wave = _read(file, min(MOST_SAMPLES, MOST_SAMPLES * rate // sample_rate), name)
-    except (soundfile.LibsndfileError, RuntimeError, TypeError, OverflowError, MemoryError) as e:
+    except BadFileError:
+        raise
+    # soundfile raises all of these on damaged files.
+    except (RuntimeError, TypeError, ValueError, OverflowError, MemoryError) as e:
         raise _unreadable(name, e) from e
-    except ValueError as e:
-        raise e if isinstance(e, BadFileError) else _unreadable(name, e) from e
-    gone = _bytes_gone(encoded)
+
+    _check_whole(encoded, wave, promised, name)
+    if rate != sample_rate:
+        import soxr
+
+        wave = soxr.resample(wave, rate, sample_rate)
+    return np.ascontiguousarray(wave, np.float32)
+
+
+class _Bytes(io.BytesIO):
+    """Bytes that stay where they are when a damaged header asks for a place before the beginning.
+
+    soundfile would print a traceback.
+    """
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        try:
+            return super().seek(offset, whence)
+        except ValueError:
+            return self.tell()
+
+
+def _read(file: soundfile.SoundFile, most: int, name: str) -> np.ndarray:
+    """Read all samples, averaged over channels.
+
+    They are read in blocks, since the number in the header may be anything.
+    """
+    blocks, total = [], 0
+    size = max(_BLOCK // file.channels, 1)
+    while len(block := file.read(size, dtype="float32", always_2d=True)):
+        blocks.append(block[:, 0] if block.shape[1] == 1 else block.mean(axis=1))
+        total += len(block)
+        if total > most:
+            raise BadFileError(
+                f"{name}: longer than {most:,} samples, {most / file.samplerate:,.0f} s", "too long"
+            )
+    if not blocks:
+        return np.zeros(0, np.float32)
+    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+
+
+def _check_whole(encoded: bytes, wave: np.ndarray, promised: int, name: str) -> None:
+    """Raise `BadFileError` for a recording that is cut off, empty or not finite."""
+    gone = _missing_bytes(encoded)
     if gone:
         raise BadFileError(
             f"{name}: cut off, {gone:,} bytes that its header promises are not there", "truncated"
@@ -59,57 +125,21 @@ def decode_audio(
         raise BadFileError(
             f"{name}: the recording holds samples that are not numbers", "not numbers"
         )
-    if rate != sample_rate:
-        import soxr
-
-        wave = soxr.resample(wave, rate, sample_rate)
-    return np.ascontiguousarray(wave, np.float32)
 
 
-class _Bytes(io.BytesIO):
-    """Stays where it is when a damaged header sends it before its beginning; soundfile would print a traceback."""
-
-    def seek(self, offset, whence=io.SEEK_SET):
-        try:
-            return super().seek(offset, whence)
-        except ValueError:
-            return self.tell()
-
-
-def _read(file, most: int, name: str) -> np.ndarray:
-    """All samples, averaged over channels; read in blocks, since the number in the header may be anything."""
-    blocks, total = [], 0
-    size = max(_BLOCK // file.channels, 1)
-    while len(block := file.read(size, dtype="float32", always_2d=True)):
-        blocks.append(block[:, 0] if block.shape[1] == 1 else block.mean(axis=1))
-        total += len(block)
-        if total > most:
-            raise BadFileError(
-                f"{name}: longer than {most:,} samples, {most / file.samplerate:,.0f} s", "too long"
-            )
-    return (
-        blocks[0]
-        if len(blocks) == 1
-        else np.concatenate(blocks)
-        if blocks
-        else np.zeros(0, np.float32)
-    )
-
-
-def _bytes_gone(encoded: bytes) -> int:
-    """How many bytes a file lacks at its end, where libsndfile reads on without a word: WAV, AIFF and Ogg."""
+def _missing_bytes(encoded: bytes) -> int:
+    """Count the bytes that a file lacks at its end, where libsndfile does not say so: WAV, AIFF, Ogg."""
     if encoded[:4] in (b"RIFF", b"FORM"):
-        order, place = ("<I" if encoded[:4] == b"RIFF" else ">I"), 12
+        order = "<I" if encoded[:4] == b"RIFF" else ">I"
+        place = 12
         while place + 8 <= len(encoded):
             size = struct.unpack_from(order, encoded, place + 4)[0]
             if encoded[place : place + 4] in (b"data", b"SSND"):
-                streamed = (
-                    size >= 2**31 - 2**16
-                )  # a recorder that could not go back to write the length
-                return 0 if streamed else max(place + 8 + size - len(encoded), 0)
+                if size >= STREAMED_SIZE:
+                    return 0
+                return max(place + 8 + size - len(encoded), 0)
             place += 8 + size + size % 2
-        return 0
-    if encoded[:4] == b"OggS":
+    elif encoded[:4] == b"OggS":
         page = encoded.rfind(b"OggS")
         segments = encoded[page + 26] if page + 26 < len(encoded) else 0
         table = encoded[page + 27 : page + 27 + segments]
@@ -118,31 +148,45 @@ def _bytes_gone(encoded: bytes) -> int:
 
 
 def read_bytes(path: str) -> bytes:
-    """The content of a file, local or in a bucket; `BadFileError` naming it when it cannot be read or is over 1 GiB."""
+    """Read a file.
+
+    Args:
+      path: path of the file, local or in a bucket.
+
+    Returns:
+      Its content.
+
+    Raises:
+      BadFileError: it cannot be read, or is larger than 1 GiB.
+    """
     try:
         if "://" not in path:
-            about = os.stat(path)  # first: opening a pipe would wait for a writer
-            if not stat.S_ISREG(about.st_mode):
-                raise BadFileError(f"{path}: cannot be read (not a file)", "unreadable")
-            if about.st_size > MOST_BYTES:
-                raise BadFileError(
-                    f"{path}: {about.st_size:,} bytes are more than {MOST_BYTES:,}", "too large"
-                )
-            with open(path, "rb") as file:
-                return file.read()
+            return _read_local(path)
         from etils import epath
 
         return epath.Path(path).read_bytes()
+    except BadFileError:
+        raise
     except FileNotFoundError as e:
         raise BadFileError(
             f"{path}: cannot be read (No such file or directory)", "missing file"
         ) from e
     except OSError as e:
         raise BadFileError(f"{path}: cannot be read ({e.strerror or e})", "unreadable") from e
-    except BadFileError:
-        raise
     except Exception as e:  # each kind of bucket has its own errors
         raise BadFileError(f"{path}: cannot be read ({type(e).__name__}: {e})", "unreadable") from e
+
+
+def _read_local(path: str) -> bytes:
+    about = os.stat(path)  # first: opening a pipe would wait for a writer
+    if not stat.S_ISREG(about.st_mode):
+        raise BadFileError(f"{path}: cannot be read (not a file)", "unreadable")
+    if about.st_size > MOST_BYTES:
+        raise BadFileError(
+            f"{path}: {about.st_size:,} bytes are more than {MOST_BYTES:,}", "too large"
+        )
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def _unreadable(name: str, error: Exception) -> BadFileError:

@@ -1,4 +1,4 @@
-"""Training-time changes of pictures and recordings: pure functions of (arrays, options, random generator)."""
+"""Training-time changes of images and recordings, functions of (arrays, options, random generator)."""
 
 import dataclasses
 import re
@@ -7,10 +7,12 @@ from dataclasses import field
 import numpy as np
 from PIL import Image
 
-from c2f_jax.data.images import resize_box
+from c2f_jax.data.images import Box, center_square, resize_box
+from c2f_jax.data.source import MIN_SAMPLES, SAMPLE_RATE
 from c2f_jax.errors import UserError
 
-SAMPLE_RATE = 16_000
+CROP_TRIES = 10
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
 
 
@@ -96,76 +98,103 @@ class AugmentConfig:
             )
 
 
-def augment_picture(
+def augment_image(
     rgb: np.ndarray, size: int, options: AugmentConfig, rng: np.random.Generator, *, may_flip: bool
 ) -> np.ndarray:
-    """A random square of a picture: uint8 (H, W, 3) -> uint8 (size, size, 3).
+    """Cut a random square out of an image; mirror and jitter it.
 
-    Random resized crop (area and log aspect ratio uniform, ten tries, then the centre square), mirrored, jittered.
+    Args:
+      rgb: uint8 (H, W, 3).
+      size: side of the square in pixels.
+      options: how much to vary.
+      rng: random generator.
+      may_flip: whether the image may be mirrored.
+
+    Returns:
+      uint8 (size, size, 3).
     """
-    height, width = rgb.shape[:2]
-    box = None
-    for _ in range(10 if options.crop_area < 1 else 0):
-        area = rng.uniform(options.crop_area, 1.0) * height * width
-        ratio = np.exp(rng.uniform(-1, 1) * np.log(options.crop_ratio))
-        w, h = np.sqrt(area * ratio), np.sqrt(area / ratio)
-        if w <= width and h <= height:
-            box = (rng.uniform(0, width - w), rng.uniform(0, height - h), w, h)
-            break
-    if box is None:
-        side = min(height, width)
-        box = ((width - side) / 2, (height - side) / 2, side, side)
-    picture = resize_box(Image.fromarray(rgb), box, size)
+    box = _random_box(rgb.shape[1], rgb.shape[0], options, rng)
+    image = resize_box(Image.fromarray(rgb), box, size)
     if may_flip and rng.random() < options.flip:
-        picture = picture[:, ::-1]
+        image = image[:, ::-1]
     if options.jitter:
-        picture = _jitter(picture, 1 + rng.uniform(-options.jitter, options.jitter, 3))
-    return np.ascontiguousarray(picture)
+        image = _jitter(image, 1 + rng.uniform(-options.jitter, options.jitter, 3))
+    return np.ascontiguousarray(image)
 
 
-def _jitter(picture: np.ndarray, factors: np.ndarray) -> np.ndarray:
+def _random_box(width: int, height: int, options: AugmentConfig, rng: np.random.Generator) -> Box:
+    """Draw a crop, its area and the log of its aspect ratio uniform; after some tries the center square."""
+    if options.crop_area < 1:
+        for _ in range(CROP_TRIES):
+            area = rng.uniform(options.crop_area, 1.0) * height * width
+            ratio = np.exp(rng.uniform(-1, 1) * np.log(options.crop_ratio))
+            w, h = np.sqrt(area * ratio), np.sqrt(area / ratio)
+            if w <= width and h <= height:
+                return rng.uniform(0, width - w), rng.uniform(0, height - h), w, h
+    return center_square(width, height)
+
+
+def _jitter(image: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    """Multiply brightness, contrast and saturation by the three factors."""
     brightness, contrast, saturation = factors.astype(np.float32)
-    values = picture.astype(np.float32) * brightness
+    values = image.astype(np.float32) * brightness
     values = (values - values.mean()) * contrast + values.mean()
-    grey = values @ np.array([0.299, 0.587, 0.114], np.float32)
-    values = (values - grey[..., None]) * saturation + grey[..., None]
+    gray = values @ LUMA
+    values = (values - gray[..., None]) * saturation + gray[..., None]
     return np.clip(np.round(values), 0, 255).astype(np.uint8)
 
 
 def augment_wave(wave: np.ndarray, options: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
-    """A varied recording: int16 (samples,) at 16 kHz -> int16 (other samples,); speed, reverb, masks, noise, gain.
+    """Vary a recording: speed, reverberation, masks, noise, gain.
 
-    Masks mute stretches of time and bands of frequency of the waveform, as SpecAugment does of the spectrogram.
+    Masks mute stretches of time and bands of frequency of the waveform, as SpecAugment does of the
+    spectrogram.
+
+    Args:
+      wave: int16 (samples,) at 16 kHz.
+      options: how much to vary.
+      rng: random generator.
+
+    Returns:
+      int16 (other samples,) at 16 kHz.
     """
     values = wave.astype(np.float32) / 32768
     if options.speed:
-        import soxr
-
         factor = rng.uniform(1 - options.speed, 1 + options.speed)
-        # Played at another rate; at least one frame must be left of the shortest recordings.
-        faster = soxr.resample(values, SAMPLE_RATE, SAMPLE_RATE / factor, quality="MQ")
-        values = faster if len(faster) >= 400 else values
+        values = _change_speed(values, factor)
     if options.reverb_seconds and rng.random() < options.reverb:
         values = _reverberate(values, rng.uniform(0.1, 1.0) * options.reverb_seconds, rng)
+
     for _ in range(options.frequency_masks):
         values = _mute_band(values, rng.uniform(0, options.frequency_mask_octaves), rng)
     for _ in range(options.time_masks):
         length = int(rng.uniform(0, min(options.time_mask_seconds * SAMPLE_RATE, len(values) / 2)))
         start = rng.integers(len(values) - length + 1)
         values[start : start + length] = 0.0
+
     if options.noise_db:
         level = np.sqrt(np.mean(values**2)) * 10 ** (-rng.uniform(*options.noise_db) / 20)
         values = values + level * rng.standard_normal(len(values), dtype=np.float32)
     if options.gain_db:
         values = values * np.float32(10 ** (rng.uniform(-options.gain_db, options.gain_db) / 20))
+
+    # Quieter rather than clipped.
     peak = float(np.abs(values).max(initial=0.0))
-    if peak > 1:  # quieter rather than clipped
+    if peak > 1:
         values = values / peak
     return np.clip(np.round(values * 32768), -32768, 32767).astype(np.int16)
 
 
+def _change_speed(values: np.ndarray, factor: float) -> np.ndarray:
+    """Play faster by a factor, at a higher pitch, unless less than a frame would be left."""
+    import soxr
+
+    faster = soxr.resample(values, SAMPLE_RATE, SAMPLE_RATE / factor, quality="MQ")
+    return faster if len(faster) >= MIN_SAMPLES else values
+
+
 def _reverberate(values: np.ndarray, seconds: float, rng: np.random.Generator) -> np.ndarray:
-    """Convolved with exponentially fading noise, 60 dB in `seconds`, the direct sound first; of the same length."""
+    """Convolve with noise that fades by 60 dB in so many seconds, after the direct sound."""
     from scipy.signal import fftconvolve
 
     times = np.arange(max(int(seconds * SAMPLE_RATE), 1)) / SAMPLE_RATE
@@ -176,17 +205,29 @@ def _reverberate(values: np.ndarray, seconds: float, rng: np.random.Generator) -
 
 
 def _mute_band(values: np.ndarray, octaves: float, rng: np.random.Generator) -> np.ndarray:
+    """Mute a band of so many octaves that begins between 100 Hz and 7 kHz."""
     spectrum = np.fft.rfft(values)
-    low = 100 * 2 ** rng.uniform(0, np.log2(70) - octaves)  # 100 Hz to 7 kHz
-    first, last = (round(f * len(values) / SAMPLE_RATE) for f in (low, low * 2**octaves))
+    low = 100 * 2 ** rng.uniform(0, np.log2(70) - octaves)
+    high = low * 2**octaves
+    first, last = round(low * len(values) / SAMPLE_RATE), round(high * len(values) / SAMPLE_RATE)
     spectrum[first:last] = 0
     return np.fft.irfft(spectrum, len(values)).astype(np.float32)
 
 
-def speaks_of_sides(captions: list[str]) -> bool:
-    """Whether a mirrored picture might no longer be what its captions say; also where a caption is unknown.
+def mentions_sides(captions: list[str]) -> bool:
+    """Whether mirroring might make a caption wrong, also where a caption is unknown.
 
-    >>> speaks_of_sides(["a dog on the left"]), speaks_of_sides(["a bright dog"]), speaks_of_sides(["a dog", ""])
-    (True, False, True)
+    >>> mentions_sides(["a dog on the left"])
+    True
+    >>> mentions_sides(["a bright dog"])
+    False
+    >>> mentions_sides(["a dog", ""])
+    True
+
+    Args:
+      captions: the captions of an image; "" for an unknown one.
+
+    Returns:
+      Whether one is unknown, or names the left or the right.
     """
     return any(not caption or SIDES.search(caption) for caption in captions)

@@ -1,56 +1,93 @@
 """The feature cache: tokens of a frozen network, computed once, read back by memory mapping.
 
-A cache is a folder with ``card.json`` (where the tokens come from), and shards: ``NAME.npy``, the tokens of some items,
-one after the other, float16, and ``NAME.json``, their keys and numbers of tokens, written last. Tokens of another tool
-are one .npz file with ``names`` (N,), ``tokens`` (N, P, C) and optionally ``lengths`` (N,), and where there is a card,
-it stands beside it as NAME.json.
+A cache is a folder with ``card.json``, which says where the tokens come from, and shards: ``NAME.npy``,
+the tokens of some items, one after the other, float16, and ``NAME.json``, their keys and numbers of
+tokens, written last. Tokens of another tool are one .npz file with ``names`` (N,), ``tokens`` (N, P, C)
+and optionally ``lengths`` (N,); its card, if there is one, is NAME.json beside it.
 """
 
+import dataclasses
 import functools
 import json
 import os
 import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from c2f_jax.errors import UserError
+
+PathLike = str | os.PathLike
+Card = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Where the tokens of an item are: rows `start` to `start` + `count` of the array that `read` gives."""
+
+    read: Callable[[], np.ndarray]
+    start: int
+    count: int
 
 
 class FeatureCache:
     """Tokens by key.
 
     Attributes:
-      path: of the folder or file.
-      card: dict, where the tokens come from; {} for a file without a card.
+      path: path of the folder or file.
+      card: where the tokens come from; {} for a file without a card.
       shape: what follows the number of tokens: (C,), or (layers, C).
-      most_tokens: of any item.
+      most_tokens: largest number of tokens of an item.
     """
 
-    def __init__(self, path, card, items, shape):
-        self.path, self.card, self.shape = str(path), card, tuple(shape)
-        self._items = items  # key -> (function that gives the array, first row, rows)
-        self.most_tokens = max((rows for _, _, rows in items.values()), default=0)
+    def __init__(
+        self, path: PathLike, card: Card, items: Mapping[str, TokenRows], shape: Sequence[int]
+    ):
+        """Create a cache; `open_features` reads one from disk.
 
-    def __len__(self):
+        Args:
+          path: path of the folder or file.
+          card: where the tokens come from.
+          items: key of an item -> its tokens.
+          shape: what follows the number of tokens.
+        """
+        self.path, self.card, self.shape = str(path), card, tuple(shape)
+        self._items = items
+        self.most_tokens = max((rows.count for rows in items.values()), default=0)
+
+    def __len__(self) -> int:
         return len(self._items)
 
-    def __contains__(self, key):
+    def __contains__(self, key: str) -> bool:
         return key in self._items
 
-    def tokens(self, key):
-        """(T, C) or (T, layers, C) float16 tokens of an item.
+    def tokens(self, key: str) -> np.ndarray:
+        """Return the tokens of an item.
+
+        Args:
+          key: key of the item.
+
+        Returns:
+          float16 (T, C) or (T, layers, C).
 
         Raises:
           UserError: the cache has no such item.
         """
         if key not in self._items:
             raise UserError(f"no features of {key} in {self.path}")
-        array, start, rows = self._items[key]
-        return array()[start : start + rows]
+        rows = self._items[key]
+        return rows.read()[rows.start : rows.start + rows.count]
 
-    def tokens_of_samples(self, samples):
-        """Number of tokens of so many samples.
+    def tokens_of_samples(self, samples: int) -> int:
+        """Return how many tokens a recording of so many samples has.
+
+        Args:
+          samples: samples at 16 kHz.
+
+        Returns:
+          The number of tokens.
 
         Raises:
           UserError: the card does not say how long a token is.
@@ -58,90 +95,103 @@ class FeatureCache:
         step = self.card.get("samples_per_token")
         if not step:
             raise UserError(
-                f"{self.path}: its card needs samples_per_token, the samples (16 kHz) that a token stands for"
+                f"{self.path}: its card needs samples_per_token, the samples (16 kHz) that a token "
+                "stands for"
             )
         return -(-samples // int(step))
 
 
-@functools.lru_cache(maxsize=8)
-def _open(path, changed):
-    del changed  # a part of the cache key: a folder that has grown is read again
-    return _open_file(path) if path.is_file() else _open_folder(path)
-
-
-def open_features(path):
+def open_features(path: PathLike) -> FeatureCache:
     """Open a feature cache or a token file.
 
+    Args:
+      path: path of the folder or file.
+
+    Returns:
+      The cache.
+
     Raises:
-      UserError: nothing there, or not of the format.
+      UserError: nothing is there, or it has another format.
     """
     path = Path(path).expanduser()
     if not path.exists():
         raise UserError(
-            f"{path}: there are no features; make them with `c2f features`, or name a .npz file of tokens"
+            f"{path}: there are no features; make them with `c2f features`, or name a .npz file of "
+            "tokens"
         )
-    changed = (
-        max((p.stat().st_mtime_ns for p in path.glob("*.json")), default=0) if path.is_dir() else 0
-    )
-    return _open(path, (changed, path.stat().st_mtime_ns))
+    changes = [path.stat().st_mtime_ns]
+    if path.is_dir():
+        changes += [file.stat().st_mtime_ns for file in path.glob("*.json")]
+    return _open(path, tuple(sorted(changes)))
 
 
-def _open_file(path):
+@functools.lru_cache(maxsize=8)
+def _open(path: Path, changed: tuple[int, ...]) -> FeatureCache:
+    del changed  # part of the key: a folder that has grown is read again
+    return _open_file(path) if path.is_file() else _open_folder(path)
+
+
+def _open_file(path: Path) -> FeatureCache:
+    """Read a .npz file of tokens."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             names, tokens = stored["names"], stored["tokens"]
-            lengths = (
-                stored["lengths"] if "lengths" in stored else np.full(len(names), tokens.shape[1])
-            )
+            if "lengths" in stored:
+                lengths = stored["lengths"]
+            else:
+                lengths = np.full(len(names), tokens.shape[1])
     except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"{path}: not a token file ({error}); expected .npz with `names` (N,), `tokens` (N, P, C)"
+            f"{path}: not a token file ({error}); it must be .npz with `names` (N,) and `tokens` "
+            "(N, P, C)"
         ) from error
     if tokens.ndim not in (3, 4) or len(names) != len(tokens) or len(lengths) != len(tokens):
         raise UserError(
-            f"{path}: {len(names)} names, {len(lengths)} lengths and tokens of shape {tokens.shape}; expected as many "
-            "of each, and tokens (N, P, C)"
+            f"{path}: {len(names)} names, {len(lengths)} lengths and tokens of shape {tokens.shape}; "
+            "there must be as many of each, and tokens must be (N, P, C)"
         )
     if not len(names) or lengths.min() < 1 or lengths.max() > tokens.shape[1]:
         raise UserError(
-            f"{path}: lengths from 1 to {tokens.shape[1]} are expected, and at least one item"
+            f"{path}: lengths must be between 1 and {tokens.shape[1]}, and there must be an item"
         )
-    card = path.with_suffix(".json")
-    card = _read_json(card) if card.exists() else {}
-    items = {
-        str(name): (functools.partial(_row, tokens, row), 0, int(n))
-        for row, (name, n) in enumerate(zip(names, lengths, strict=True))
-    }
+
+    card_path = path.with_suffix(".json")
+    card = _read_json(card_path) if card_path.exists() else {}
+    items = {}
+    for row, (name, count) in enumerate(zip(names, lengths, strict=True)):
+        items[str(name)] = TokenRows(functools.partial(_row, tokens, row), 0, int(count))
     return FeatureCache(path, card, items, tokens.shape[2:])
 
 
-def _row(tokens, row):
+def _row(tokens: np.ndarray, row: int) -> np.ndarray:
     return tokens[row]
 
 
-def _open_folder(path):
-    card = _read_json(path / "card.json") if (path / "card.json").exists() else None
-    if card is None:
+def _open_folder(path: Path) -> FeatureCache:
+    """Read the index of a folder; the tokens are mapped when they are first read."""
+    if not (path / "card.json").exists():
         raise UserError(
             f"{path} is not a feature cache (no card.json): make one with `c2f features`"
         )
-    items, shape = {}, None
+    card = _read_json(path / "card.json")
+    items: dict[str, TokenRows] = {}
+    shape = None
     for index in sorted(path.glob("*-*.json")):
         shard = _read_json(index)
-        array = functools.cache(functools.partial(_map, index.with_suffix(".npy")))
+        read = functools.cache(functools.partial(_map, index.with_suffix(".npy")))
         start = 0
-        for key, rows in zip(shard["keys"], shard["lengths"], strict=True):
-            items[key] = (array, start, rows)
-            start += rows
+        for key, count in zip(shard["keys"], shard["lengths"], strict=True):
+            items[key] = TokenRows(read, start, count)
+            start += count
         shape = shard["shape"]
     if shape is None:
         raise UserError(
-            f"{path} holds no finished shard: run `c2f features` again, it goes on where it stopped"
+            f"{path} holds no finished shard: run `c2f features` again, it resumes where it stopped"
         )
     return FeatureCache(path, card, items, shape)
 
 
-def _map(path):
+def _map(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:
@@ -150,18 +200,23 @@ def _map(path):
         ) from error
 
 
-def _read_json(path):
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not JSON ({error})") from error
 
 
-def start_cache(folder, card):
+def start_cache(folder: PathLike, card: Card) -> None:
     """Create the folder with its card, or check that a cache there has the same one.
 
+    Args:
+      folder: path of the cache.
+      card: where its tokens come from.
+
     Raises:
-      UserError: a cache of other weights, another layer or preprocessing is there.
+      UserError: a cache of other weights, another layer or preprocessing is there, or the folder cannot
+        be written.
     """
     if has_card(folder, card):
         return
@@ -170,31 +225,56 @@ def start_cache(folder, card):
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / "card.json", json.dumps(card, indent=2).encode() + b"\n")
     except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error}): a folder is expected") from error
+        raise UserError(f"{folder} cannot be written ({error}): name a folder") from error
 
 
-def has_card(folder, card):
-    """Whether a cache is there; errors as in ``start_cache``."""
+def has_card(folder: PathLike, card: Card) -> bool:
+    """Check whether a cache is there.
+
+    Args:
+      folder: path of the cache.
+      card: where its tokens must come from.
+
+    Returns:
+      Whether there is a cache.
+
+    Raises:
+      UserError: a cache of other weights, another layer or preprocessing is there.
+    """
     path = Path(folder) / "card.json"
     if not path.exists():
         return False
     found = _read_json(path)
-    differing = [k for k in sorted(found.keys() | card.keys()) if found.get(k) != card.get(k)]
-    if differing:
-        rows = "\n".join(
-            f"  {k}: {found.get(k)!r} there, {card.get(k)!r} wanted" for k in differing
-        )
+    differences = []
+    for name in sorted(found.keys() | card.keys()):
+        if found.get(name) != card.get(name):
+            differences.append(f"  {name}: {found.get(name)!r} there, {card.get(name)!r} wanted")
+    if differences:
         raise UserError(
-            f"{folder} holds features of another kind:\n{rows}\nremove it or name another folder"
+            "\n".join(
+                [
+                    f"{folder} holds features of another kind:",
+                    *differences,
+                    "remove it or name another folder",
+                ]
+            )
         )
     return True
 
 
-def shard_exists(folder, name, keys):
-    """Whether a shard of these items is finished; those that could not be read are not in it.
+def shard_exists(folder: PathLike, name: str, keys: Iterable[str]) -> bool:
+    """Check whether a shard is finished.
+
+    Args:
+      folder: path of the cache.
+      name: name of the shard.
+      keys: keys of its items; it lacks those that could not be read.
+
+    Returns:
+      Whether it is finished.
 
     Raises:
-      UserError: it holds others.
+      UserError: it holds other items.
     """
     path = Path(folder) / f"{name}.json"
     if not path.exists():
@@ -202,13 +282,23 @@ def shard_exists(folder, name, keys):
     others = sorted(set(_read_json(path)["keys"]) - set(keys))
     if others:
         raise UserError(
-            f"{folder} holds features of other data, such as {others[0]} in {name}: remove it or name another folder"
+            f"{folder} holds features of other data, such as {others[0]} in {name}: remove it or name "
+            "another folder"
         )
     return True
 
 
-def write_shard(folder, name, items, shape):
-    """Write one shard; ``items`` is a list of (key, tokens (T, *shape))."""
+def write_shard(
+    folder: PathLike, name: str, items: Sequence[tuple[str, np.ndarray]], shape: Sequence[int]
+) -> None:
+    """Write a shard.
+
+    Args:
+      folder: path of the cache.
+      name: name of the shard.
+      items: (key, tokens (T, *shape)) of each item.
+      shape: what follows the number of tokens.
+    """
     folder = Path(folder)
     tokens = [np.asarray(t, np.float16) for _, t in items]
     data = np.concatenate(tokens) if tokens else np.zeros((0, *shape), np.float16)
@@ -216,16 +306,17 @@ def write_shard(folder, name, items, shape):
     with open(partial, "wb") as file:
         np.save(file, data)
     os.replace(partial, folder / f"{name}.npy")
+
     index = {
-        "keys": [k for k, _ in items],
+        "keys": [key for key, _ in items],
         "lengths": [len(t) for t in tokens],
         "shape": list(shape),
     }
     _write(folder / f"{name}.json", json.dumps(index).encode())
 
 
-def _write(path, data):
-    """Whole or not at all, also when several processes write the same."""
+def _write(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, also when several processes write it at a time."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_bytes(data)
     os.replace(partial, path)

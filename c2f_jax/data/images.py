@@ -1,4 +1,4 @@
-"""Encoded pictures to square RGB arrays."""
+"""Encoded images to square RGB arrays."""
 
 import io
 
@@ -12,6 +12,8 @@ MOST_PIXELS = 100_000_000  # larger files are taken for decompression bombs
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no others: one of them starts a program
 RESIZE = ("square", "short_side", "squash")
 
+Box = tuple[float, float, float, float]  # left, top, width, height
+
 
 def decode_image(
     data: bytes | str,
@@ -21,27 +23,57 @@ def decode_image(
     resize_side: int = 0,
     name: str | None = None,
 ) -> np.ndarray:
-    """The centre square of a picture, uint8 (size, size, 3) RGB, from bytes or a file.
+    """Decode an image and make it a square.
 
-    Turned as its EXIF tag says, transparency laid on white, 16 bit reduced to 8, resized with antialiased bicubic.
-    "square" takes the largest centre square. Published networks saw other ones: with "short_side" the short side is
-    resized to resize_side (size unless given) and the centre cut out (CLIP, DINOv2), with "squash" the whole picture is
-    made a square (BLIP-2, SigLIP).
-    Raises `BadFileError` naming the item when it is missing, unreadable, cut off or larger than 100 million pixels.
+    It is turned as its EXIF tag says, transparency is laid on white, 16 bits are reduced to 8, and it is
+    resized with antialiased bicubic interpolation.
+
+    Args:
+      data: the encoded bytes, or a path.
+      size: side of the square in pixels.
+      resize: "square" takes the largest center square. Published networks saw other ones: with
+        "short_side" the short side is resized to resize_side and the center cut out (CLIP, DINOv2), with
+        "squash" the whole image is made a square (BLIP-2, SigLIP).
+      resize_side: length of the short side for "short_side"; 0 for size.
+      name: what error messages call it; the path unless given.
+
+    Returns:
+      uint8 (size, size, 3) RGB.
+
+    Raises:
+      BadFileError: the file is missing, unreadable, cut off or larger than 100 million pixels.
     """
     rgb = open_rgb(data, size, reduce=resize == "square", name=name)
     if resize == "squash":
         return resize_box(rgb, (0, 0, *rgb.size), size)
     if resize == "short_side":
         return _short_side(rgb, resize_side or size, size)
-    side = min(rgb.size)
-    return resize_box(rgb, ((rgb.width - side) / 2, (rgb.height - side) / 2, side, side), size)
+    return resize_box(rgb, center_square(*rgb.size), size)
+
+
+def center_square(width: int, height: int) -> Box:
+    """Return the largest center square of an image."""
+    side = min(width, height)
+    return (width - side) / 2, (height - side) / 2, side, side
 
 
 def open_rgb(
     data: bytes | str, size: int, *, reduce: bool = True, name: str | None = None
 ) -> Image.Image:
-    """The whole picture, RGB, as `decode_image` reads it; reduce decodes large JPEGs at 2 * size or more."""
+    """Decode a whole image, as `decode_image` does.
+
+    Args:
+      data: the encoded bytes, or a path.
+      size: side in pixels that it will be resized to.
+      reduce: whether to decode large JPEGs at a reduced scale, with sides of 2 * size or more.
+      name: what error messages call it; the path unless given.
+
+    Returns:
+      The image, RGB.
+
+    Raises:
+      BadFileError: as `decode_image`.
+    """
     name = name or (data if isinstance(data, str) else "image")
     encoded = data if isinstance(data, bytes) else read_bytes(data)
     if not encoded:
@@ -69,10 +101,19 @@ def open_rgb(
         raise BadFileError(f"{name}: not a picture that can be read ({e})", kind) from e
 
 
-def resize_box(rgb: Image.Image, box: tuple[float, float, float, float], size: int) -> np.ndarray:
-    """The box (left, top, width, height) of a picture as uint8 (size, size, 3), antialiased bicubic."""
+def resize_box(rgb: Image.Image, box: Box, size: int) -> np.ndarray:
+    """Resize a part of an image, with antialiased bicubic interpolation.
+
+    Args:
+      rgb: the image.
+      box: left, top, width and height of the part, in pixels.
+      size: side of the result in pixels.
+
+    Returns:
+      uint8 (size, size, 3).
+    """
     left, top, width, height = box
-    # Cutting before resizing gives the same picture, and a strip of 1 x 10,000 does not grow to gigabytes.
+    # Cutting before resizing gives the same, and a strip of 1 x 10,000 does not grow to gigabytes.
     resized = rgb.resize(
         (size, size), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height)
     )
@@ -80,39 +121,45 @@ def resize_box(rgb: Image.Image, box: tuple[float, float, float, float], size: i
 
 
 def _short_side(rgb: Image.Image, resize_side: int, size: int) -> np.ndarray:
+    """Resize the short side to resize_side, and cut out the center."""
     short = min(rgb.size)
-    whole = [
-        resize_side * side // short for side in rgb.size
-    ]  # the long side is rounded down, as the references do
-    if (
-        max(whole) > 8 * resize_side
-    ):  # a strip of 1 x 10,000 would grow to gigabytes: cut its middle out first
+    # The long side is rounded down, as the references do.
+    width, height = (resize_side * side // short for side in rgb.size)
+    if max(width, height) > 8 * resize_side:
+        # A strip of 1 x 10,000 would grow to gigabytes: cut out its middle first.
         half = 2 * short
-        centre = [side // 2 for side in rgb.size]
-        box = [max(c - half, 0) for c in centre] + [
-            min(c + half, n) for c, n in zip(centre, rgb.size, strict=True)
-        ]
-        return _short_side(rgb.crop(box), resize_side, size)
-    resized = rgb.resize(whole, Image.Resampling.BICUBIC)
-    left, top = ((side - size) // 2 for side in whole)
+        x, y = rgb.width // 2, rgb.height // 2
+        middle = (
+            max(x - half, 0),
+            max(y - half, 0),
+            min(x + half, rgb.width),
+            min(y + half, rgb.height),
+        )
+        return _short_side(rgb.crop(middle), resize_side, size)
+    resized = rgb.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
     return np.asarray(resized.crop((left, top, left + size, top + size)), np.uint8)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode."""
     if image.mode == "RGB":
         return image
-    if image.mode.startswith(
-        ("I", "F")
-    ):  # 16 or 32 bit grey: Pillow's own conversion would clip it to white
-        grey = np.array(image, np.float32)
-        if not np.isfinite(grey).all():
-            raise ValueError("it holds values that are not numbers")
-        top = 65535 if image.mode != "F" else max(1.0, float(grey.max()))
-        np.multiply(grey, 255 / top, out=grey)
-        np.round(grey, out=grey)
-        return Image.fromarray(np.clip(grey, 0, 255, out=grey).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith(("I", "F")):
+        return _deep_gray_to_rgb(image)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(canvas, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _deep_gray_to_rgb(image: Image.Image) -> Image.Image:
+    """Convert 16 or 32 bit gray, which Pillow's own conversion would clip to white."""
+    gray = np.array(image, np.float32)
+    if not np.isfinite(gray).all():
+        raise ValueError("it holds values that are not numbers")
+    top = max(1.0, float(gray.max())) if image.mode == "F" else 65535
+    np.multiply(gray, 255 / top, out=gray)
+    np.round(gray, out=gray)
+    return Image.fromarray(np.clip(gray, 0, 255, out=gray).astype(np.uint8)).convert("RGB")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from c2f_jax.data import batch_plan
 from c2f_jax.data.audio import decode_audio
-from c2f_jax.data.augment import AugmentConfig, augment_picture, augment_wave, speaks_of_sides
+from c2f_jax.data.augment import AugmentConfig, augment_image, augment_wave, mentions_sides
 from c2f_jax.data.images import decode_image, open_rgb
 from c2f_jax.data.source import MIN_SAMPLES, SAMPLE_RATE, PairSource
 from c2f_jax.errors import UserError
@@ -111,7 +111,7 @@ class _TrainBatch:
         )
         self.augment = augment or AugmentConfig()
         self.may_flip = functools.cache(
-            lambda identity: not speaks_of_sides(source.captions(identity))
+            lambda identity: not mentions_sides(source.captions(identity))
         )
         self.steps_per_epoch = steps_per_epoch(source, batch_size)
         rows = batch_size // process_count
@@ -138,7 +138,7 @@ class _TrainBatch:
         for out, row in enumerate(self.rows):
             index, speech, image = self._load_row(epoch, plan, position, row)
             identity = int(self.source.image_ids[self.source.image_index[index]])
-            if self.augment.varies_speech and self.source.speech_features is None:
+            if self.augment.varies_speech and self.source.inputs.speech_features is None:
                 speech = augment_wave(
                     speech,
                     self.augment,
@@ -147,9 +147,7 @@ class _TrainBatch:
             if self.augment.varies_images:
                 rng = host_rng(self.seed, Stream.IMAGE_AUGMENTATION, epoch, index)
                 may_flip = self.augment.flip > 0 and self.may_flip(identity)
-                image = augment_picture(
-                    image, self.image_size, self.augment, rng, may_flip=may_flip
-                )
+                image = augment_image(image, self.image_size, self.augment, rng, may_flip=may_flip)
             if len(speech) > longest:
                 start = host_rng(self.seed, Stream.CROPS, epoch, index).integers(
                     len(speech) - longest + 1
@@ -172,7 +170,7 @@ class _TrainBatch:
         for k in range(plan.size):
             index = int(plan[(position + k) % steps, (row + k // steps) % size])
             picture = int(self.source.image_index[index])
-            copies = self.source.speech_copies
+            copies = self.source.inputs.speech_copies
             copy = (
                 int(
                     host_rng(self.seed, Stream.SPEECH_COPIES, epoch, index).integers(
@@ -182,9 +180,9 @@ class _TrainBatch:
                 if copies
                 else 0
             )
-            read = functools.partial(load_speech, self.source, index, copy)
+            read = functools.partial(load_speech_input, self.source, index, copy)
             speech = self.cache.get(("speech", index, copy), read)
-            load = load_whole_image if self.augment.varies_images else load_picture
+            load = load_whole_image if self.augment.varies_images else load_image_input
             image = (
                 self.cache.get(
                     ("image", picture),
@@ -264,25 +262,27 @@ def _read_image(source: PairSource, row: int, decode) -> np.ndarray | None:
         return None
 
 
-def load_speech(source: PairSource, index: int, copy: int = 0) -> np.ndarray | None:
+def load_speech_input(source: PairSource, index: int, copy: int = 0) -> np.ndarray | None:
     """Recording `index` as `load_wave` gives it, or its tokens (T, C) where the source has speech features.
 
     copy 1 and so on are the tokens of its varied copies.
     """
-    if source.speech_features is None:
+    if source.inputs.speech_features is None:
         return load_wave(source, index)
-    features = source.speech_copies[copy - 1] if copy else source.speech_features
+    features = source.inputs.speech_copies[copy - 1] if copy else source.inputs.speech_features
     return _cached(
         source, features, source.recording_key(index), lambda: source.recording_name(index)
     )
 
 
-def load_picture(source: PairSource, row: int, size: int) -> np.ndarray | None:
+def load_image_input(source: PairSource, row: int, size: int) -> np.ndarray | None:
     """Picture `row` as `load_image` gives it, or its tokens (P, C) where the source has image features."""
-    if source.image_features is None:
-        return load_image(source, row, size, *source.image_resize)
+    if source.inputs.image_features is None:
+        return load_image(
+            source, row, size, source.inputs.image_resize, source.inputs.image_resize_side
+        )
     return _cached(
-        source, source.image_features, source.image_key(row), lambda: source.image_name(row)
+        source, source.inputs.image_features, source.image_key(row), lambda: source.image_name(row)
     )
 
 
@@ -297,18 +297,20 @@ def _cached(source, features, key, name):
 def empty_speech(source: PairSource, rows: int, samples: int) -> dict[str, np.ndarray]:
     """A batch of silence: waveform (rows, samples), or the tokens of as many samples, and lengths of 0."""
     lengths = np.zeros(rows, np.int32)
-    if source.speech_features is None:
+    if source.inputs.speech_features is None:
         return {"waveform": np.zeros((rows, samples), np.float32), "speech_lengths": lengths}
-    features = source.speech_features
+    features = source.inputs.speech_features
     shape = (rows, features.tokens_of_samples(samples), *features.shape)
     return {"speech_tokens": np.zeros(shape, np.float16), "speech_lengths": lengths}
 
 
 def empty_image(source: PairSource, size: int) -> np.ndarray:
     """A black picture (size, size, 3), or as many tokens of zeros as a picture has."""
-    if source.image_features is None:
+    if source.inputs.image_features is None:
         return np.zeros((size, size, 3), np.uint8)
-    return np.zeros((source.image_features.most_tokens, *source.image_features.shape), np.float16)
+    return np.zeros(
+        (source.inputs.image_features.most_tokens, *source.inputs.image_features.shape), np.float16
+    )
 
 
 def speech_batches(
@@ -325,7 +327,7 @@ def speech_batches(
     shapes = [round(seconds_max * SAMPLE_RATE / part) for part in (4, 2, 1)]
 
     def load(rows: np.ndarray) -> dict[str, np.ndarray]:
-        speeches = [load_speech(source, int(index)) for index in rows]
+        speeches = [load_speech_input(source, int(index)) for index in rows]
         needed = max((len(speech) for speech in speeches if speech is not None), default=0)
         # What was read decides, not the length that a manifest states.
         for samples in shapes:
@@ -352,7 +354,7 @@ def image_batches(
     """
 
     def load(rows: np.ndarray) -> dict[str, np.ndarray]:
-        images = [load_picture(source, int(row), image_size) for row in rows]
+        images = [load_image_input(source, int(row), image_size) for row in rows]
         valid = np.array([image is not None for image in images])
         black = empty_image(source, image_size)
         images = np.stack([black if image is None else image for image in images])
@@ -399,4 +401,4 @@ def _put_speech(batch: dict[str, np.ndarray], row: int, speech: np.ndarray) -> N
 
 
 def _image_name(source: PairSource) -> str:
-    return "image" if source.image_features is None else "image_tokens"
+    return "image" if source.inputs.image_features is None else "image_tokens"

@@ -1,16 +1,24 @@
-"""Prepared sets: splits of TFDS directories whose records are pictures with their recordings."""
+"""Prepared sets: splits of TFDS directories whose records are images with their recordings."""
+
+from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import numpy as np
 from etils import epath
 
-from c2f_jax.data.source import BadItems, PairSource, Recording
+from c2f_jax.data.source import BadItems, ModelInputs, PairSource, Recording
 from c2f_jax.errors import UserError
 
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
 
-def pair_features():
-    """The TFDS features of a record: one picture with its recordings; pictures and recordings are encoded files."""
+RECORDS_KEPT = 64
+
+
+def pair_features() -> tfds.features.FeaturesDict:
+    """Return the TFDS features of a record: one image with its recordings, all as encoded files."""
     from tensorflow_datasets import features
 
     recording = {"audio": features.Text(), "caption": features.Text(), "speaker": features.Text()}
@@ -24,28 +32,48 @@ def pair_features():
 
 
 class PreparedSource(PairSource):
-    """One split of a TFDS builder whose data are prepared, by random access, without a TensorFlow graph.
+    """One split of a prepared TFDS builder, by random access, without a TensorFlow graph.
 
-    The builder's metadata tell of each split: "captions", recordings of each picture (one number when all have as
-    many); "samples" of each recording; optionally "identities" of the pictures, "bad_items" left out in preparation
-    and "items", how many there were.
+    The builder's metadata hold for each split: "captions", the number of recordings of each image (one
+    number when all have as many); "samples" of each recording; optionally "identities" of the images,
+    "bad_items" left out in preparation, and "items", how many there were.
     """
 
-    def __init__(self, builder, split: str, *, name: str, max_bad_share: float = 0.01):
+    def __init__(
+        self,
+        builder: tfds.core.DatasetBuilder,
+        split: str,
+        *,
+        name: str,
+        max_bad_share: float = 0.01,
+        inputs: ModelInputs | None = None,
+    ):
+        """Create a source.
+
+        Args:
+          builder: TFDS builder whose data are prepared.
+          split: name of the split.
+          name: what error messages call the data set.
+          max_bad_share: share of bad items above which reading ends with an error.
+          inputs: what the model is given of each item.
+
+        Raises:
+          UserError: there is no such split, or too much was left out in preparation.
+        """
         if split not in builder.info.splits:
             raise UserError(
                 f"{name} has no split {split!r}; it has {', '.join(builder.info.splits)}"
             )
         about = builder.info.metadata[split]
         self._records = builder.as_data_source(split)
-        # A record holds the picture and all its recordings: remembering it briefly saves reading it twice.
-        self._record = functools.lru_cache(maxsize=64)(self._records.__getitem__)
+        # A record holds the image and all its recordings: keeping it briefly saves reading it twice.
+        self._record = functools.lru_cache(maxsize=RECORDS_KEPT)(self._records.__getitem__)
         count = len(self._records)
         captions = np.broadcast_to(np.asarray(about["captions"], np.int64), count)
         self._first = np.cumsum(captions) - captions
-        bad_items = BadItems(
-            f"{name}, split {split}", about.get("items", len(about["samples"])), max_bad_share
-        )
+
+        items = about.get("items", len(about["samples"]))
+        bad_items = BadItems(f"{name}, split {split}", items, max_bad_share)
         bad_items.add_all(about.get("bad_items", {}))
         super().__init__(
             name,
@@ -54,13 +82,14 @@ class PreparedSource(PairSource):
             image_ids=about.get("identities", np.arange(count)),
             num_samples=about["samples"],
             bad_items=bad_items,
+            inputs=inputs,
         )
-        # image_index may be changed by the caller (noisy supervision); where a recording is stored may not.
+        # A caller may change image_index; where a recording is stored stays the same.
         self._record_of = self.image_index.copy()
         self._key = f"{builder.info.full_name}/{split}"
 
     def recording(self, index: int) -> Recording:
-        """Recording `index`: encoded bytes, caption, speaker."""
+        """Return encoded bytes, caption and speaker of recording `index`."""
         row = int(self._record_of[index])
         k = int(index) - int(self._first[row])
         recordings = self._record(row)["recordings"]
@@ -71,32 +100,42 @@ class PreparedSource(PairSource):
         )
 
     def image(self, row: int) -> bytes:
-        """Picture `row`: encoded bytes."""
+        """Return the encoded bytes of image `row`."""
         return self._record(int(row))["image"]
 
     def image_id(self, row: int) -> str:
-        """The name of picture `row`, such as test-00007."""
+        """Return the name of image `row`, such as test-00007."""
         return self._record(int(row))["image_id"].decode()
 
     def recording_key(self, index: int) -> str:
-        """What a feature cache calls recording `index`."""
+        """Return what a feature cache calls recording `index`."""
         return f"{self._key}/{index}"
 
     def image_key(self, row: int) -> str:
-        """What a feature cache calls picture `row`."""
+        """Return what a feature cache calls image `row`."""
         return f"{self._key}/{row}"
 
 
 def is_prepared(path: str) -> bool:
-    """Whether the path is a directory of a prepared set."""
+    """Whether a path is the directory of a prepared set."""
     try:
         return (epath.Path(path) / "dataset_info.json").exists()
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # no name that a directory can have
         return False
 
 
-def open_prepared(path: str):
-    """The TFDS builder of a directory, whoever made it."""
+def open_prepared(path: str) -> tfds.core.DatasetBuilder:
+    """Open the TFDS builder of a directory, whichever class made it.
+
+    Args:
+      path: directory of a prepared set.
+
+    Returns:
+      The builder.
+
+    Raises:
+      UserError: the directory was not made by `c2f data prepare`.
+    """
     import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(path)

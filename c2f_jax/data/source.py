@@ -1,15 +1,20 @@
 """Pairs of recordings and images by random access, and what of them cannot be used."""
 
 import abc
+import dataclasses
 import threading
+from collections.abc import Mapping
 from typing import TypedDict
 
 import numpy as np
+import numpy.typing as npt
 
+from c2f_jax.data.feature_cache import FeatureCache
 from c2f_jax.errors import UserError
 
 SAMPLE_RATE = 16_000
 MIN_SAMPLES = 400  # HuBERT's first frame needs as many
+MOST_SHOWN = 5  # bad items that an error lists
 
 
 class Recording(TypedDict):
@@ -20,24 +25,65 @@ class Recording(TypedDict):
     speaker: str
 
 
-class BadItems:
-    """The recordings and pictures of one split that could not be used: counted, named, and limited in share.
+@dataclasses.dataclass(frozen=True)
+class ModelInputs:
+    """What the model is given of each item: waveform and pixels, or tokens of a frozen network.
 
-    Up to max_share of the items may be bad, and one of a hundred or more always; the next one raises `UserError`.
+    Attributes:
+      image_resize: how an image becomes a square, see `data.images.decode_image`.
+      image_resize_side: length of the short side before the crop of "short_side"; 0 for the image size.
+      speech_features: tokens to read instead of recordings; None for recordings.
+      image_features: tokens to read instead of images; None for images.
+      speech_copies: tokens of varied copies of the recordings, which training draws from too.
+    """
+
+    image_resize: str = "square"
+    image_resize_side: int = 0
+    speech_features: FeatureCache | None = None
+    image_features: FeatureCache | None = None
+    speech_copies: tuple[FeatureCache, ...] = ()
+
+
+class BadItems:
+    """The recordings and images of one split that could not be used: named, counted, and limited.
+
+    Up to max_share of the items may be bad, and always one where there are a hundred or more.
     """
 
     def __init__(self, where: str, total: int, max_share: float = 0.01):
+        """Start with none.
+
+        Args:
+          where: what error messages call the split.
+          total: number of items of the split.
+          max_share: share of them that may be bad.
+        """
         self.where, self.total, self.max_share = where, total, max_share
         self.allowed = max(int(max_share * total), 1 if total >= 100 else 0)
         self._reasons: dict[str, str] = {}
         self._lock = threading.Lock()
 
     def add(self, name: str, reason: str) -> None:
-        """Records one bad item (once, however often it is met); raises `UserError` when there are too many."""
+        """Record a bad item, once, however often it is met.
+
+        Args:
+          name: the item.
+          reason: what is wrong with it.
+
+        Raises:
+          UserError: there are too many.
+        """
         self.add_all({name: reason})
 
-    def add_all(self, reasons: dict[str, str]) -> None:
-        """Records several at once, so that the error counts them all."""
+    def add_all(self, reasons: Mapping[str, str]) -> None:
+        """Record several bad items at once, so that the error counts them all.
+
+        Args:
+          reasons: name of an item -> what is wrong with it.
+
+        Raises:
+          UserError: there are too many.
+        """
         with self._lock:
             for name, reason in reasons.items():
                 self._reasons.setdefault(name, reason)
@@ -45,17 +91,17 @@ class BadItems:
                 raise UserError(self._too_many())
 
     def _too_many(self) -> str:
-        shown = [f"  {name}: {reason}" for name, reason in list(self._reasons.items())[:5]]
-        more = len(self._reasons) - len(shown)
-        return "\n".join(
-            [
-                f"{self.where}: {len(self._reasons)} of {self.total} items cannot be used, which is more than the "
-                f"{self.allowed} allowed (max_bad_share {self.max_share:g}):",
-                *shown,
-                *([f"  and {more} more"] if more else []),
-                "mend or remove them, or raise max_bad_share",
-            ]
-        )
+        """Say how many there are, and list the first."""
+        lines = [
+            f"{self.where}: {len(self._reasons)} of {self.total} items cannot be used, more than the "
+            f"{self.allowed} allowed (max_bad_share {self.max_share:g}):"
+        ]
+        for name, reason in list(self._reasons.items())[:MOST_SHOWN]:
+            lines.append(f"  {name}: {reason}")
+        if len(self._reasons) > MOST_SHOWN:
+            lines.append(f"  and {len(self._reasons) - MOST_SHOWN} more")
+        lines.append("fix or remove them, or raise max_bad_share")
+        return "\n".join(lines)
 
     @property
     def reasons(self) -> dict[str, str]:
@@ -68,33 +114,42 @@ class BadItems:
 
 
 class PairSource(abc.ABC):
-    """One split of a data set: M recordings, each of one of G pictures.
+    """One split of a data set: M recordings, each of one of G images.
 
-    name, split:   what it is called
-    image_index:   int32 (M,) the picture (gallery row) of each recording
-    image_ids:     int32 (G,) identity of each picture; pictures of equal identity are right answers for each other
-    num_samples:   int32 (M,) length of each recording at 16 kHz, -1 where unknown
-    bad_items:     what was left out, and why
-    speech_features, image_features: FeatureCache to read tokens from instead of recordings or pictures; None for none
-    speech_copies: FeatureCaches of varied copies of the recordings, that training draws from too
-    image_resize:  how pictures become squares, and by way of which size (see `data.images.decode_image`)
+    Attributes:
+      name: name of the data set.
+      split: name of the split.
+      image_index: int32 (M,), the image (gallery row) of each recording. A caller may change it, to
+        train with wrong captions.
+      image_ids: int32 (G,), identity of each image; images of equal identity are right answers for
+        each other.
+      num_samples: int32 (M,), length of each recording at 16 kHz, -1 where unknown.
+      bad_items: what was left out, and why.
+      inputs: what the model is given of each item.
     """
-
-    speech_features = None
-    image_features = None
-    speech_copies = ()
-    image_resize = ("square", 0)
 
     def __init__(
         self,
         name: str,
         split: str,
         *,
-        image_index,
-        image_ids,
-        num_samples,
+        image_index: npt.ArrayLike,
+        image_ids: npt.ArrayLike,
+        num_samples: npt.ArrayLike,
         bad_items: BadItems | None = None,
+        inputs: ModelInputs | None = None,
     ):
+        """Create a source.
+
+        Args:
+          name: name of the data set.
+          split: name of the split.
+          image_index: (M,), see the attributes.
+          image_ids: (G,), see the attributes.
+          num_samples: (M,), see the attributes.
+          bad_items: what was left out; None for nothing.
+          inputs: what the model is given of each item; None for waveform and pixels.
+        """
         self.name, self.split = name, split
         self.image_index = np.asarray(image_index, np.int32)
         self.image_ids = np.asarray(image_ids, np.int32)
@@ -102,53 +157,49 @@ class PairSource(abc.ABC):
         if bad_items is None:  # an empty one is false
             bad_items = BadItems(f"{name}, split {split}", len(self.image_index))
         self.bad_items = bad_items
+        self.inputs = inputs or ModelInputs()
 
     def __len__(self) -> int:
         return len(self.image_index)
 
     @property
     def num_images(self) -> int:
-        """G, the number of distinct pictures."""
+        """G, the number of distinct images."""
         return len(self.image_ids)
 
     @abc.abstractmethod
     def recording(self, index: int) -> Recording:
-        """Recording `index`, its audio still encoded."""
+        """Return recording `index`, its audio still encoded."""
 
     @abc.abstractmethod
     def image(self, row: int) -> bytes | str:
-        """Picture `row` of the gallery: the encoded bytes or a path."""
+        """Return image `row` of the gallery: the encoded bytes or a path."""
 
     @abc.abstractmethod
     def image_id(self, row: int) -> str:
-        """The identity of picture `row` as the data set writes it."""
+        """Return the identity of image `row` as the data set writes it."""
 
     def captions(self, identity: int) -> list[str]:
-        """The captions of all recordings of one identity of `image_ids`."""
+        """Return the captions of all recordings of one identity of `image_ids`."""
         rows = np.flatnonzero(self.image_ids[self.image_index] == identity)
         return [self.recording(int(index))["caption"] for index in rows]
 
     def recording_key(self, index: int) -> str:
-        """What a feature cache calls recording `index`."""
+        """Return what a feature cache calls recording `index`."""
         return f"{self.split}/{index}"
 
     def image_key(self, row: int) -> str:
-        """What a feature cache calls picture `row`."""
+        """Return what a feature cache calls image `row`."""
         return f"{self.split}/{row}"
 
     def recording_name(self, index: int) -> str:
-        """What error messages call recording `index`."""
+        """Return what error messages call recording `index`."""
         audio = self.recording(index)["audio"]
         return audio if isinstance(audio, str) else f"{self.name}, {self.split}, recording {index}"
 
     def image_name(self, row: int) -> str:
-        """What error messages call picture `row`."""
+        """Return what error messages call image `row`."""
         image = self.image(row)
-        return (
-            image
-            if isinstance(image, str)
-            else f"{self.name}, {self.split}, image {self.image_id(row)}"
-        )
-
-
-MANIFEST_SUFFIXES = (".jsonl", ".csv")
+        if isinstance(image, str):
+            return image
+        return f"{self.name}, {self.split}, image {self.image_id(row)}"

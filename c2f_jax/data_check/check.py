@@ -12,11 +12,10 @@ from tqdm import tqdm
 
 from c2f_jax.data.audio import decode_audio, read_bytes
 from c2f_jax.data.images import open_rgb, resize_box
-from c2f_jax.data.manifest import Listing, ManifestSource, manifest_in, read_listing
-from c2f_jax.data.source import MANIFEST_SUFFIXES, MIN_SAMPLES, SAMPLE_RATE, BadItems, PairSource
+from c2f_jax.data.manifest import Listing, ManifestSource, is_manifest, manifest_in, read_listing
+from c2f_jax.data.source import MIN_SAMPLES, SAMPLE_RATE, BadItems, PairSource
 from c2f_jax.data_check.findings import EXIT_CODES, KINDS, VERY_SHORT, Finding, Report
-from c2f_jax.datasets.published import LAYOUTS, layout_of
-from c2f_jax.datasets.registry import DATA_SETS, load_pairs
+from c2f_jax.datasets.registry import DATA_SETS, PUBLISHED, layout_of, load_pairs, open_builder
 from c2f_jax.errors import BadFileError, UserError
 
 
@@ -102,32 +101,19 @@ def _open(spec: str, manual_dir, data_dir):
     spec = str(spec) if name in DATA_SETS else manifest_in(str(spec)) or str(spec)
     if manual_dir is not None:
         return name, *_listed(layout_of(spec).listing([manual_dir]))
-    if spec.lower().endswith(MANIFEST_SUFFIXES):
+    if is_manifest(spec):
         return spec, *_listed(read_listing(spec, strict=False))
-    from c2f_jax.data.prepared import is_prepared, open_prepared
-
-    if is_prepared(spec):
-        builder = open_prepared(spec)
-        name, splits = builder.name, list(builder.info.splits)
-    elif name == "spoken_scenes":
-        from c2f_jax.datasets.spoken_scenes.source import prepared_builder
-
-        splits = list(prepared_builder(spec.partition("/")[2], data_dir).info.splits)
-    elif name in DATA_SETS:
-        from c2f_jax.datasets.published import BUILDERS
-
-        splits = list(BUILDERS[name](data_dir=data_dir).info.splits) or [
-            "train"
-        ]  # loading says what is missing
-    else:
-        splits = ["train"]
+    builder = open_builder(spec, data_dir)
+    if name not in DATA_SETS:
+        name = builder.name
+    splits = list(builder.info.splits)
     sources = {split: load_pairs(spec, split, data_dir, max_bad_share=1.0) for split in splits}
     notes = [
         ("left out", item, reason)
         for source in sources.values()
         for item, reason in source.bad_items.reasons.items()
     ]
-    return name if name in LAYOUTS else spec, sources, notes
+    return name if name in PUBLISHED else spec, sources, notes
 
 
 def _listed(listing: Listing):
@@ -317,7 +303,7 @@ def _odd_numbers(sources) -> list[Finding]:
 
 
 def _differing_counts(name: str, splits) -> list[Finding]:
-    published = LAYOUTS[name].published if name in LAYOUTS else {}
+    published = layout_of(name).published if name in PUBLISHED else {}
     return [
         Finding(
             "count differs",

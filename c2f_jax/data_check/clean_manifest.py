@@ -31,7 +31,7 @@ def write_clean_manifest(report: Report, path: str) -> int:
     path = check_name(path)
     if not all(isinstance(source, ManifestSource) for source in report.sources.values()):
         raise UserError(
-            f"{report.name} is prepared: mend the folder or manifest that it was made from (--manual-dir)"
+            f"{report.name} is prepared: fix the folder or manifest that it was made from (--manual-dir)"
         )
     folder = os.path.abspath(path.parent) if "://" not in str(path) else str(path.parent)
     first_of = {f.name: f.like[1] for f in report.findings if f.kind == "duplicate picture"}

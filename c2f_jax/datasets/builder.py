@@ -1,17 +1,19 @@
-"""TFDS builders of pairs that lie on disk as files: the published data sets, and anyone's manifest.
+"""TFDS builders of pairs that are files on disk: the published data sets, and anyone's manifest.
 
-A record is one picture with all its recordings, as the files hold them; shards are ArrayRecord files. What cannot be
-decoded is left out and named. Each shard is finished on its own, so that an interrupted preparation goes on from the
-last finished shard, and several are made at a time.
+A record is one image with all its recordings, as the files hold them; shards are ArrayRecord files.
+What cannot be decoded is left out and named. Each shard is finished separately, so an interrupted
+preparation resumes after the last finished shard, and several shards are made at a time.
 """
 
 import concurrent.futures
+import dataclasses
 import hashlib
 import json
 import os
 import tempfile
 import threading
-from collections import Counter
+from collections.abc import Iterable
+from typing import Any
 
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -26,15 +28,49 @@ from c2f_jax.data.source import MIN_SAMPLES, BadItems
 from c2f_jax.datasets.layout import Layout
 from c2f_jax.errors import UserError
 
-SHARD_PICTURES = 512
+SHARD_IMAGES = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shard:
+    """A shard to be made.
+
+    Attributes:
+      split: its split.
+      number: its number in the split.
+      images: for each image the rows of the listing that share it.
+    """
+
+    split: str
+    number: int
+    images: list[list[dict]]
+
+    @property
+    def name(self) -> str:
+        return f"{self.split}-{self.number:05d}"
+
+    def fingerprint(self) -> str:
+        """Hash all that the shard is made from, but for the lines of the listing."""
+        values = []
+        for rows in self.images:
+            for row in rows:
+                values.append([row[key] for key in sorted(row) if key != "where"])
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """A shard that was made: its split, its file, and what is known of it."""
+
+    split: str
+    path: epath.Path
+    about: dict[str, Any]
 
 
 class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
-    """Prepares the pairs of a listing.
+    """Prepare the pairs of a listing.
 
-    Constructor arguments beside TFDS's: threads, shards made at a time; max_bad_share, of the items of a split, above
-    which preparation ends with an error (finished shards stay); download, whether parts that are missing are fetched
-    where their owners give a direct link; progress, a bar.
+    A subclass sets LAYOUT. Its name in snake case is the name of the prepared set.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -47,8 +83,18 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
         max_bad_share: float = 0.01,
         download: bool = True,
         progress: bool = True,
-        **kwargs,
+        **kwargs: Any,
     ):
+        """Create a builder.
+
+        Args:
+          threads: shards made at a time; None for one a core.
+          max_bad_share: share of bad items of a split above which preparation ends with an error.
+            Finished shards stay.
+          download: whether to fetch missing parts where their owners give a direct link.
+          progress: whether to show a bar.
+          **kwargs: arguments of TFDS's builder.
+        """
         self._threads = threads or os.cpu_count() or 1
         self._max_bad_share, self._download, self._progress = max_bad_share, download, progress
         kwargs.setdefault("file_format", "array_record")
@@ -56,100 +102,107 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
 
     def _info(self) -> tfds.core.DatasetInfo:
         layout = self.LAYOUT
+        description, homepage = "Pairs.", None
+        if layout is not None:
+            description = f"{layout.name}: pictures with spoken captions. {layout.license}."
+            homepage = layout.homepage
         return tfds.core.DatasetInfo(
             builder=self,
-            description=f"{layout.name}: pictures with spoken captions. {layout.licence}."
-            if layout
-            else "Pairs.",
-            homepage=layout.homepage if layout else None,
+            description=description,
+            homepage=homepage,
             features=pair_features(),
             disable_shuffling=True,
-            # For each split: recordings of each picture, samples of each recording, identities, what was left out.
+            # Of each split: recordings of each image, samples of each recording, identities, and
+            # what was left out.
             metadata=tfds.core.MetadataDict(),
         )
 
-    def _listing(self, dl_manager) -> Listing:
+    def _listing(self, dl_manager: tfds.download.DownloadManager) -> Listing:
         try:
             folders = [dl_manager.manual_dir]
         except AssertionError:  # how TFDS says that there is none, or an empty one
             folders = []
+
         missing = self.LAYOUT.missing(folders)
         if self._download and missing and all(part.direct for part in missing):
-            wanted = {
-                part.what: part.source
-                for part in self.LAYOUT.parts
-                if part in missing or part.optional
-            }
+            wanted = {}
+            for part in self.LAYOUT.parts:
+                if part in missing or part.optional:
+                    wanted[part.what] = part.source
             folders += dl_manager.download_and_extract(wanted).values()
         return self.LAYOUT.listing(folders)
 
-    def _shard_iterators_per_split(self, dl_manager):
-        """split -> shards, each a list of pictures, each the list of its rows."""
+    def _shard_iterators_per_split(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> dict[str, list[_Shard]]:
+        """Divide each split into shards."""
         splits: dict[str, dict[str, list[dict]]] = {}
         for row in self._listing(dl_manager).rows:
             splits.setdefault(row["split"], {}).setdefault(row["image"], []).append(row)
-        shards = {}
-        for split, pictures in splits.items():
-            groups = list(pictures.values())
-            shards[split] = [
-                groups[k : k + SHARD_PICTURES] for k in range(0, len(groups), SHARD_PICTURES)
-            ]
+
+        shards: dict[str, list[_Shard]] = {}
+        for split, images in splits.items():
+            groups = list(images.values())
+            shards[split] = []
+            for number, start in enumerate(range(0, len(groups), SHARD_IMAGES)):
+                shards[split].append(_Shard(split, number, groups[start : start + SHARD_IMAGES]))
         return shards
 
-    def _download_and_prepare(self, dl_manager, download_config=None):
-        del download_config  # nothing of it applies
+    def _download_and_prepare(
+        self,
+        dl_manager: tfds.download.DownloadManager,
+        download_config: tfds.download.DownloadConfig | None = None,
+    ) -> None:
+        del download_config  # none of it applies
         splits = self._shard_iterators_per_split(dl_manager)
-        version = epath.Path(self._data_dir_root) / ".parts" / self.info.full_name.replace("/", "-")
-        version.mkdir(parents=True, exist_ok=True)
-        jobs = [
-            (split, number, shard)
-            for split, shards in splits.items()
-            for number, shard in enumerate(shards)
-        ]
-        bar = tqdm(total=sum(len(shard) for *_, shard in jobs), desc=self.name, unit=" pictures",
-                   disable=not self._progress)  # fmt: skip
+        shards = [shard for of_split in splits.values() for shard in of_split]
+        # Outside of the directory that TFDS empties when it starts again.
+        folder = epath.Path(self._data_dir_root) / ".parts" / self.info.full_name.replace("/", "-")
+        folder.mkdir(parents=True, exist_ok=True)
+
+        total = sum(len(shard.images) for shard in shards)
+        bar = tqdm(total=total, desc=self.name, unit=" pictures", disable=not self._progress)
         stop = threading.Event()
         with bar, concurrent.futures.ThreadPoolExecutor(self._threads) as threads:
-            waiting = [threads.submit(self._shard, version, *job, bar, stop) for job in jobs]
+            futures = [threads.submit(self._make, folder, s, bar, stop) for s in shards]
             try:
-                done = [future.result() for future in waiting]
+                made = [future.result() for future in futures]
             except BaseException:
-                stop.set()  # the shards at work end after the picture in hand
+                stop.set()  # shards in the making end after the image in hand
                 threads.shutdown(cancel_futures=True)
                 raise
-        self._finish([(job[0], *result) for job, result in zip(jobs, done, strict=True)])
-        version.rmtree()
-        if not any(version.parent.iterdir()):
-            version.parent.rmdir()
 
-    def _shard(self, folder, split, number, pictures, bar, stop):
-        """Writes one shard unless it is there: (its path, what is known of it)."""
-        told = json.dumps(
-            [[row[k] for k in sorted(row) if k != "where"] for rows in pictures for row in rows]
-        )
-        fingerprint = hashlib.sha256(told.encode()).hexdigest()
-        path, about_path = folder / f"{split}-{number:05d}", folder / f"{split}-{number:05d}.json"
+        self._finish(made)
+        folder.rmtree()
+        if not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
+
+    def _make(self, folder: epath.Path, shard: _Shard, bar: tqdm, stop: threading.Event) -> _Made:
+        """Write a shard, unless it is there."""
+        fingerprint = shard.fingerprint()
+        path, about_path = folder / shard.name, folder / f"{shard.name}.json"
         if path.exists() and about_path.exists():
             about = json.loads(about_path.read_text())
             if about["fingerprint"] == fingerprint and about.get("stamps") == _stamps(about["bad"]):
-                bar.update(len(pictures))
-                return path, about
+                bar.update(len(shard.images))
+                return _Made(shard.split, path, about)
+
         about = {
             "fingerprint": fingerprint,
             "captions": [],
             "samples": [],
             "image_ids": [],
             "bad": {},
+            "items": len(shard.images) + sum(map(len, shard.images)),
         }
-        about["items"] = len(pictures) + sum(map(len, pictures))
         remote = "://" in str(folder)
         with tempfile.TemporaryDirectory(dir=None if remote else folder) as local:
             part = os.path.join(local, "shard")
             writer = ArrayRecordWriter(part, "group_size:1")
-            for rows in pictures:
+            for rows in shard.images:
                 if stop.is_set():
                     raise InterruptedError
-                example, samples = _read_picture(rows, about["bad"])
+                example, samples = _read_record(rows, about["bad"])
                 if samples:
                     writer.write(self.info.features.serialize_example(example))
                     about["captions"].append(len(samples))
@@ -157,6 +210,7 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
                     about["image_ids"].append(rows[0]["image_id"])
                 bar.update()
             writer.close()
+
             about["bytes"] = os.path.getsize(part)
             if remote:
                 epath.Path(part).copy(path, overwrite=True)
@@ -164,51 +218,66 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
                 os.replace(part, path)
         about["stamps"] = _stamps(about["bad"])
         about_path.write_text(json.dumps(about))  # last: it says that the shard is whole
-        return path, about
+        return _Made(shard.split, path, about)
 
-    def _finish(self, done) -> None:
-        """Moves the shards to where TFDS looks for them and writes what is known of each split."""
-        infos, checked = [], {}
-        for split in dict.fromkeys(
-            split for split, _, _ in done
-        ):  # all are checked before any is moved
-            shards = [(path, about) for name, path, about in done if name == split]
-            bad = {name: reason for _, about in shards for name, reason in about["bad"].items()}
-            items = sum(about["items"] for _, about in shards)
-            BadItems(f"{self.name}, split {split}", items, self._max_bad_share).add_all(bad)
-            full = [(path, about) for path, about in shards if about["captions"]]
-            if not full:
-                raise UserError(f"{self.name}: nothing of the split {split!r} can be used")
-            checked[split] = full, bad, items
-        for split, (full, bad, items) in checked.items():
+    def _finish(self, made: list[_Made]) -> None:
+        """Move the shards to where TFDS looks for them, and write what is known of each split."""
+        splits = list(dict.fromkeys(shard.split for shard in made))
+        # All splits are checked before any shard is moved.
+        metadata, full = {}, {}
+        for split in splits:
+            shards = [shard for shard in made if shard.split == split]
+            metadata[split] = self._metadata(split, [shard.about for shard in shards])
+            full[split] = [shard for shard in shards if shard.about["captions"]]
+
+        infos = []
+        for split in splits:
             template = self._get_filename_template(split_name=split)
-            for number, (path, _) in enumerate(full):
-                path.replace(template.sharded_filepath(shard_index=number, num_shards=len(full)))
-            lengths = [len(about["captions"]) for _, about in full]
-            size = sum(about["bytes"] for _, about in full)
+            count = len(full[split])
+            for number, shard in enumerate(full[split]):
+                shard.path.replace(template.sharded_filepath(shard_index=number, num_shards=count))
             infos.append(
                 tfds.core.SplitInfo(
-                    name=split, shard_lengths=lengths, num_bytes=size, filename_template=template
+                    name=split,
+                    shard_lengths=[len(shard.about["captions"]) for shard in full[split]],
+                    num_bytes=sum(shard.about["bytes"] for shard in full[split]),
+                    filename_template=template,
                 )
             )
-            identities: dict[str, int] = {}
-            self.info.metadata[split] = {
-                "captions": [count for _, about in full for count in about["captions"]],
-                "samples": [count for _, about in full for count in about["samples"]],
-                "identities": [
-                    identities.setdefault(name, len(identities))
-                    for _, about in full
-                    for name in about["image_ids"]
-                ],
-                "bad_items": bad,
-                "items": items,
-            }
+            self.info.metadata[split] = metadata[split]
         self.info.set_splits(tfds.core.SplitDict(infos))
 
+    def _metadata(self, split: str, shards: list[dict]) -> dict[str, Any]:
+        """Join what is known of the shards of a split, as `PreparedSource` reads it."""
+        captions, samples, identities = [], [], []
+        number_of: dict[str, int] = {}
+        bad: dict[str, str] = {}
+        for about in shards:
+            captions += about["captions"]
+            samples += about["samples"]
+            bad |= about["bad"]
+            for name in about["image_ids"]:
+                identities.append(number_of.setdefault(name, len(number_of)))
 
-def _stamps(names) -> dict[str, list | None]:
-    """Size and time of change of bad files, None for a missing one: a shard is made again once one was mended."""
-    stamps = {}
+        items = sum(about["items"] for about in shards)
+        BadItems(f"{self.name}, split {split}", items, self._max_bad_share).add_all(bad)
+        if not captions:
+            raise UserError(f"{self.name}: nothing in the split {split!r} can be used")
+        return {
+            "captions": captions,
+            "samples": samples,
+            "identities": identities,
+            "bad_items": bad,
+            "items": items,
+        }
+
+
+def _stamps(names: Iterable[str]) -> dict[str, list | None]:
+    """Size and time of change of bad files, None for a missing one.
+
+    A shard is made again when one of its bad files has changed.
+    """
+    stamps: dict[str, list | None] = {}
     for name in names:
         try:
             about = epath.Path(name).stat()
@@ -218,16 +287,25 @@ def _stamps(names) -> dict[str, list | None]:
     return stamps
 
 
-def _read_picture(rows: list[dict], bad: dict[str, str]) -> tuple[dict, list[int]]:
-    """The record of one picture and the samples of its recordings at 16 kHz; what is bad joins `bad`."""
+def _read_record(rows: list[dict], bad: dict[str, str]) -> tuple[dict, list[int]]:
+    """Read an image and its recordings.
+
+    Args:
+      rows: the rows of the listing that share the image.
+      bad: name -> reason of what cannot be used; bad files are added.
+
+    Returns:
+      The record, and the samples of its recordings at 16 kHz; nothing where the image is bad.
+    """
     image = rows[0]["image"]
-    recordings, samples = [], []
     try:
-        picture = read_bytes(image)
-        decode_image(picture, 32, name=image)
+        encoded = read_bytes(image)
+        decode_image(encoded, 32, name=image)
     except UserError as e:
         bad[image] = str(e).removeprefix(f"{image}: ")
         return {}, []
+
+    recordings, samples = [], []
     for row in rows:
         name = row["audio"]
         try:
@@ -242,23 +320,23 @@ def _read_picture(rows: list[dict], bad: dict[str, str]) -> tuple[dict, list[int
             continue
         recordings.append({"audio": audio, "caption": row["caption"], "speaker": row["speaker"]})
         samples.append(length)
-    return {"image": picture, "image_id": rows[0]["image_id"], "recordings": recordings}, samples
+    return {"image": encoded, "image_id": rows[0]["image_id"], "recordings": recordings}, samples
 
 
 class ManifestPairs(FilePairs, skip_registration=True):
     """The pairs of a manifest; the name of the configuration is that of the prepared set."""
 
-    def __init__(self, *, manifest: str, name: str, **kwargs):
+    def __init__(self, *, manifest: str, name: str, **kwargs: Any):
+        """Create a builder.
+
+        Args:
+          manifest: path of the manifest.
+          name: name of the prepared set.
+          **kwargs: arguments of `FilePairs`.
+        """
         self._manifest = manifest
         super().__init__(config=tfds.core.BuilderConfig(name=name), **kwargs)
 
-    def _listing(self, dl_manager) -> Listing:
+    def _listing(self, dl_manager: tfds.download.DownloadManager) -> Listing:
         del dl_manager
         return read_listing(self._manifest)
-
-
-def count_splits(listing: Listing) -> dict[str, tuple[int, int]]:
-    """split -> (pictures, recordings) of a listing."""
-    recordings = Counter(row["split"] for row in listing.rows)
-    pictures = Counter(split for split, _ in {(row["split"], row["image"]) for row in listing.rows})
-    return {split: (pictures[split], count) for split, count in recordings.items()}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from c2f_jax.data.augment import AugmentConfig
 from c2f_jax.data.feature_cache import open_features
 from c2f_jax.data.images import RESIZE
-from c2f_jax.data.source import MIN_SAMPLES, SAMPLE_RATE, PairSource
+from c2f_jax.data.source import MIN_SAMPLES, SAMPLE_RATE, ModelInputs, PairSource
 from c2f_jax.datasets.registry import load_pairs
 
 
@@ -64,15 +64,35 @@ class DataConfig:
     max_padding: float | None = field(default=None, metadata={"above": 0.0, "below": 1.0})
     augment: AugmentConfig = AugmentConfig()
 
-    def load(self, split: str, features: bool = True) -> PairSource:
-        """Open a split; ``features`` attaches the feature caches."""
-        source = load_pairs(self.name, split, self.data_dir, max_bad_share=self.max_bad_share)
-        source.image_resize = (self.image_resize, self.image_resize_side)
-        if features:
-            for part in ("speech", "image"):
-                path = getattr(self, f"{part}_features")
-                setattr(source, f"{part}_features", None if path is None else open_features(path))
-        return source
+    def load(self, split: str, *, features: bool = True, copies: bool = False) -> PairSource:
+        """Open a split.
+
+        Args:
+          split: name of the split.
+          features: whether to read speech_features and image_features where they are given.
+          copies: whether to read the varied copies too, as training does.
+
+        Returns:
+          The pairs of the split.
+
+        Raises:
+          UserError: the data set or a feature cache cannot be read.
+        """
+        speech = image = None
+        if features and self.speech_features is not None:
+            speech = open_features(self.speech_features)
+        if features and self.image_features is not None:
+            image = open_features(self.image_features)
+        inputs = ModelInputs(
+            image_resize=self.image_resize,
+            image_resize_side=self.image_resize_side,
+            speech_features=speech,
+            image_features=image,
+            speech_copies=tuple(map(open_features, self.copy_caches() if copies else ())),
+        )
+        return load_pairs(
+            self.name, split, self.data_dir, max_bad_share=self.max_bad_share, inputs=inputs
+        )
 
     def copy_caches(self) -> list[str]:
         """Return the paths of the caches of speech_copies."""

@@ -2,6 +2,7 @@
 
 import csv
 from collections import defaultdict
+from collections.abc import Iterable
 
 from etils import epath
 
@@ -10,46 +11,43 @@ from c2f_jax.datasets.builder import FilePairs
 from c2f_jax.datasets.layout import (
     Layout,
     Part,
-    dicts,
+    dict_list,
     json_entries,
     note_strays,
     text_lines,
     text_value,
 )
 
-# Flickr8k Audio
+# What the lists of names and Karpathy's file call the splits.
+SPLITS = {"train": "train", "dev": "validation", "val": "validation", "test": "test"}
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
-def _read_flickr8k_audio(parts: dict[str, epath.Path]) -> Listing:
+def _read(parts: dict[str, epath.Path]) -> Listing:
+    """Read the pairs: wav2capt.txt names a recording, its image and the number of its caption."""
     listing = Listing("flickr8k_audio")
-    splits, pictures, order = (
-        _flickr8k_splits(parts["splits"], listing),
-        parts["pictures"],
-        parts["recordings"],
-    )
-    captions = _flickr8k_captions(parts.get("captions"))
+    images, order = parts["pictures"], parts["recordings"]
     wavs = order.parent / "wavs"
-    speaker_file = order.parent / "wav2spk.txt"
-    pairs = (line.split() for _, line in text_lines(speaker_file)) if speaker_file.exists() else ()
-    speakers = {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
+    splits = _splits(parts["splits"], listing)
+    captions = _captions(parts.get("captions"))
+    speakers = _speakers(order.parent / "wav2spk.txt")
+
     unused, spoken = [], set()
     for number, line in text_lines(order):
         fields = line.split()
         if len(fields) != 3 or not fields[2].lstrip("#").isdigit():
-            listing.notes.append(
-                ("unreadable line", f"{order}:{number}", f"expected WAV JPG #K, found {line!r}")
+            listing.note(
+                "unreadable line", f"{order}:{number}", f"must be WAV JPG #K, but is {line!r}"
             )
             continue
         audio, image, which = fields[0], fields[1], int(fields[2].lstrip("#"))
         spoken.add(image)
         if image not in splits:
             unused.append(wavs / audio)
-            listing.notes.append(
-                ("in no split", str(wavs / audio), f"{image} is in none of the lists of pictures")
-            )
+            listing.note("in no split", wavs / audio, f"{image} is in none of the lists of images")
             continue
         listing.add(
-            image=pictures / image,
+            image=images / image,
             audio=wavs / audio,
             split=splits[image],
             image_id=image.rpartition(".")[0],
@@ -57,76 +55,88 @@ def _read_flickr8k_audio(parts: dict[str, epath.Path]) -> Listing:
             speaker=speakers.get(audio, ""),
             where=f"{order}:{number}",
         )
-    there = {path.name for path in pictures.iterdir()}
-    for image in sorted(set(captions) - there):
-        listing.notes.append(
-            ("caption without picture", image, f"captions for it, but no such file in {pictures}")
-        )
-    for image in sorted(there - spoken):
-        picture = image.lower().endswith((".jpg", ".jpeg", ".png"))
-        kind, detail = (
-            ("picture without caption", "no recording")
-            if picture
-            else ("stray file", "not a picture")
-        )
-        listing.notes.append((kind, str(pictures / image), detail))
+
+    _note_images(listing, images, captions, spoken)
     note_strays(listing, wavs, unused)
     return listing
 
 
-def _flickr8k_splits(path, listing: Listing) -> dict[str, str]:
-    """Picture -> split, from the three lists of names or from Karpathy's file."""
-    names = {"train": "train", "dev": "validation", "val": "validation", "test": "test"}
+def _note_images(
+    listing: Listing, folder: epath.Path, captions: Iterable[str], spoken: set[str]
+) -> None:
+    """Note captions without an image, images without a recording, and files that are no images."""
+    there = {path.name for path in folder.iterdir()}
+    for image in sorted(set(captions) - there):
+        listing.note("caption without picture", image, f"has captions, but no file in {folder}")
+    for image in sorted(there - spoken):
+        if image.lower().endswith(IMAGE_SUFFIXES):
+            listing.note("picture without caption", folder / image, "no recording")
+        else:
+            listing.note("stray file", folder / image, "not a picture")
+
+
+def _splits(path: epath.Path, listing: Listing) -> dict[str, str]:
+    """Read image -> split, from the three lists of names or from Karpathy's file."""
+    named = []
     if path.suffix == ".json":
-        entries = json_entries(path, "images")
-        named = [
-            (text_value(e, "filename", f"{path}, image {k}"), str(e.get("split")))
-            for k, e in enumerate(entries)
-        ]
+        for number, entry in enumerate(json_entries(path, "images")):
+            image = text_value(entry, "filename", f"{path}, image {number}")
+            named.append((image, str(entry.get("split"))))
     else:
-        named = []
         for name in ("train", "dev", "test"):
             file = path.parent / f"Flickr_8k.{name}Images.txt"
             named += [(line.strip(), name) for _, line in text_lines(file)]
+
     splits: dict[str, str] = {}
     for image, name in named:
-        split = names.get(name)
+        split = SPLITS.get(name)
         if split and splits.setdefault(image, split) != split:
-            listing.notes.append(("split leak", image, f"listed in {splits[image]} and in {split}"))
+            listing.note("split leak", image, f"listed in {splits[image]} and in {split}")
     return splits
 
 
-def _flickr8k_captions(path) -> dict[str, dict[int, str]]:
-    """Picture -> number of the caption -> text; from token file, Kaggle's CSV or Karpathy's JSON."""
+def _captions(path: epath.Path | None) -> dict[str, dict[int, str]]:
+    """Read image -> number of the caption -> text; from token file, Kaggle's CSV or Karpathy's JSON."""
     captions: dict[str, dict[int, str]] = defaultdict(dict)
     if path is None:
         return captions
+
     if path.suffix == ".json":
         for entry in json_entries(path, "images"):
-            sentences = dicts(entry.get("sentences") or [], f"{path}, sentences")
-            captions[text_value(entry, "filename", str(path))] = {
-                k: str(s.get("raw", "")) for k, s in enumerate(sentences)
-            }
+            sentences = dict_list(entry.get("sentences") or [], f"{path}, sentences")
+            of_image = captions[text_value(entry, "filename", str(path))]
+            for number, sentence in enumerate(sentences):
+                of_image[number] = str(sentence.get("raw", ""))
     elif path.name == "captions.txt":
         for _, line in text_lines(path)[1:]:
-            # Line by line, or one stray quote would swallow what follows it. Captions with a comma are not always
-            # quoted: what follows the first comma is the caption.
+            # Line by line, or one stray quote would swallow what follows it. Captions with a comma
+            # are not always quoted: all that follows the first comma is the caption.
             image, *text = next(csv.reader([line]))
             captions[image][len(captions[image])] = ",".join(text)
     else:
         for _, line in text_lines(path):
             name, _, text = line.partition("\t")
             image, _, which = name.rpartition("#")
-            captions[image][int(which) if which.isdigit() else len(captions[image])] = text
+            number = int(which) if which.isdigit() else len(captions[image])
+            captions[image][number] = text
     return captions
 
 
-_FLICKR8K_TEXT = (
-    "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/Flickr8k_text.zip"
-)
+def _speakers(path: epath.Path) -> dict[str, str]:
+    """Read recording -> speaker; nothing where the file is missing."""
+    speakers = {}
+    if path.exists():
+        for _, line in text_lines(path):
+            fields = line.split()
+            if len(fields) == 2:
+                speakers[fields[0]] = fields[1]
+    return speakers
+
+
+_DATASETS = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
 FLICKR8K_AUDIO = Layout(
-    "flickr8k_audio",
-    (
+    name="flickr8k_audio",
+    parts=(
         Part(
             "recordings",
             ("flickr_audio/wav2capt.txt", "wav2capt.txt"),
@@ -136,32 +146,32 @@ FLICKR8K_AUDIO = Layout(
         Part(
             "pictures",
             ("Flicker8k_Dataset", "Flickr8k_Dataset", "Images"),
-            "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/Flickr8k_Dataset.zip",
+            f"{_DATASETS}/Flickr8k_Dataset.zip",
             1.1,
         ),
         Part(
             "splits",
             ("Flickr_8k.trainImages.txt", "dataset_flickr8k.json", "dataset.json"),
-            _FLICKR8K_TEXT,
+            f"{_DATASETS}/Flickr8k_text.zip",
             0.003,
         ),
         Part(
             "captions",
             ("Flickr8k.token.txt", "captions.txt", "dataset_flickr8k.json", "dataset.json"),
-            _FLICKR8K_TEXT,
+            f"{_DATASETS}/Flickr8k_text.zip",
             0.003,
             optional=True,
         ),
     ),
-    _read_flickr8k_audio,
-    {"train": (6000, 30_000), "validation": (1000, 5000), "test": (1000, 5000)},
-    "https://groups.csail.mit.edu/sls/downloads/flickraudio/",
-    "recordings CC BY-SA; photographs for research and education",
+    read=_read,
+    published={"train": (6000, 30_000), "validation": (1000, 5000), "test": (1000, 5000)},
+    homepage="https://groups.csail.mit.edu/sls/downloads/flickraudio/",
+    license="recordings CC BY-SA; photographs for research and education",
 )
 
 
 class Flickr8kAudio(FilePairs):
-    """Flickr8k Audio: 8,000 photographs with five spoken captions each, official split (Harwath and Glass, 2015)."""
+    """Flickr8k Audio: 8,000 photographs with five spoken captions each (Harwath and Glass, 2015)."""
 
     LAYOUT = FLICKR8K_AUDIO
     MANUAL_DOWNLOAD_INSTRUCTIONS = "See `c2f data prepare flickr8k_audio --dry-run`."

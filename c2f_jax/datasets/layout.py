@@ -1,9 +1,9 @@
-"""A published data set as its owners lay it out: parts, reader, published sizes."""
+"""A published data set as its owners lay it out: its parts, its reader, its published sizes."""
 
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from etils import epath
 
@@ -11,14 +11,20 @@ from c2f_jax.data.audio import read_bytes
 from c2f_jax.data.manifest import Listing
 from c2f_jax.errors import UserError
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+PathLike = str | os.PathLike
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A file or folder that a layout needs: any of `names`, in a given folder or one folder further down.
+    """A file or folder that a layout needs.
 
-    source is where it is to be had; direct says that this is a link to a file, which a program may fetch.
+    Attributes:
+      what: what it holds.
+      names: what it may be called, in a given folder or one folder further down.
+      source: where to get it.
+      gigabytes: size of the download; None where it is not stated.
+      direct: whether `source` is a link to a file, which a program may fetch.
+      optional: whether the data set can be read without it.
     """
 
     what: str
@@ -28,25 +34,41 @@ class Part:
     direct: bool = True
     optional: bool = False
 
-    def told(self) -> str:
-        """What it is called, where it comes from and how large it is, in two lines."""
+    def describe(self) -> str:
+        """Say in two lines what it is called, where it comes from and how large it is."""
         size = "size not stated" if self.gigabytes is None else f"{self.gigabytes:g} GB"
         return f"{self.what}: {' or '.join(self.names)}\n    from {self.source} ({size})"
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A published data set: its parts, its reader, and (pictures, recordings) of each split as published."""
+    """A published data set.
+
+    Attributes:
+      name: name of the data set.
+      parts: what has to be downloaded.
+      read: reader of the parts: what -> path of each part, to the pairs.
+      published: split -> (images, recordings) as published; None where not stated.
+      homepage: page of the owners.
+      license: license of the data, in words.
+    """
 
     name: str
     parts: tuple[Part, ...]
     read: Callable[[dict[str, epath.Path]], Listing]
-    published: dict[str, tuple[int | None, int | None]]
+    published: Mapping[str, tuple[int | None, int | None]]
     homepage: str
-    licence: str
+    license: str
 
-    def find(self, folders: Sequence) -> dict[str, epath.Path]:
-        """Where each part is that is there: what -> path."""
+    def find(self, folders: Sequence[PathLike]) -> dict[str, epath.Path]:
+        """Look for the parts.
+
+        Args:
+          folders: folders of what was downloaded.
+
+        Returns:
+          what -> path of each part that is there.
+        """
         found = {}
         for part in self.parts:
             path = _find(folders, part.names)
@@ -54,32 +76,43 @@ class Layout:
                 found[part.what] = path
         return found
 
-    def missing(self, folders: Sequence) -> list[Part]:
-        """The parts that are needed and not there."""
+    def missing(self, folders: Sequence[PathLike]) -> list[Part]:
+        """List the parts that are needed and are not in the folders."""
         found = self.find(folders)
         return [part for part in self.parts if part.what not in found and not part.optional]
 
-    def listing(self, folders: Sequence) -> Listing:
-        """The pairs found in the folders; `UserError` saying what is missing and where to get it."""
+    def listing(self, folders: Sequence[PathLike]) -> Listing:
+        """Read the pairs that the folders hold.
+
+        Args:
+          folders: folders of what was downloaded.
+
+        Returns:
+          The pairs, and what is odd about them.
+
+        Raises:
+          UserError: a part is missing (the message says where to get it) or cannot be read.
+        """
         missing = self.missing(folders)
         if missing:
             where = ", ".join(map(str, folders)) or "no folder was given"
-            raise UserError(
-                f"{self.name} lacks in {where}:\n"
-                + "\n".join(f"  {part.told()}" for part in missing)
-            )
+            parts = "\n".join(f"  {part.describe()}" for part in missing)
+            raise UserError(f"{self.name}: parts are missing in {where}:\n{parts}")
         return self.read(self.find(folders))
 
 
-def _find(folders: Sequence, names: Sequence[str]) -> epath.Path | None:
-    for folder in map(epath.Path, folders):
+def _find(folders: Sequence[PathLike], names: Sequence[str]) -> epath.Path | None:
+    """Find the first of the names in the folders, or else one folder further down."""
+    paths = [epath.Path(folder) for folder in folders]
+    for folder in paths:
         for name in names:
             if (folder / name).exists():
                 return folder / name
-    for folder in map(epath.Path, folders):
-        below = (
-            sorted(path for path in folder.iterdir() if path.is_dir()) if folder.exists() else []
-        )
+
+    for folder in paths:
+        if not folder.exists():
+            continue
+        below = sorted(path for path in folder.iterdir() if path.is_dir())
         for name in names:
             for path in below:
                 if (path / name).exists():
@@ -87,8 +120,18 @@ def _find(folders: Sequence, names: Sequence[str]) -> epath.Path | None:
     return None
 
 
-def text_lines(path):
-    """(line number, line) of a text file, empty lines left out."""
+def text_lines(path: PathLike) -> list[tuple[int, str]]:
+    """Read a text file.
+
+    Args:
+      path: path of the file.
+
+    Returns:
+      (line number, line) of each line that is not empty.
+
+    Raises:
+      UserError: the file cannot be read, or is not UTF-8.
+    """
     try:
         text = read_bytes(str(path)).decode("utf-8-sig")
     except UnicodeDecodeError as e:
@@ -96,38 +139,81 @@ def text_lines(path):
     return [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
 
 
-def json_entries(path, key: str) -> list[dict]:
-    """The list of dicts under `key` of a JSON file."""
+def json_entries(path: PathLike, key: str) -> list[dict]:
+    """Read a list of objects from a JSON file.
+
+    Args:
+      path: path of the file.
+      key: key of the list in the object that the file holds.
+
+    Returns:
+      The objects.
+
+    Raises:
+      UserError: the file cannot be read, or holds no such list.
+    """
     try:
         entries = json.loads(read_bytes(str(path)))[key]
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(
-            f"{path}: not the JSON that was published ({type(e).__name__}: {e}); get it again"
+            f"{path}: not the JSON that was published ({type(e).__name__}: {e}); download it again"
         ) from e
-    return dicts(entries, f"{path}, under {key!r}")
+    return dict_list(entries, f"{path}, under {key!r}")
 
 
-def dicts(values, where: str) -> list[dict]:
+def dict_list(values: object, where: str) -> list[dict]:
+    """Check that a value read from JSON is a list of objects.
+
+    Args:
+      values: the value.
+      where: what the error message calls it.
+
+    Returns:
+      The value.
+
+    Raises:
+      UserError: it is something else.
+    """
     if isinstance(values, list) and all(isinstance(value, dict) for value in values):
         return values
-    raise UserError(f"{where}: expected a list of objects; get the file again")
+    raise UserError(f"{where}: must be a list of objects; download the file again")
 
 
-def text_value(entry: dict, key: str, where: str) -> str:
+def text_value(entry: Mapping, key: str, where: str) -> str:
+    """Take a text from an object read from JSON.
+
+    Args:
+      entry: the object.
+      key: key of the text.
+      where: what the error message calls the object.
+
+    Returns:
+      The text.
+
+    Raises:
+      UserError: there is none, or it is empty.
+    """
     value = entry.get(key)
     if not isinstance(value, str) or not value:
-        raise UserError(
-            f"{where}: expected a text under {key!r}, found {value!r}; get the file again"
-        )
+        raise UserError(f"{where}: {key!r} must be a text, not {value!r}; download the file again")
     return value
 
 
-def note_strays(listing: Listing, folder, also_listed: Sequence = ()) -> None:
-    """Notes the files below a folder of recordings (on this machine: a bucket is not walked) that nothing names."""
-    listed = {row["audio"] for row in listing.rows} | set(map(str, also_listed))
-    below = (
-        os.path.join(place, name) for place, _, names in os.walk(str(folder)) for name in names
-    )
-    listing.notes += [
-        ("stray file", path, "no recording of the listing") for path in sorted(set(below) - listed)
-    ]
+def note_strays(listing: Listing, folder: PathLike, unused: Iterable[PathLike] = ()) -> None:
+    """Note the files in a folder of recordings that nothing refers to.
+
+    Only a local folder is searched: listing a bucket would take too long.
+
+    Args:
+      listing: the listing, which gets the notes.
+      folder: folder of the recordings.
+      unused: recordings that are listed, but belong to no split.
+    """
+    listed = {row["audio"] for row in listing.rows}
+    listed.update(map(str, unused))
+
+    found = set()
+    for place, _, names in os.walk(str(folder)):
+        found.update(os.path.join(place, name) for name in names)
+    for path in sorted(found - listed):
+        listing.note("stray file", path, "not in the listing")

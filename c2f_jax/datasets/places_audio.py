@@ -6,28 +6,27 @@ from c2f_jax.data.manifest import Listing
 from c2f_jax.datasets.builder import FilePairs
 from c2f_jax.datasets.layout import Layout, Part, json_entries, note_strays, text_value
 
-# Places Audio
+PLACES_2020 = ("dev_seen", "dev_unseen", "test_seen", "test_unseen")
 
 
-def _read_places_audio(parts: dict[str, epath.Path]) -> Listing:
+def _read(parts: dict[str, epath.Path]) -> Listing:
+    """Read the pairs: one JSON file a split lists them, under names of 2020 or older ones."""
     listing = Listing("places_audio")
-    folder, audio_root, pictures = (
-        parts["listing"].parent,
-        parts["recordings"].parent,
-        parts["pictures"],
-    )
+    folder, images = parts["listing"].parent, parts["pictures"]
+    audio_root = parts["recordings"].parent
     files = {name: folder / f"{name}_2020.json" for name in ("train", *PLACES_2020)}
     if not files["train"].exists():
         files = {"train": folder / "train.json", "validation": folder / "val.json"}
+
     for split, file in files.items():
         if not file.exists():
-            listing.notes.append(("missing split", str(file), f"no split {split}"))
+            listing.note("missing split", file, f"no split {split}")
             continue
         for number, entry in enumerate(json_entries(file, "data")):
             where = f"{file}, entry {number}"
             image = text_value(entry, "image", where)
             listing.add(
-                image=pictures / image,
+                image=images / image,
                 audio=audio_root / text_value(entry, "wav", where),
                 split=split,
                 image_id=image.rpartition(".")[0],
@@ -39,22 +38,24 @@ def _read_places_audio(parts: dict[str, epath.Path]) -> Listing:
     return listing
 
 
-PLACES_2020 = ("dev_seen", "dev_unseen", "test_seen", "test_unseen")
-_PLACES = "https://data.csail.mit.edu/placesaudio/placesaudio_2020_splits.tar.gz"
+_SOURCE = "https://data.csail.mit.edu/placesaudio/placesaudio_2020_splits.tar.gz"
 PLACES_AUDIO = Layout(
-    "places_audio",
-    (
+    name="places_audio",
+    parts=(
         Part(
             "listing",
-            tuple(
-                f"{folder}{file}"
-                for file in ("train_2020.json", "train.json")
-                for folder in ("metadata/", "PlacesAudio_400k_distro/metadata/", "")
+            (
+                "metadata/train_2020.json",
+                "PlacesAudio_400k_distro/metadata/train_2020.json",
+                "train_2020.json",
+                "metadata/train.json",
+                "PlacesAudio_400k_distro/metadata/train.json",
+                "train.json",
             ),
-            _PLACES,
+            _SOURCE,
             85,
         ),
-        Part("recordings", ("wavs", "PlacesAudio_400k_distro/wavs"), _PLACES, 85),
+        Part("recordings", ("wavs", "PlacesAudio_400k_distro/wavs"), _SOURCE, 85),
         Part(
             "pictures",
             ("images", "PlacesAudio_400k_distro/images", "images256"),
@@ -62,10 +63,10 @@ PLACES_AUDIO = Layout(
             direct=False,
         ),
     ),
-    _read_places_audio,
-    {"validation": (1000, 1000)},
-    "https://groups.csail.mit.edu/sls/downloads/placesaudio/",
-    "see the owners' pages for recordings and photographs",
+    read=_read,
+    published={"validation": (1000, 1000)},
+    homepage="https://groups.csail.mit.edu/sls/downloads/placesaudio/",
+    license="see the owners' pages for recordings and photographs",
 )
 
 

@@ -2,9 +2,22 @@
 
 import os
 
-from c2f_jax.data.manifest import manifest_in, read_listing
-from c2f_jax.data.source import MANIFEST_SUFFIXES
-from c2f_jax.datasets.published import LAYOUTS, layout_of
+from c2f_jax.data.manifest import (
+    MANIFEST_SUFFIXES,
+    Listing,
+    is_manifest,
+    manifest_in,
+    read_listing,
+)
+from c2f_jax.datasets.layout import Layout
+from c2f_jax.datasets.registry import (
+    PUBLISHED,
+    SPOKEN_SCENES,
+    data_set_name,
+    layout_of,
+    published_builder,
+)
+from c2f_jax.datasets.spoken_scenes.source import known_config, prepared_builder
 from c2f_jax.errors import UserError
 
 
@@ -19,17 +32,18 @@ def prepare(
     max_bad_share: float = 0.01,
     progress: bool = True,
 ) -> str:
-    """Makes the prepared set unless it is there; the same call goes on after an interruption.
+    """Make a prepared set if it is not there; the same call resumes after an interruption.
 
     Args:
-      spec: a published data set, `spoken_scenes`, a manifest, or a folder that holds manifest.jsonl or manifest.csv.
+      spec: a published data set, `spoken_scenes`, a manifest, or a folder that holds manifest.jsonl or
+        manifest.csv.
       manual_dir: folder of the downloaded parts of a published set.
-      data_dir: where it is put, local or gs://; TFDS's default directory unless given.
-      name: of the prepared set of a manifest; that of its folder unless given.
-      download: fetch parts that are missing where their owners give a direct link.
+      data_dir: directory to write to, local or gs://; TFDS's default unless given.
+      name: name of the prepared set of a manifest; that of its folder unless given.
+      download: whether to fetch missing parts where their owners give a direct link.
       threads: shards made at a time; None for one a core.
-      max_bad_share: of the items of a split that may be left out.
-      progress: show a bar.
+      max_bad_share: share of the items of a split that may be left out.
+      progress: whether to show a bar.
 
     Returns:
       What to give as data.name: the name of the data set, or the directory of the prepared manifest.
@@ -37,16 +51,15 @@ def prepare(
     Raises:
       UserError: parts are missing, too much is bad, or the directory cannot be written.
     """
-    import tensorflow_datasets as tfds
-
-    spec = _manifest_of(str(spec), manual_dir)
-    if spec.partition("/")[0] == "spoken_scenes":
-        from c2f_jax.datasets.spoken_scenes.source import prepared_builder
-
+    spec = _find_spec(str(spec), manual_dir)
+    if data_set_name(spec) == SPOKEN_SCENES:
         prepared_builder(spec.partition("/")[2], data_dir)
         return spec
+
+    # TFDS is loaded here, so that a dry run does without.
+    import tensorflow_datasets as tfds
+
     from c2f_jax.datasets.builder import ManifestPairs
-    from c2f_jax.datasets.published import BUILDERS
 
     options = {
         "data_dir": data_dir,
@@ -55,17 +68,17 @@ def prepare(
         "progress": progress,
     }
     try:
-        if spec in BUILDERS:
-            builder = BUILDERS[spec](download=download, **options)
+        if spec in PUBLISHED:
+            builder = published_builder(spec)(download=download, **options)
         else:
             builder = ManifestPairs(manifest=spec, name=name or _default_name(spec), **options)
         config = tfds.download.DownloadConfig(manual_dir=manual_dir)
         builder.download_and_prepare(download_config=config)
     except OSError as e:
         raise UserError(
-            f"{spec} could not be prepared ({e}); the same command goes on where it stopped"
+            f"{spec} could not be prepared ({e}); the same command resumes where it stopped"
         ) from e
-    return spec if spec in BUILDERS else str(builder.data_dir)
+    return spec if spec in PUBLISHED else str(builder.data_dir)
 
 
 def dry_run(
@@ -75,70 +88,100 @@ def dry_run(
     data_dir: str | None = None,
     name: str | None = None,
 ) -> str:
-    """What `prepare` would do: parts found and missing, where to get these and how large they are, and the splits.
+    """Describe what `prepare` would do; nothing is written or fetched.
 
-    Nothing is written or fetched. Raises `UserError` for an unknown name and a manifest that cannot be read.
+    Args:
+      spec: as for `prepare`.
+      manual_dir: as for `prepare`.
+      data_dir: as for `prepare`.
+      name: as for `prepare`.
+
+    Returns:
+      The parts that are there and those missing, where to get these and how large they are; or the
+      splits that would be written.
+
+    Raises:
+      UserError: the name is unknown, or the manifest cannot be read.
     """
-    spec = _manifest_of(str(spec), manual_dir)
-    lines = [spec]
-    if spec.partition("/")[0] == "spoken_scenes":
-        from c2f_jax.datasets.spoken_scenes.source import known_config
-
+    spec = _find_spec(str(spec), manual_dir)
+    if data_set_name(spec) == SPOKEN_SCENES:
         known_config(spec.partition("/")[2])
         return f"{spec} is made on this machine and needs no files"
-    if spec in LAYOUTS:
-        layout, folders = LAYOUTS[spec], [manual_dir] if manual_dir else []
-        found, missing = layout.find(folders), layout.missing(folders)
-        for part in layout.parts:
-            if part.what in found:
-                lines.append(f"  found    {part.what}: {found[part.what]}")
-            else:
-                lines.append(f"  {'optional' if part.optional else 'missing '} {part.told()}")
-        if missing:
-            size = sum({part.source: part.gigabytes or 0.0 for part in missing}.values())
-            where = manual_dir or "a folder, to be given with --manual-dir"
-            lines.append(
-                f"  to be put, unpacked, into {where}; {size:g} GB to fetch where the size is known"
-            )
-            if all(part.direct for part in missing):
-                lines.append("  or give --download, and they are fetched from there")
+
+    lines = [spec]
+    if spec in PUBLISHED:
+        layout = layout_of(spec)
+        folders = [manual_dir] if manual_dir else []
+        lines += _describe_parts(layout, folders)
+        if layout.missing(folders):
             return "\n".join(lines)
         listing = layout.listing(folders)
     else:
         listing = read_listing(spec)
         lines.append(f"  prepared as {name or _default_name(spec)}")
-    from c2f_jax.datasets.builder import count_splits
-
-    files = {row[column] for row in listing.rows for column in ("image", "audio")}
-    sizes = [os.path.getsize(file) for file in files if "://" not in file and os.path.isfile(file)]
-    gone = sum("://" not in file and not os.path.isfile(file) for file in files)
-    for split, (pictures, recordings) in count_splits(listing).items():
-        lines.append(f"  {split}: {pictures:,} pictures, {recordings:,} recordings")
-    lines.append(
-        f"  {sum(sizes) / 1e9:.2f} GB in {len(sizes):,} files; {gone:,} listed files are missing"
-    )
+    lines += _describe_listing(listing)
     lines.append(f"  would be written to {data_dir or 'the default directory of TFDS'}")
     return "\n".join(lines)
 
 
-def _manifest_of(spec: str, manual_dir: str | None) -> str:
+def _describe_parts(layout: Layout, folders: list[str]) -> list[str]:
+    """Say which parts are there, and where to get those that are not."""
+    found, missing = layout.find(folders), layout.missing(folders)
+    lines = []
+    for part in layout.parts:
+        if part.what in found:
+            lines.append(f"  found    {part.what}: {found[part.what]}")
+        else:
+            lines.append(f"  {'optional' if part.optional else 'missing '} {part.describe()}")
+
+    if missing:
+        # Several parts may come in one archive.
+        size = sum({part.source: part.gigabytes or 0.0 for part in missing}.values())
+        where = folders[0] if folders else "a folder, and name it with --manual-dir"
+        lines.append(f"  unpack them into {where}; {size:g} GB to fetch where the size is known")
+        if all(part.direct for part in missing):
+            lines.append("  or give --download, and they are fetched from there")
+    return lines
+
+
+def _describe_listing(listing: Listing) -> list[str]:
+    """Count the images, recordings and files of a listing."""
+    lines = []
+    for split, (images, recordings) in listing.count_splits().items():
+        lines.append(f"  {split}: {images:,} pictures, {recordings:,} recordings")
+
+    files = {row[column] for row in listing.rows for column in ("image", "audio")}
+    sizes, gone = [], 0
+    for file in files:
+        if "://" in file:  # asking a bucket for each file would take too long
+            continue
+        if os.path.isfile(file):
+            sizes.append(os.path.getsize(file))
+        else:
+            gone += 1
+    lines.append(
+        f"  {sum(sizes) / 1e9:.2f} GB in {len(sizes):,} files; {gone:,} listed files are missing"
+    )
+    return lines
+
+
+def _find_spec(spec: str, manual_dir: str | None) -> str:
+    """Return the name of a data set or the path of a manifest, which may be that of its folder."""
     if manual_dir is not None:
         layout_of(spec)
-    if (
-        spec in LAYOUTS
-        or spec.partition("/")[0] == "spoken_scenes"
-        or spec.lower().endswith(MANIFEST_SUFFIXES)
-    ):
+    if spec in PUBLISHED or data_set_name(spec) == SPOKEN_SCENES or is_manifest(spec):
         return spec
-    if path := manifest_in(spec):
-        return path
-    raise UserError(
-        f"{spec!r}: give one of {', '.join(LAYOUTS)}, spoken_scenes, a manifest (a file that ends in "
-        f"{' or '.join(MANIFEST_SUFFIXES)}), or a folder that holds manifest.jsonl"
-    )
+    path = manifest_in(spec)
+    if path is None:
+        raise UserError(
+            f"{spec!r}: give one of {', '.join(PUBLISHED)}, {SPOKEN_SCENES}, a manifest (a file that "
+            f"ends in {' or '.join(MANIFEST_SUFFIXES)}), or a folder that holds manifest.jsonl"
+        )
+    return path
 
 
 def _default_name(spec: str) -> str:
-    """The name of the manifest's folder, in letters that a directory of TFDS may have."""
-    name = os.path.basename(os.path.dirname(os.path.abspath(spec) if "://" not in spec else spec))
-    return "".join(letter if letter.isalnum() else "_" for letter in name) or "manifest"
+    """Return the name of the manifest's folder, in characters that a directory of TFDS may have."""
+    path = spec if "://" in spec else os.path.abspath(spec)
+    name = os.path.basename(os.path.dirname(path))
+    return "".join(c if c.isalnum() else "_" for c in name) or "manifest"

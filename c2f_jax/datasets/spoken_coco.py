@@ -1,92 +1,136 @@
 """SpokenCOCO: reader, layout and TFDS builder."""
 
+import dataclasses
+from collections.abc import Iterator
+
 from etils import epath
 
 from c2f_jax.data.manifest import Listing
 from c2f_jax.datasets.builder import FilePairs
-from c2f_jax.datasets.layout import Layout, Part, dicts, json_entries, note_strays, text_value
+from c2f_jax.datasets.layout import (
+    Layout,
+    Part,
+    dict_list,
+    json_entries,
+    note_strays,
+    text_value,
+)
 from c2f_jax.errors import UserError
 
-# SpokenCOCO
+KARPATHY = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
+# What Karpathy's and SpeechCLIP's files call the splits.
+SPLITS = {"train": "train", "restval": "train", "val": "validation", "test": "test"}
 
 
-def _read_spoken_coco(parts: dict[str, epath.Path]) -> Listing:
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """An image of the listing: its path below the folder of images, and its captions."""
+
+    image: str
+    captions: list[dict]
+    split: str | None
+    where: str
+
+    @property
+    def file(self) -> str:
+        return self.image.rpartition("/")[2]
+
+
+def _read(parts: dict[str, epath.Path]) -> Listing:
+    """Read the pairs, from SpeechCLIP's listing by split or from the official one and Karpathy's."""
     listing = Listing("spoken_coco")
     path, recordings = parts["listing"], parts["recordings"].parent
-    # Downloaded archives are unpacked apart, so the two years need not lie in one folder.
-    pictures = {
+    # Archives are unpacked one by one, so the two years need not lie in one folder.
+    folders = {
         "train2014": parts["pictures"].parent,
         "val2014": parts["pictures of val2014"].parent,
     }
-    names = {"train": "train", "restval": "train", "val": "validation", "test": "test"}
+    unused: list[epath.Path] = []
     if "ksplit" in path.name:
-        sources = [
-            (path.parent / f"SpokenCOCO_ksplit_{name}.json", name)
-            for name in ("train", "val", "test")
-        ]
-        split_of = place_of = None
+        entries = list(_ksplit_entries(path.parent))
     else:
-        if "splits" not in parts:
+        entries = _official_entries(path, parts.get("splits"), listing)
+
+    for entry in entries:
+        if entry.split is None:
+            unused += [recordings / str(caption.get("wav")) for caption in entry.captions]
+            continue
+        year = entry.image.partition("/")[0]
+        if year not in folders:
             raise UserError(
-                f"{path}: the official files have no test split; put Karpathy's dataset_coco.json (from "
-                f"{KARPATHY}) beside them, or SpeechCLIP's SpokenCOCO_ksplit_train.json, _val.json and _test.json"
+                f"{entry.where}: the image must be below {' or '.join(folders)}, "
+                f"not {entry.image!r}; download the file again"
             )
-        sources = [(path.parent / f"SpokenCOCO_{name}.json", name) for name in ("train", "val")]
-        listed = enumerate(json_entries(parts["splits"], "images"))
-        karpathy = [
-            (text_value(e, "filename", f"{parts['splits']}, image {k}"), str(e.get("split")))
-            for k, e in listed
-        ]
-        split_of = {file: names.get(split) for file, split in karpathy}
-        place_of = {file: place for place, (file, _) in enumerate(karpathy)}
-    entries, unused = [], []
-    for file, name in sources:
-        for number, entry in enumerate(json_entries(file, "data")):
-            where = f"{file}, entry {number}"
-            image = text_value(entry, "image", where)
-            captions = dicts(entry.get("captions") or [], f"{where}, captions")
-            split = names[name] if split_of is None else split_of.get(image.rpartition("/")[2])
-            if split is None:
-                listing.notes.append(
-                    ("in no split", image, f"not in {parts['splits'].name} ({where})")
-                )
-                unused += [recordings / str(caption.get("wav")) for caption in captions]
-                continue
-            if image.partition("/")[0] not in pictures:
-                raise UserError(
-                    f"{where}: expected a picture below {' or '.join(pictures)}, found {image!r}"
-                )
-            entries.append((captions, image, split, where))
-    if place_of is not None:
-        # Karpathy's order, which the five folds of a thousand test pictures are cut from.
-        entries.sort(key=lambda item: place_of[item[1].rpartition("/")[2]])
-        for file in sorted(
-            place_of.keys() - {image.rpartition("/")[2] for _, image, *_ in entries}
-        ):
-            listing.notes.append(
-                ("picture without caption", file, f"in {parts['splits'].name}, but no recording")
-            )
-    for captions, image, split, where in entries:
-        if not captions:
-            listing.notes.append(("picture without caption", image, f"no recording ({where})"))
-        for number, caption in enumerate(captions):
+        if not entry.captions:
+            listing.note("picture without caption", entry.image, f"no recording ({entry.where})")
+        for number, caption in enumerate(entry.captions):
+            where = f"{entry.where}, caption {number}"
             listing.add(
-                image=pictures[image.partition("/")[0]] / image,
-                audio=recordings / text_value(caption, "wav", f"{where}, caption {number}"),
-                split=split,
-                image_id=image.rpartition("/")[2].rpartition(".")[0],
+                image=folders[year] / entry.image,
+                audio=recordings / text_value(caption, "wav", where),
+                split=entry.split,
+                image_id=entry.file.rpartition(".")[0],
                 caption=str(caption.get("text") or ""),
                 speaker=caption.get("speaker") or "",
-                where=f"{where}, caption {number}",
+                where=where,
             )
     note_strays(listing, parts["recordings"], unused)
     return listing
 
 
-KARPATHY = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
+def _entries(file: epath.Path) -> Iterator[_Entry]:
+    """Read the images of one JSON file, without their splits."""
+    for number, entry in enumerate(json_entries(file, "data")):
+        where = f"{file}, entry {number}"
+        image = text_value(entry, "image", where)
+        captions = dict_list(entry.get("captions") or [], f"{where}, captions")
+        yield _Entry(image, captions, None, where)
+
+
+def _ksplit_entries(folder: epath.Path) -> Iterator[_Entry]:
+    """Read SpeechCLIP's files: one for each split."""
+    for name in ("train", "val", "test"):
+        for entry in _entries(folder / f"SpokenCOCO_ksplit_{name}.json"):
+            yield dataclasses.replace(entry, split=SPLITS[name])
+
+
+def _official_entries(
+    path: epath.Path, karpathy: epath.Path | None, listing: Listing
+) -> list[_Entry]:
+    """Read the official files, with Karpathy's splits and in his order."""
+    if karpathy is None:
+        raise UserError(
+            f"{path}: the official files have no test split; put Karpathy's dataset_coco.json (from "
+            f"{KARPATHY}) beside them, or SpeechCLIP's SpokenCOCO_ksplit_train.json, _val.json and "
+            "_test.json"
+        )
+    split_of, place_of = {}, {}
+    for number, image in enumerate(json_entries(karpathy, "images")):
+        file = text_value(image, "filename", f"{karpathy}, image {number}")
+        split_of[file] = SPLITS.get(str(image.get("split")))
+        place_of[file] = number
+
+    listed, unlisted = [], []
+    for name in ("train", "val"):
+        for entry in _entries(path.parent / f"SpokenCOCO_{name}.json"):
+            split = split_of.get(entry.file)
+            if split is None:
+                unlisted.append(entry)
+                listing.note("in no split", entry.image, f"not in {karpathy.name} ({entry.where})")
+            else:
+                listed.append(dataclasses.replace(entry, split=split))
+
+    # The five folds of a thousand test images are cut from Karpathy's order.
+    listed.sort(key=lambda entry: place_of[entry.file])
+    for file in sorted(place_of.keys() - {entry.file for entry in listed}):
+        listing.note("picture without caption", file, f"in {karpathy.name}, but no recording")
+    return listed + unlisted
+
+
+_SOURCE = "https://data.csail.mit.edu/placesaudio/SpokenCOCO.tar.gz"
 SPOKEN_COCO = Layout(
-    "spoken_coco",
-    (
+    name="spoken_coco",
+    parts=(
         Part(
             "listing",
             (
@@ -95,15 +139,10 @@ SPOKEN_COCO = Layout(
                 "SpokenCOCO/SpokenCOCO_train.json",
                 "SpokenCOCO_train.json",
             ),
-            "https://data.csail.mit.edu/placesaudio/SpokenCOCO.tar.gz",
+            _SOURCE,
             64,
         ),
-        Part(
-            "recordings",
-            ("SpokenCOCO/wavs", "wavs"),
-            "https://data.csail.mit.edu/placesaudio/SpokenCOCO.tar.gz",
-            64,
-        ),
+        Part("recordings", ("SpokenCOCO/wavs", "wavs"), _SOURCE, 64),
         Part("pictures", ("train2014",), "http://images.cocodataset.org/zips/train2014.zip", 13.5),
         Part(
             "pictures of val2014",
@@ -113,10 +152,10 @@ SPOKEN_COCO = Layout(
         ),
         Part("splits", ("dataset_coco.json", "dataset.json"), KARPATHY, 0.04, optional=True),
     ),
-    _read_spoken_coco,
-    {"train": (113_287, None), "validation": (5000, None), "test": (5000, 25_031)},
-    "https://groups.csail.mit.edu/sls/downloads/placesaudio/",
-    "see the owners' pages for recordings and photographs",
+    read=_read,
+    published={"train": (113_287, None), "validation": (5000, None), "test": (5000, 25_031)},
+    homepage="https://groups.csail.mit.edu/sls/downloads/placesaudio/",
+    license="see the owners' pages for recordings and photographs",
 )
 
 

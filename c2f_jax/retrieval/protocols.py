@@ -140,9 +140,8 @@ class WithMorePictures(PairSource):
             ),
             num_samples=source.num_samples,
             bad_items=source.bad_items,
+            inputs=source.inputs,
         )
-        self.image_resize = source.image_resize
-        self.speech_features, self.image_features = source.speech_features, source.image_features
 
     def _owner(self, row: int) -> tuple[PairSource, int]:
         own = self._source.num_images

@@ -10,7 +10,7 @@ from helpers.memory_source import Memory, png, same, take
 from c2f_jax.config.default import default_config
 from c2f_jax.config.experiment import create_experiment
 from c2f_jax.data import batch_plan, loader
-from c2f_jax.data.augment import AugmentConfig, augment_picture, augment_wave
+from c2f_jax.data.augment import AugmentConfig, augment_image, augment_wave
 from c2f_jax.datasets.config import DataConfig
 from c2f_jax.errors import UserError
 
@@ -26,7 +26,7 @@ def rng(seed=0):
 
 
 def picture(options, seed=0, may_flip=True):
-    return augment_picture(RAMP, 24, AugmentConfig(**options), rng(seed), may_flip=may_flip)
+    return augment_image(RAMP, 24, AugmentConfig(**options), rng(seed), may_flip=may_flip)
 
 
 def wave(options, seed=0, samples=TONE):
@@ -64,7 +64,7 @@ def test_jitter_moves_brightness_contrast_and_saturation_within_bounds():
     means = [picture({"jitter": 0.3}, seed).mean() / picture({}).mean() for seed in range(40)]
     assert 0.65 < min(means) < 0.85 and 1.15 < max(means) < 1.35
     grey = np.full((24, 24, 3), 100, np.uint8)
-    jittered = augment_picture(grey, 24, AugmentConfig(jitter=0.3), rng(1), may_flip=False)
+    jittered = augment_image(grey, 24, AugmentConfig(jitter=0.3), rng(1), may_flip=False)
     assert (
         np.ptp(jittered) == 0
     )  # grey stays grey whatever the saturation, and flat whatever the contrast

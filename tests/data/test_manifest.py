@@ -145,7 +145,7 @@ def test_a_missing_manifest_and_a_wrong_suffix(files):
 def test_a_missing_column_is_named(files, column):
     renamed = [{("picture" if k == column else k): v for k, v in row.items()} for row in ROWS]
     message = error_of(write(files, renamed))
-    assert f"manifest.jsonl:1: needs a text under '{column}'" in message and "picture" in message
+    assert f"manifest.jsonl:1: '{column}' is missing" in message and "picture" in message
     message = error_of(write(files, renamed, "csv"))
     assert f"manifest.csv:1: no column {column}" in message and "picture" in message
 
@@ -154,22 +154,22 @@ def test_a_missing_column_is_named(files, column):
     "line, reason",
     [
         ('{"image": "frog.png", "audio": ', "not JSON"),
-        ('["frog.png", "0.wav", "train"]', "expected a JSON object"),
+        ('["frog.png", "0.wav", "train"]', "must be a JSON object"),
         (
             '{"image": "frog.png", "audio": 3, "split": "train"}',
-            "needs a text under 'audio'; it is 3",
+            "'audio' must be a text, not 3",
         ),
         (
             '{"image": "", "audio": "0.wav", "split": "train"}',
-            "needs a text under 'image'; it is ''",
+            "'image' must be a text, not ''",
         ),
         (
             '{"image": "frog.png", "audio": "0.wav", "split": "train", "seconds": "long"}',
-            "seconds is 'long'",
+            "above 0, not 'long'",
         ),
         (
             '{"image": "frog.png", "audio": "0.wav", "split": "train", "seconds": -1}',
-            "seconds is -1",
+            "above 0, not -1",
         ),
     ],
 )

@@ -28,8 +28,7 @@ from c2f_jax.data_check.check import check_data
 from c2f_jax.data_check.clean_manifest import write_clean_manifest
 from c2f_jax.data_check.findings import KINDS
 from c2f_jax.datasets.prepare import dry_run, prepare
-from c2f_jax.datasets.published import LAYOUTS
-from c2f_jax.datasets.registry import is_data_set, load_pairs
+from c2f_jax.datasets.registry import PUBLISHED, is_data_set, load_pairs
 from c2f_jax.errors import UserError
 from c2f_jax.main import main
 
@@ -81,7 +80,7 @@ def test_spoken_coco_and_places(tmp_path):
     assert found(report) == {"zero length": {"utterance_1.wav"}}
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_a_set_with_every_oddity_is_told_and_trains(name, tmp_path):
     """The seven oddities that the published sets have, in each of them: named, left out or kept, and trained on."""
     planted = odd_set(name, tmp_path / "set")
@@ -320,7 +319,7 @@ def test_a_prepared_manifest_loads_by_its_directory_and_is_checked(oddities, tmp
     assert len(set(prepared.image_ids)) == len(set(listed.image_ids)) < prepared.num_images
     report = check_data(ready, progress=False)
     assert report.severity == "warning" and report.splits["train"]["usable"] == len(prepared)
-    with pytest.raises(UserError, match="is prepared: mend the folder or manifest"):
+    with pytest.raises(UserError, match="is prepared: fix the folder or manifest"):
         write_clean_manifest(report, tmp_path / "no.jsonl")
 
 

@@ -49,7 +49,7 @@ def named(listing, kind):
 )
 def test_flickr8k_audio_in_every_layout(tmp_path, pictures, captions):
     listing = FLICKR8K_AUDIO.listing([flickr8k_audio(tmp_path, pictures, captions)])
-    assert builders.count_splits(listing) == {
+    assert listing.count_splits() == {
         "train": (8, 40),
         "validation": (2, 10),
         "test": (3, 15),
@@ -81,7 +81,8 @@ def test_a_missing_part_is_told_with_its_source_and_size(tmp_path):
     flickr8k_audio(tmp_path, odd=False)
     (tmp_path / "Flickr_8k.trainImages.txt").unlink()
     with pytest.raises(
-        UserError, match="(?s)lacks.*splits: Flickr_8k.trainImages.txt.*Flickr8k_text.zip.*GB"
+        UserError,
+        match="(?s)parts are missing in.*splits: Flickr_8k.trainImages.txt.*Flickr8k_text.zip.*GB",
     ) as caught:
         FLICKR8K_AUDIO.listing([tmp_path])
     assert "flickr_audio.tar.gz" not in str(caught.value)
@@ -108,7 +109,7 @@ def test_lines_that_make_no_sense_are_noted(tmp_path):
 @pytest.mark.parametrize("images", ["", "mscoco_img"])
 def test_spoken_coco_official_with_karpathy_and_ksplit(tmp_path, ksplit, images):
     listing = SPOKEN_COCO.listing([spoken_coco(tmp_path, ksplit, images)])
-    assert builders.count_splits(listing) == {
+    assert listing.count_splits() == {
         "train": (5, 25),
         "validation": (1, 5),
         "test": (2, 11),
@@ -159,7 +160,7 @@ def test_official_spoken_coco_without_a_split_is_an_error(tmp_path):
 def test_places_audio_2020_and_older(tmp_path, older):
     listing = PLACES_AUDIO.listing([places_audio(tmp_path, older)])
     splits = ("validation",) if older else PLACES_2020
-    assert builders.count_splits(listing) == {
+    assert listing.count_splits() == {
         "train": (8, 8),
         **{split: (2, 2) for split in splits},
     }
@@ -249,8 +250,8 @@ def test_too_many_bad_items_stop_and_keep_what_is_done(tmp_path, flickr):
 
 def test_an_interrupted_preparation_goes_on(tmp_path, flickr, monkeypatch):
     folder, data_dir = flickr
-    monkeypatch.setattr(builders, "SHARD_PICTURES", 3)
-    read, real = [], builders._read_picture
+    monkeypatch.setattr(builders, "SHARD_IMAGES", 3)
+    read, real = [], builders._read_record
 
     def dying(rows, bad):
         if len(read) == 7:
@@ -258,13 +259,13 @@ def test_an_interrupted_preparation_goes_on(tmp_path, flickr, monkeypatch):
         read.append(rows[0]["image"])
         return real(rows, bad)
 
-    monkeypatch.setattr(builders, "_read_picture", dying)
+    monkeypatch.setattr(builders, "_read_record", dying)
     with pytest.raises(KeyboardInterrupt):
         prepare(Flickr8kAudio, folder, tmp_path, threads=1, max_bad_share=0.1)
     before = read.copy()
     monkeypatch.setattr(
         builders,
-        "_read_picture",
+        "_read_record",
         lambda rows, bad: read.append(rows[0]["image"]) or real(rows, bad),
     )
     builder = prepare(Flickr8kAudio, folder, tmp_path, threads=3, max_bad_share=0.1)

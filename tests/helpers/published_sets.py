@@ -9,7 +9,7 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from c2f_jax.datasets.published import LAYOUTS
+from c2f_jax.datasets.registry import layout_of
 
 # What is planted in the copy of Flickr8k Audio.
 BROKEN, LONG, SHORT, GONE = "pic03_2.wav", "pic04_1.wav", "pic04_3.wav", "pic06.jpg"
@@ -181,7 +181,7 @@ def odd_set(name, folder):
         "places_audio": places_audio,
     }[name]
     make(folder, **{"spoken_coco": {"missing": False, "ksplit": True}}.get(name, {"odd": False}))
-    rows = [row for row in LAYOUTS[name].listing([folder]).rows if row["split"] == "train"]
+    rows = [row for row in layout_of(name).listing([folder]).rows if row["split"] == "train"]
     first = [
         next(row for row in rows if row["image"] == image)
         for image in dict.fromkeys(r["image"] for r in rows)

@@ -23,6 +23,7 @@ from c2f_jax.data import loader
 from c2f_jax.data.augment import AugmentConfig, augment_wave
 from c2f_jax.data.feature_cache import open_features, write_shard
 from c2f_jax.data.images import decode_image
+from c2f_jax.data.source import ModelInputs
 from c2f_jax.datasets.config import DataConfig
 from c2f_jax.datasets.registry import load_pairs
 from c2f_jax.errors import UserError
@@ -193,9 +194,8 @@ def test_shards_are_divided_among_processes(data, tmp_path, monkeypatch):
 def test_the_loader_reads_tokens_crops_them_and_names_what_is_missing(data, cache):
     train, validation, _ = sources(data)
     for source in (train, validation):
-        source.speech_features, source.image_features = (
-            open_features(cache),
-            open_features(data / "tokens.npz"),
+        source.inputs = ModelInputs(
+            speech_features=open_features(cache), image_features=open_features(data / "tokens.npz")
         )
     batches = loader.train_batches(
         train, batch_size=6, image_size=8, bucket_seconds=(0.8,), seed=0, threads=0
@@ -255,7 +255,7 @@ def test_varied_copies_are_the_network_s_tokens_of_varied_recordings(data, cache
     assert len(copies[1].tokens("train4.wav")) == lengths[0]
     np.testing.assert_allclose(copies[1].tokens("train4.wav"), alone[0], atol=5e-3)
 
-    train.speech_features, train.speech_copies = open_features(cache), copies
+    train.inputs = ModelInputs(speech_features=open_features(cache), speech_copies=tuple(copies))
     drawn = []
     options = {
         "batch_size": 6,
@@ -270,14 +270,17 @@ def test_varied_copies_are_the_network_s_tokens_of_varied_recordings(data, cache
         )
         drawn += [batch for _, batch in itertools.islice(batches, 20 - start)]
     counts = np.zeros(3)
-    lengths = {len(c.tokens("train4.wav")) for c in (*copies, train.speech_features)}
+    lengths = {len(c.tokens("train4.wav")) for c in (*copies, train.inputs.speech_features)}
     assert len(lengths) > 1, "speeds differ"
     for step, batch in enumerate(drawn[:20]):
         for row, identity in enumerate(batch["image_id"]):
             index = int(np.flatnonzero(train.image_ids[train.image_index] == identity)[0])
             key, length = train.recording_key(index), batch["speech_lengths"][row]
             given = batch["speech_tokens"][row, :length]
-            same = [np.array_equal(given, c.tokens(key)) for c in (train.speech_features, *copies)]
+            same = [
+                np.array_equal(given, c.tokens(key))
+                for c in (train.inputs.speech_features, *copies)
+            ]
             assert sum(same) == 1
             counts += same
         if (
@@ -464,9 +467,9 @@ def test_cached_items_of_a_prepared_set_are_not_read(tiny_data_dir, tmp_path, mo
     tokens = np.ones((2, 3), np.float16)
     write_shard(tmp_path, "test-speech-00000", [(pairs.recording_key(1), tokens)], (3,))
     (tmp_path / "card.json").write_text("{}")
-    pairs.speech_features = open_features(tmp_path)
+    pairs.inputs = ModelInputs(speech_features=open_features(tmp_path))
     monkeypatch.setattr(pairs, "recording", lambda index: pytest.fail("the recording was read"))
-    np.testing.assert_array_equal(loader.load_speech(pairs, 1), tokens)
+    np.testing.assert_array_equal(loader.load_speech_input(pairs, 1), tokens)
     assert pairs.recording_key(1).startswith("spoken_scenes/tiny/"), (
         "caches of two prepared sets do not mix"
     )
