@@ -88,7 +88,7 @@ def train_and_evaluate(config, workdir, *, devices=None, test=True):
     experiment = fit_to_data(experiment, source, recorder.say)
     source.image_index = shuffled_images(source.image_index, data.shuffled_share, experiment.seed)
 
-    optimizer = create_optimizer(experiment.optimizer)
+    optimizer = create_optimizer(experiment.optimizer, experiment.steps)
     state = create_train_state(
         experiment.model,
         optimizer,

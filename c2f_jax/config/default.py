@@ -68,11 +68,9 @@ def default_config():
 
     config.method = ConfigDict()
     config.method.momentum = 0.995
-    config.method.momentum_half_life = placeholder(int)
     config.method.alpha = 0.4
     config.method.alpha_ramp_steps = placeholder(int)
     config.method.id_policy = "multi_positive"
-    config.method.sic_weight = 1.0
     config.method.sim_weight = 1.0
     config.method.negatives = "global"
     config.method.mining_tau = placeholder(float)

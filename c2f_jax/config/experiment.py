@@ -16,10 +16,10 @@ from c2f_jax.datasets.config import DataConfig
 from c2f_jax.errors import UserError
 from c2f_jax.models.c2f import C2FModel
 from c2f_jax.models.factory import create_model
-from c2f_jax.objectives.momentum import momentum_from_half_life
+from c2f_jax.objectives import ID_POLICIES
 from c2f_jax.pretrained.weights import bare_tower, open_card
 from c2f_jax.retrieval.evaluation import SCORES, EvalConfig
-from c2f_jax.training.method import MethodConfig
+from c2f_jax.training.method import NEGATIVE_POOLS, MethodConfig
 from c2f_jax.training.optimizer import OptimizerConfig
 from c2f_jax.training.parallel import MODES
 
@@ -79,9 +79,6 @@ class Experiment:
 def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
     """Check a configuration and build its pieces.
 
-    ``method.momentum_half_life``, in training pairs, takes the place of ``method.momentum`` where it is given: the
-    moving average then does not change when more devices make the batch larger.
-
     Raises:
       UserError: naming the value, what is expected and how to mend it.
     """
@@ -92,9 +89,6 @@ def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
     for name, section in (("model", model), ("method", method), ("data", data)):
         if not isinstance(section, dict):
             raise UserError(f"the configuration has no section `{name}`: see c2f_jax/config.py")
-    half_life = method.pop("momentum_half_life", None)
-    if half_life is not None:
-        method["momentum"] = momentum_from_half_life(half_life, plain.get("batch_size", 1))
     model, weights, preprocessing = _with_weights(model)
     data |= preprocessing
     data["augment"] = _build(AugmentConfig, "data.augment", data.pop("augment", {}))
@@ -103,13 +97,15 @@ def create_experiment(config: ml_collections.ConfigDict) -> Experiment:
         "data": _build(DataConfig, "data", data),
         "eval": _build(EvalConfig, "eval", plain.pop("eval", {})),
         "method": _build(MethodConfig, "method", method),
-        "optimizer": _build(
-            OptimizerConfig, "optimizer", plain.pop("optimizer", {}) | {"steps": plain.get("steps")}
-        ),
+        "optimizer": _build(OptimizerConfig, "optimizer", plain.pop("optimizer", {})),
         "model": _model(model),
         "weights": weights,
     }
     experiment = _build(Experiment, "the configuration", plain | parts)
+    for name, choices in (("id_policy", ID_POLICIES), ("negatives", NEGATIVE_POOLS)):
+        value = getattr(experiment.method, name)
+        if value not in choices:
+            raise UserError(f"method.{name}={value!r}: choose one of {', '.join(choices)}")
     if experiment.parallel not in MODES:
         raise UserError(f"parallel={experiment.parallel!r}: choose one of {', '.join(MODES)}")
     if experiment.eval.score not in SCORES:

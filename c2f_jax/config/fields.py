@@ -43,6 +43,11 @@ _RANGES = (
             *[
                 "seed",
                 "eval_every",
+                "queue_size",
+                "token_queue_size",
+                "method.sim_weight",
+                "method.warm_up_steps",
+                "method.alpha_ramp_steps",
                 "checkpoint_every",
                 "data.threads",
                 "data.prefetch",
@@ -61,7 +66,8 @@ _RANGES = (
                 "optimizer.learning_rate",
                 "optimizer.clip_norm",
                 "model.initial_tau",
-                "method.momentum_half_life",
+                "method.mining_tau",
+                "method.min_tau",
             ],
             *[f"{part}.mlp_ratio" for part in _PARTS],
         ],
@@ -69,7 +75,13 @@ _RANGES = (
     (
         "a number from 0 to 1",
         lambda x: 0 <= x <= 1,
-        ["data.max_bad_share", "data.shuffled_share", "optimizer.final_fraction"],
+        [
+            "method.alpha",
+            "method.momentum",
+            "data.max_bad_share",
+            "data.shuffled_share",
+            "optimizer.final_fraction",
+        ],
     ),
     (
         "a number from 0 on and below 1",

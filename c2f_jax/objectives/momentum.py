@@ -25,14 +25,3 @@ def update_momentum(momentum_params, params, momentum):
     return jax.tree.map(
         lambda m, p: (momentum * m + (1.0 - momentum) * p).astype(m.dtype), momentum_params, params
     )
-
-
-def momentum_from_half_life(half_life_samples, batch_size):
-    """The m whose average forgets half of its past after ``half_life_samples`` pairs: m = 2^(-N / half-life).
-
-    Stated in samples the averaging does not change when more devices make the global batch N larger.
-
-    >>> round(momentum_from_half_life(35_400, 256), 4)
-    0.995
-    """
-    return 0.5 ** (batch_size / half_life_samples)

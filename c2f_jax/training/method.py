@@ -1,103 +1,82 @@
-"""What the paper's method is made of, as values."""
+"""The options of the paper's method."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from c2f_jax import objectives
 from c2f_jax.errors import UserError
+from c2f_jax.objectives import ID_POLICIES
 
 NEGATIVE_POOLS = ("batch", "global", "queue")
 
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """What the paper's method is made of. Values are inherited from ALBEF and BLIP where the paper's are not known.
+    """Options of the method. The defaults are those of ALBEF and BLIP where the paper's are unknown.
 
     Attributes:
-      momentum: m of the momentum model; None trains without one, with online keys that receive gradient (plain
-        in-batch contrastive learning; needs an empty queue and alpha = 0).
+      momentum: m of the momentum model. None trains without one: keys are then the online
+        embeddings and receive gradient (plain in-batch contrastive learning), which needs empty
+        queues and ``alpha`` 0.
       alpha: weight of momentum distillation.
-      alpha_ramp_steps: steps after the warm-up over which alpha grows from 0; 0 for none, None for one
-        epoch, which the trainer knows.
-      id_policy: "multi_positive", "mask" or "diagonal".
-      sic_weight, sim_weight: L = sic_weight L_SIC + sim_weight L_SIM; sim_weight = 0 skips SIM altogether.
-      negatives: pool of SIM's hard negatives: "batch" (own device), "global" (all devices) or "queue" (all devices and
-        the token queue).
-      mining_tau: temperature T of hard-negative mining, probability ~ exp(cosine / T); None for tau, as in ALBEF. A
-        larger one draws easier negatives: a matcher that starts from nothing learns nothing from those that SIC, whose
-        tau falls as it learns, cannot tell from the right ones either.
-      warm_up_steps: steps of plain in-batch contrastive learning before the whole method (``warm_up``); 0 for
-        pretrained encoders. Encoders that start from nothing change so fast that momentum keys lag behind, queued
-        embeddings are told from fresh ones by their age alone, and hard negatives mean nothing yet.
-      min_tau, max_tau: the temperature is clipped to this range after each update.
+      alpha_ramp_steps: steps after the warm-up over which alpha grows from 0. 0 for no ramp; None
+        for one epoch, which the trainer fills in.
+      id_policy: which bank columns with a query's image id are positives; see
+        ``objectives.identity_targets``.
+      sim_weight: w in L = L_SIC + w L_SIM; 0 leaves SIM out.
+      negatives: where SIM's hard negatives come from: "batch" (the same device), "global" (all
+        devices) or "queue" (all devices and the token queue).
+      mining_tau: temperature T of hard-negative mining, probability ~ exp(cosine / T); None for
+        tau, as in ALBEF. A higher one draws easier negatives. A matcher trained from scratch needs
+        it: as tau falls, the draws become pairs that SIC cannot tell apart either.
+      warm_up_steps: steps of plain in-batch contrastive learning before the whole method; 0 for
+        pretrained encoders. Encoders trained from scratch change so fast that momentum keys lag
+        behind, the model can tell queued embeddings from fresh ones by age alone, and the
+        similarities are still too poor to mine with.
+      min_tau: lowest temperature; tau is clipped after each update.
+      max_tau: highest temperature.
     """
 
-    momentum: float | None = 0.995
-    alpha: float = 0.4
-    alpha_ramp_steps: int | None = 0
-    id_policy: str = "multi_positive"
-    sic_weight: float = 1.0
-    sim_weight: float = 1.0
-    negatives: str = "global"
-    mining_tau: float | None = None
-    warm_up_steps: int = 0
-    min_tau: float = 0.001
-    max_tau: float = 0.5
+    momentum: float | None = field(default=0.995, metadata={"min": 0.0, "max": 1.0})
+    alpha: float = field(default=0.4, metadata={"min": 0.0, "max": 1.0})
+    alpha_ramp_steps: int | None = field(default=None, metadata={"min": 0})
+    id_policy: str = field(default="multi_positive", metadata={"choices": ID_POLICIES})
+    sim_weight: float = field(default=1.0, metadata={"min": 0.0})
+    negatives: str = field(default="global", metadata={"choices": NEGATIVE_POOLS})
+    mining_tau: float | None = field(default=None, metadata={"above": 0.0})
+    warm_up_steps: int = field(default=0, metadata={"min": 0})
+    min_tau: float = field(default=0.001, metadata={"above": 0.0})
+    max_tau: float = field(default=0.5, metadata={"above": 0.0})
 
-    def warm_up(self):
-        """The method of the first ``warm_up_steps`` steps: SIC in the batch, without momentum model, queue or SIM."""
+    def warm_up(self) -> "MethodConfig":
+        """Return the method of the first ``warm_up_steps`` steps: SIC in the batch and nothing else."""
         return dataclasses.replace(self, momentum=None, alpha=0.0, sim_weight=0.0)
 
-    def has_sim(self, step):
-        """Whether SIM was trained by the end of ``step``; before, its scores are those of a random matcher."""
+    def has_sim(self, step: int) -> bool:
+        """Return whether SIM has been trained by the end of ``step``; before, its scores are random."""
         return self.sim_weight > 0 and step > self.warm_up_steps
 
-    def check(self, queue_size, token_queue_size):
-        """Raise UserError for values that contradict each other."""
-        if self.id_policy not in objectives.ID_POLICIES:
+    def check(self, queue_size: int, token_queue_size: int) -> None:
+        """Check that the options agree with each other and with the sizes of the queues.
+
+        Args:
+          queue_size: slots of the embedding queue.
+          token_queue_size: slots of the token queue.
+
+        Raises:
+          UserError: two options contradict each other.
+        """
+        if self.min_tau > self.max_tau:
             raise UserError(
-                f"method.id_policy={self.id_policy!r}: choose one of {', '.join(objectives.ID_POLICIES)}"
-            )
-        if self.negatives not in NEGATIVE_POOLS:
-            raise UserError(
-                f"method.negatives={self.negatives!r}: choose one of {', '.join(NEGATIVE_POOLS)}"
-            )
-        if not 0.0 <= self.alpha <= 1.0:
-            raise UserError(f"method.alpha={self.alpha}: a weight from 0 to 1 is expected")
-        if self.momentum is not None and not 0.0 <= self.momentum <= 1.0:
-            raise UserError(
-                f"method.momentum={self.momentum}: a value from 0 to 1, or None, is expected"
-            )
-        if min(self.sic_weight, self.sim_weight) < 0 or not self.sic_weight + self.sim_weight > 0:
-            raise UserError(
-                "method.sic_weight and method.sim_weight must not be negative, and one of them above 0"
-            )
-        if queue_size < 0 or token_queue_size < 0:
-            raise UserError(
-                f"queue_size={queue_size}, token_queue_size={token_queue_size}: sizes are 0 or more"
-            )
-        if self.warm_up_steps < 0:
-            raise UserError(f"method.warm_up_steps={self.warm_up_steps}: 0 or more is expected")
-        if self.alpha_ramp_steps is not None and self.alpha_ramp_steps < 0:
-            raise UserError(
-                f"method.alpha_ramp_steps={self.alpha_ramp_steps}: 0 or more, or None, is expected"
-            )
-        if not 0 < self.min_tau <= self.max_tau:
-            raise UserError(
-                f"method.min_tau={self.min_tau}, method.max_tau={self.max_tau}: temperatures above 0, the lower one "
-                "first, are expected"
-            )
-        if self.mining_tau is not None and not self.mining_tau > 0:
-            raise UserError(
-                f"method.mining_tau={self.mining_tau}: a temperature above 0, or None for tau, is expected"
+                f"method.min_tau={self.min_tau} must be at most method.max_tau={self.max_tau}"
             )
         if self.momentum is None and (queue_size or token_queue_size or self.alpha):
             raise UserError(
-                "method.momentum=None trains without a momentum model, which the queue and distillation need: "
-                "set queue_size=0, token_queue_size=0 and method.alpha=0, or give method.momentum a value"
+                "method.momentum=None trains without a momentum model, which the queue and "
+                "distillation need: set queue_size=0, token_queue_size=0 and method.alpha=0, or "
+                "give method.momentum a value"
             )
         if (self.negatives == "queue") != (token_queue_size > 0):
             raise UserError(
-                f"method.negatives={self.negatives!r} with token_queue_size={token_queue_size}: negatives from the "
-                "queue need token_queue_size > 0, and no other pool uses it"
+                f"method.negatives={self.negatives!r} with token_queue_size={token_queue_size}: "
+                "negatives from the queue need token_queue_size > 0, and no other pool uses it"
             )

@@ -1,6 +1,10 @@
-"""AdamW or Muon with warm-up and cosine decay; no weight decay on biases, norms, [CLS], positions and tau."""
+"""AdamW or Muon with warm-up and cosine decay.
 
-from dataclasses import dataclass
+Weight decay leaves out biases, norms, [CLS], positions and tau.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import optax
@@ -9,62 +13,80 @@ from c2f_jax.errors import UserError
 
 OPTIMIZERS = ("adamw", "muon")
 
-
-# Muon's update has the root mean square of a typical AdamW update, so that both take the same learning rates
+# Gives Muon's updates the root mean square of AdamW's, so that both take the same learning rates
 # (Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2).
 _MUON_RMS = 0.2
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Knobs of the optimiser.
+    """Options of the optimizer.
 
     Attributes:
-      name: "adamw"; or "muon" (Jordan et al. 2024), which orthogonalises the updates of kernels and leaves all else to
-        Adam, both with Nesterov momentum: encoders that start from nothing need far fewer steps with it.
+      name: "adamw", or "muon" (Jordan et al. 2024). Muon orthogonalizes the updates of kernels, with
+        Nesterov momentum, and leaves all other parameters to Adam; encoders trained from scratch
+        need far fewer steps with it.
       learning_rate: peak value.
-      warmup_steps: linear warm-up from 0.
-      steps: total steps; the cosine ends there at ``final_fraction`` of the peak.
-      final_fraction: last learning rate over the peak.
+      warmup_steps: steps over which the learning rate grows from 0 to its peak.
+      final_fraction: last learning rate over the peak; the cosine ends there at the last step.
       weight_decay: decoupled, on kernels only.
-      b2: second-moment decay of Adam.
-      clip_norm: global gradient norm bound.
+      b2: decay of Adam's second moment.
+      clip_norm: bound on the norm of the whole gradient.
     """
 
-    name: str = "adamw"
-    learning_rate: float = 1e-4
-    warmup_steps: int = 1000
-    steps: int = 50_000
-    final_fraction: float = 0.0
-    weight_decay: float = 1e-6
-    b2: float = 0.999
-    clip_norm: float = 1.0
+    name: str = field(default="adamw", metadata={"choices": OPTIMIZERS})
+    learning_rate: float = field(default=1e-3, metadata={"above": 0.0})
+    warmup_steps: int = field(default=100, metadata={"min": 0})
+    final_fraction: float = field(default=0.02, metadata={"min": 0.0, "max": 1.0})
+    weight_decay: float = field(default=0.05, metadata={"min": 0.0})
+    b2: float = field(default=0.98, metadata={"min": 0.0, "below": 1.0})
+    clip_norm: float = field(default=1.0, metadata={"above": 0.0})
 
 
-def learning_rate_schedule(config):
-    """step -> learning rate."""
+def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Make the learning rate of each step: linear warm-up, then half a cosine.
+
+    Args:
+      config: OptimizerConfig.
+      steps: steps of the whole run.
+
+    Returns:
+      A function step -> learning rate.
+    """
     return optax.warmup_cosine_decay_schedule(
         0.0,
         config.learning_rate,
         config.warmup_steps,
-        max(config.steps, config.warmup_steps + 1),
+        max(steps, config.warmup_steps + 1),
         config.learning_rate * config.final_fraction,
     )
 
 
-def decayed(params):
-    """Pytree of bool: True for the kernels of dense, attention and convolution layers."""
+def decayed(params: Any) -> Any:
+    """Mark what weight decay acts on: the kernels of dense, attention and convolution layers.
+
+    Args:
+      params: pytree of parameters.
+
+    Returns:
+      Pytree of bool, True for kernels.
+    """
     return jax.tree_util.tree_map_with_path(lambda path, _: _names(path)[-1] == "kernel", params)
 
 
-def muon_dimensions(params):
-    """Pytree that tells Muon how each kernel is a matrix, input axes by output axes; None leaves a value to Adam.
+def muon_dimensions(params: Any) -> Any:
+    """Describe each kernel as a matrix of input axes by output axes; None leaves a value to Adam.
 
-    Attention's query, key and value kernels are (W, heads, W / heads), its output kernel (heads, W / heads, W),
-    convolutions (..., inputs, outputs).
+    Args:
+      params: pytree of parameters. Attention's query, key and value kernels are
+        (W, heads, W / heads), its output kernel (heads, W / heads, W), convolutions
+        (..., inputs, outputs).
+
+    Returns:
+      Pytree of optax's MuonDimensionNumbers or None.
     """
 
-    def dimensions(path, value):
+    def dimensions(path: tuple, value: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
         *_, module, name = "", *_names(path)
         if name != "kernel":
             return None
@@ -75,13 +97,21 @@ def muon_dimensions(params):
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
-def create_optimizer(config):
-    """The gradient transformation for ``C2FTrainState``.
+def create_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Make the gradient transformation of a run.
+
+    Args:
+      config: OptimizerConfig.
+      steps: steps of the whole run, at which the cosine ends.
+
+    Returns:
+      An optax transformation.
 
     Raises:
-      UserError: an unknown name.
+      UserError: unknown name.
     """
-    schedule = learning_rate_schedule(config)
+    schedule = learning_rate_schedule(config, steps)
+
     if config.name == "adamw":
         update = optax.adamw(schedule, b2=config.b2, weight_decay=config.weight_decay, mask=decayed)
     elif config.name == "muon":
@@ -95,8 +125,10 @@ def create_optimizer(config):
         )
     else:
         raise UserError(f"optimizer.name={config.name!r}: choose one of {', '.join(OPTIMIZERS)}")
+
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
 
 
-def _names(path):
+def _names(path: tuple) -> list[str | None]:
+    """Return the dictionary keys of a path in a pytree."""
     return [getattr(key, "key", None) for key in path]

@@ -101,7 +101,7 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
         sic = pmean(jnp.mean(sic_rows), axis_name)
         metrics = {"sic_loss": sic_rows, "tau": tau, "sic_accuracy": _hits(logits_s2i, hard, keep)}
         if not method.sim_weight:
-            return method.sic_weight * sic, (metrics, momentum, global_ids)
+            return sic, (metrics, momentum, global_ids)
 
         # 5. and 6. Hard negatives and SIM.
         sim, sim_metrics = sim_stage(
@@ -116,7 +116,7 @@ def train_step(state, batch, *, model, optimizer, method, axis_name=None):
             method=method,
             axis_name=axis_name,
         )
-        return method.sic_weight * sic + method.sim_weight * sim, (
+        return sic + method.sim_weight * sim, (
             metrics | sim_metrics,
             momentum,
             global_ids,

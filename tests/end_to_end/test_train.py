@@ -234,7 +234,7 @@ def test_workdir_of_another_configuration_is_refused(flags, unbroken, capsys):
         ("--config.batch_size=640", "640"),
         ("--config.eval.k=0", "eval.k=0"),
         ("--config.eval.score=best", "choose one of sic"),
-        ("--config.queue_size=-1", "sizes are 0 or more"),
+        ("--config.queue_size=-1", "queue_size=-1"),
         ("--config.token_queue_size=0", "token_queue_size > 0"),
         ("--config.method.id_policy=none", "multi_positive"),
         ("--config.method.negatives=all", "choose one of batch, global, queue"),

@@ -60,13 +60,16 @@ def step(speech, image, steps=1):
     """Train states before and after, and the metrics of the last step."""
     model = create_model(speech, image, SMALL, embedding_dim=8)
     optimizer = create_optimizer(
-        OptimizerConfig(learning_rate=1e-2, warmup_steps=0, weight_decay=0.1, steps=10)
+        OptimizerConfig(
+            learning_rate=1e-2, warmup_steps=0, final_fraction=0.0, weight_decay=0.1, b2=0.999
+        ),
+        10,
     )
     data = batch()
     before = create_train_state(model, optimizer, data, seed=0, queue_size=8, token_queue_size=0)
     run = jax.jit(
         lambda state: train_step(
-            state, data, model=model, optimizer=optimizer, method=MethodConfig()
+            state, data, model=model, optimizer=optimizer, method=MethodConfig(alpha_ramp_steps=0)
         )
     )
     state = before
@@ -123,7 +126,7 @@ def test_frozen_convolutions_alone():
 
 def test_given_weights_take_the_place_of_random_ones():
     model = create_model(SPEECH, IMAGE, SMALL, embedding_dim=8)
-    optimizer = create_optimizer(OptimizerConfig())
+    optimizer = create_optimizer(OptimizerConfig(), 1000)
     create = lambda **given: create_train_state(  # noqa: E731
         model, optimizer, batch(), seed=0, queue_size=0, token_queue_size=0, **given
     )

@@ -12,7 +12,7 @@ from scipy import stats
 from c2f_jax import objectives
 from c2f_jax.objectives.collectives import all_gather, masked_mean, pmean
 from c2f_jax.objectives.embedding_queue import bank, bank_valid, create_queue, enqueue
-from c2f_jax.objectives.momentum import momentum_from_half_life, update_momentum
+from c2f_jax.objectives.momentum import update_momentum
 
 pytestmark = pytest.mark.usefixtures("no_rank_promotion")
 RNG = np.random.default_rng
@@ -470,10 +470,3 @@ def test_momentum_parameters_approach_a_constant_geometrically():
         np.testing.assert_allclose(momentum["a"]["b"], theta + m**k * (start - theta), atol=1e-6)
     lowered = update_momentum(momentum, {"a": {"b": f32(theta).astype(jnp.bfloat16)}}, m)
     assert lowered["a"]["b"].dtype == jnp.float32
-
-
-def test_half_life_counts_samples_not_steps():
-    for batch_size in (32, 256):
-        assert momentum_from_half_life(10_240, batch_size) ** (
-            10_240 / batch_size
-        ) == pytest.approx(0.5)

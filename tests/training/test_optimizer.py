@@ -66,8 +66,8 @@ def test_muon_orthogonalises_the_update_of_a_kernel(params):
 
     The five Newton-Schulz steps of Muon bring singular values into about [0.7, 1.2], not exactly to 1.
     """
-    config = OptimizerConfig("muon", learning_rate=0.01, warmup_steps=0, steps=10, weight_decay=0.0)
-    optimizer = create_optimizer(config)
+    config = OptimizerConfig("muon", learning_rate=0.01, warmup_steps=0, weight_decay=0.0)
+    optimizer = create_optimizer(config, 10)
     keys = iter(jax.random.split(jax.random.key(1), 1000))
     grads = jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape), params)
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
@@ -93,8 +93,8 @@ def test_muon_orthogonalises_the_update_of_a_kernel(params):
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_weight_decay_reaches_kernels_alone(params, name):
-    config = OptimizerConfig(name, learning_rate=0.01, warmup_steps=0, steps=10, weight_decay=0.5)
-    optimizer = create_optimizer(config)
+    config = OptimizerConfig(name, learning_rate=0.01, warmup_steps=0, weight_decay=0.5)
+    optimizer = create_optimizer(config, 10)
     ones = jax.tree.map(jnp.ones_like, params)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(ones), ones)
     for path, update in jax.tree_util.tree_leaves_with_path(updates):
@@ -105,4 +105,4 @@ def test_weight_decay_reaches_kernels_alone(params, name):
 
 def test_unknown_optimizer_is_named():
     with pytest.raises(UserError, match="optimizer.name='sgd': choose one of adamw, muon"):
-        create_optimizer(OptimizerConfig("sgd"))
+        create_optimizer(OptimizerConfig("sgd"), 10)

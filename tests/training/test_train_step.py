@@ -432,21 +432,7 @@ def test_metrics_are_sums_and_counts_over_the_global_batch():
 @pytest.mark.parametrize(
     "values, sizes, message",
     [
-        (
-            {"id_policy": "first"},
-            (0, 0),
-            "method.id_policy='first': choose one of multi_positive, mask, diagonal",
-        ),
-        (
-            {"negatives": "all"},
-            (0, 0),
-            "method.negatives='all': choose one of batch, global, queue",
-        ),
-        ({"alpha": 1.5}, (0, 0), "method.alpha=1.5: a weight from 0 to 1"),
-        ({"momentum": -0.1}, (0, 0), "method.momentum=-0.1: a value from 0 to 1, or None"),
-        ({"sim_weight": -1.0}, (0, 0), "sim_weight must not be negative"),
-        ({"warm_up_steps": -1}, (0, 0), "warm_up_steps=-1"),
-        ({}, (-1, 0), "queue_size=-1, token_queue_size=0: sizes are 0 or more"),
+        ({"min_tau": 0.6}, (0, 0), "method.min_tau=0.6 must be at most method.max_tau=0.5"),
         (
             {"momentum": None, "alpha": 0.0},
             (8, 0),
