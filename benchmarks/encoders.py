@@ -32,7 +32,7 @@ HUBERT_LARGE = {
     "conv_layer_norm": True,
     "conv_bias": True,
     "pre_norm": True,
-    "normalise": True,
+    "normalize": True,
 }
 TOWERS = {
     "hubert_base": {"name": "wav2vec2"},

@@ -24,12 +24,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Convert the weights and print what they are."""
-    from c2f_jax.pretrained.convert import convert
+    from c2f_jax.pretrained.weights import convert
 
     normalize = None if args.normalize is None else args.normalize == "true"
-    card = convert(args.source, args.output, normalise=normalize, licence=args.license)
+    card = convert(args.source, args.output, normalize=normalize, license=args.license)
     print(
         f"{card['layout']}: {card['parameters']:,} parameters, "
-        f"license {card['licence']}: {args.output}"
+        f"license {card['license']}: {args.output}"
     )
     return 0

@@ -47,7 +47,7 @@ def run(args: Namespace) -> int:
     arguments.join_processes(args)
 
     from c2f_jax.datasets.registry import load_pairs, make_data_set
-    from c2f_jax.pretrained.extract_features import extract_features
+    from c2f_jax.pretrained.extract_features import FeatureOptions, extract_features
     from c2f_jax.training.distributed import first_process_first
 
     first_process_first(lambda: make_data_set(args.data, args.data_dir))
@@ -56,9 +56,8 @@ def run(args: Namespace) -> int:
         args.weights,
         sources,
         args.output,
-        layer=args.layer,
-        max_seconds=args.max_seconds,
-        batch_size=args.batch_size,
+        FeatureOptions(args.layer, args.max_seconds),
+        args.batch_size,
     )
     for source in sources:
         for name, reason in source.bad_items.reasons.items():

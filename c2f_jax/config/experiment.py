@@ -17,7 +17,8 @@ from c2f_jax.errors import UserError
 from c2f_jax.models.c2f import C2FModel
 from c2f_jax.models.factory import create_model
 from c2f_jax.objectives import ID_POLICIES
-from c2f_jax.pretrained.weights import bare_tower, open_card
+from c2f_jax.pretrained.networks import bare_tower
+from c2f_jax.pretrained.weights import open_card
 from c2f_jax.retrieval.evaluation import SCORES, EvalConfig
 from c2f_jax.training.method import NEGATIVE_POOLS, MethodConfig
 from c2f_jax.training.optimizer import OptimizerConfig

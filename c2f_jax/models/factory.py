@@ -1,7 +1,9 @@
 """Models built from plain values."""
 
 import dataclasses
+from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
 
 from c2f_jax.errors import UserError
@@ -27,6 +29,8 @@ IMAGE_ENCODERS = {"vit": ViTImageEncoder, "published": PublishedImage, "tokens":
 SPEECH_TOWERS = {"wav2vec2": Wav2Vec2, "whisper": Whisper}
 IMAGE_TOWERS = {"vision_transformer": VisionTransformer, "blip2": Blip2}
 TOWERS = SPEECH_TOWERS | IMAGE_TOWERS
+# Fields of modules that are Flax's, or values of the whole model.
+NO_OPTIONS = ("parent", "name", "branches", "dtype", "attention", "remat")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -116,6 +120,15 @@ def create_tower(attributes, where="tower", towers=None, **shared):
     return _encoder(where, towers or TOWERS, attributes, shared)
 
 
+def option_fields(module: type[nn.Module]) -> list[dataclasses.Field[Any]]:
+    """Return the fields of a module that a configuration may set.
+
+    Args:
+      module: an encoder, the multimodal encoder, or a network.
+    """
+    return [f for f in dataclasses.fields(module) if f.name not in NO_OPTIONS]
+
+
 def _frozen_paths(part, frozen):
     if frozen not in FROZEN or (frozen == "conv" and part == "image"):
         raise UserError(
@@ -139,12 +152,7 @@ def _encoder(where, registry, attributes, shared, towers=None):
         raise UserError(f"{where}.name={name!r} {needed}")
     if isinstance(attributes.get("tower"), dict):
         attributes["tower"] = create_tower(attributes["tower"], f"{where}.tower", towers, **shared)
-    # Branches are one number for both encoders, a value of the model.
-    known = (
-        {f.name for f in dataclasses.fields(registry[name])}
-        - {"parent", "name", "branches"}
-        - set(shared)
-    )
+    known = {option.name for option in option_fields(registry[name])}
     unknown = sorted(set(attributes) - known)
     if unknown:
         raise UserError(

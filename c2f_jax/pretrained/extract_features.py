@@ -2,206 +2,298 @@
 
 import functools
 import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from c2f_jax.data import loader
-from c2f_jax.data.augment import augment_wave
-from c2f_jax.data.feature_cache import open_features, shard_exists, start_cache, write_shard
-from c2f_jax.data.source import MIN_SAMPLES, SAMPLE_RATE
+from c2f_jax.data.augment import AugmentConfig, augment_wave
+from c2f_jax.data.feature_cache import (
+    FeatureCache,
+    open_features,
+    shard_exists,
+    start_cache,
+    write_shard,
+)
+from c2f_jax.data.source import MIN_SAMPLES, SAMPLE_RATE, PairSource
 from c2f_jax.errors import UserError
 from c2f_jax.models.factory import IMAGE_TOWERS, create_tower
 from c2f_jax.models.published import choose_layer
-from c2f_jax.pretrained.weights import bare_tower, load_weights, open_card, tower_inputs
+from c2f_jax.pretrained.networks import bare_tower, tower_inputs
+from c2f_jax.pretrained.weights import load_weights, open_card
 from c2f_jax.training.distributed import wait_for_all
 
 SHARD = 256  # items of a shard: what is lost when a run is stopped
 THREADS = 8  # that decode
 STEP_SECONDS = 0.5  # lengths are padded to multiples of it, so that few programs are compiled
 
+# (key, waveform, image or tokens); None in their place where an item cannot be read.
+Item = tuple[str, np.ndarray | None]
+
+
+@dataclass(frozen=True)
+class VariedCopy:
+    """Recordings varied before the network runs on them.
+
+    Attributes:
+      augment: how they are varied.
+      number: of this copy; the draws follow from it and are the same in any run.
+    """
+
+    augment: AugmentConfig
+    number: int
+
+
+@dataclass(frozen=True)
+class FeatureOptions:
+    """Which tokens a cache holds.
+
+    Attributes:
+      layer: "last", the number of a hidden state (0 is the input of the first block), or "all".
+      max_seconds: recordings are cut to this length.
+      dtype: compute type; tokens are kept as float16.
+      varied: how recordings are varied first; None for not at all.
+      tower: changes to the network's attributes, such as ``{"pad": True}``.
+    """
+
+    layer: str = "last"
+    max_seconds: float = 30.0
+    dtype: str = "float32"
+    varied: VariedCopy | None = None
+    tower: Mapping[str, Any] = field(default_factory=dict)
+
 
 def extract_features(
-    weights,
-    sources,
-    output,
-    *,
-    layer="last",
-    max_seconds=30.0,
-    batch_size=16,
-    dtype="float32",
-    augment=None,
-    copy=0,
-    **tower,
-):
-    """Write a feature cache, going on where an earlier run stopped.
+    weights: str | Path,
+    sources: Sequence[PairSource],
+    output: str | Path,
+    options: FeatureOptions | None = None,
+    batch_size: int = 16,
+) -> FeatureCache:
+    """Write a feature cache; an unfinished one is resumed.
 
-    Each utterance's tokens are those it would have alone: the networks are independent of the padding.
+    Each utterance's tokens are those it would have alone: the networks ignore the padding.
 
     Args:
-      weights: folder of ``c2f convert`` or published files.
-      sources: PairSources, one a split.
+      weights: folder of ``c2f convert``, or published files.
+      sources: of the splits.
       output: folder of the cache.
-      layer: "last", the number of a hidden state, or "all".
-      max_seconds: recordings are cut to this length.
+      options: which tokens; None for the defaults.
       batch_size: rows at once.
-      dtype: compute type; tokens are kept as float16.
-      augment: AugmentConfig of how recordings are varied first; None for not at all.
-      copy: number of this varied copy, from which the draws follow: it is the same in any run.
-      **tower: changes to the network's attributes, such as ``pad=True``.
 
     Returns:
-      The FeatureCache.
+      The cache.
 
     Raises:
-      UserError: an argument out of range, a cache of another kind is there, or too many items cannot be read.
+      UserError: an option is out of range, a cache of another kind is there, or too many items
+        cannot be read.
     """
-    if batch_size < 1 or max_seconds * SAMPLE_RATE < MIN_SAMPLES:
-        raise UserError(
-            f"a batch size of {batch_size} and {max_seconds} s at most: larger numbers are expected"
-        )
+    options = options or FeatureOptions()
     card = open_card(weights)
-    attributes = bare_tower(card) | tower
-    layers = ("last", "all", *map(str, range(attributes["depth"] + 1)))
-    if layer not in layers:
-        raise UserError(
-            f"layer={layer!r}: one of {', '.join(layers)} is expected (0 is the input of the first block)"
-        )
-    network = create_tower(attributes, dtype=jax.numpy.dtype(dtype))
+    attributes = bare_tower(card) | options.tower
+    _check_options(options, batch_size, attributes["depth"])
+    network = create_tower(attributes, dtype=jnp.dtype(options.dtype))
     is_image = attributes["name"] in IMAGE_TOWERS
-    side = card["preprocessing"].get("image_size", 224)
-    shapes = jax.eval_shape(
-        network.init, jax.random.key(0), *tower_inputs(attributes["name"], side)
-    )["params"]
-    start_cache(output, cache_card(card, attributes, layer, max_seconds, dtype, augment, copy))
+    inputs = tower_inputs(attributes["name"], card["preprocessing"].get("image_size", 224))
+    shapes = jax.eval_shape(network.init, jax.random.key(0), *inputs)["params"]
+    start_cache(output, cache_card(card, options))
+
+    apply = jax.jit(functools.partial(_tokens, network, options.layer))
     params = None
-    apply = jax.jit(functools.partial(_tokens, network, layer))
     for source in sources:
-        blocks = _blocks(source, is_image)
-        key = source.image_key if is_image else source.recording_key
-        mine = range(jax.process_index(), len(blocks), jax.process_count())
-        names = {number: _shard_name(source, is_image, number) for number in mine}
-        todo = [
-            n for n in mine if not shard_exists(output, names[n], map(key, map(int, blocks[n])))
-        ]
+        shards = _own_shards(source, is_image)
+        todo = [s for s in shards if not shard_exists(output, s.name, _keys(source, s, is_image))]
+        # A finished cache is opened without loading the network.
         if todo and params is None:
             params = load_weights(weights, shapes)
-        read = (
-            _read_images(source, card)
-            if is_image
-            else _read_waves(source, max_seconds, augment, copy)
+        read = _image_reader(source, card) if is_image else _wave_reader(source, options)
+
+        progress = tqdm(
+            total=sum(len(shard.rows) for shard in todo),
+            desc=_description(source, options),
+            disable=not todo,
+            unit="",
+            leave=False,
         )
-        total = sum(len(blocks[number]) for number in todo)
-        what = f"features of {source.split}" + (f", copy {copy}" if copy else "")
-        bar = tqdm(total=total, desc=what, disable=not todo, unit="", leave=False)
-        with bar, ThreadPoolExecutor(THREADS) as pool:
-            for number in todo:
-                read_items = pool.map(read, map(int, blocks[number]))
-                items = list(_run(functools.partial(apply, params), read_items, batch_size, bar))
-                shape = (
-                    items[0][1].shape[1:]
-                    if items
-                    else _token_shape(apply, params, attributes["name"], side)
-                )
-                write_shard(output, names[number], items, shape)
+        with progress, ThreadPoolExecutor(THREADS) as pool:
+            for shard in todo:
+                read_items = pool.map(read, shard.rows)
+                run = functools.partial(apply, params)
+                items = list(_run(run, read_items, batch_size, progress))
+                if items:
+                    token_shape = items[0][1].shape[1:]
+                else:
+                    token_shape = jax.eval_shape(run, *inputs)[0].shape[2:]
+                write_shard(output, shard.name, items, token_shape)
     wait_for_all()
     return open_features(output)
 
 
-def cache_card(card, attributes, layer, max_seconds, dtype="float32", augment=None, copy=0):
-    """What a cache says of its origin, and what must be equal for it to be used."""
+def cache_card(card: Mapping[str, Any], options: FeatureOptions) -> dict[str, Any]:
+    """Return what a cache says about its origin; a cache with another card is not used.
+
+    Args:
+      card: of the network's weights.
+      options: which tokens.
+    """
+    attributes = bare_tower(card) | options.tower
     found = {
         "tower": attributes,
         "weights": [source["sha256"] for source in card["source"]],
         "preprocessing": card["preprocessing"],
-        "layer": layer,
-        "dtype": dtype,
+        "layer": options.layer,
+        "dtype": options.dtype,
     }
     if attributes["name"] not in IMAGE_TOWERS:
-        found |= {
-            "max_seconds": max_seconds,
-            "samples_per_token": create_tower(attributes).samples_per_token(),
-        }
-    if augment is not None:
-        found |= {f"augment.{name}": value for name, value in augment.speech_options().items()} | {
-            "copy": copy
-        }
+        found["max_seconds"] = options.max_seconds
+        found["samples_per_token"] = create_tower(attributes).samples_per_token()
+    if options.varied is not None:
+        for name, value in options.varied.augment.speech_options().items():
+            found[f"augment.{name}"] = value
+        found["copy"] = options.varied.number
     return found
 
 
-def _tokens(network, layer, params, *inputs):
-    """(n, T, C) float16 tokens, or (n, T, layers, C) for all layers, and their lengths."""
+@dataclass(frozen=True)
+class _Shard:
+    """Rows of a split that are written to one file."""
+
+    name: str
+    rows: list[int]
+
+
+def _own_shards(source: PairSource, is_image: bool) -> list[_Shard]:
+    """Return the shards of a split that this process makes."""
+    if is_image:
+        kind, order = "image", np.arange(source.num_images)
+    else:
+        # By length, so that a batch has little padding.
+        kind, order = "speech", np.argsort(source.num_samples, kind="stable")
+
+    blocks = range(0, len(order), SHARD)
+    own = range(jax.process_index(), len(blocks), jax.process_count())
+    return [
+        _Shard(
+            f"{source.split}-{kind}-{number:05d}",
+            order[blocks[number] : blocks[number] + SHARD].tolist(),
+        )
+        for number in own
+    ]
+
+
+def _keys(source: PairSource, shard: _Shard, is_image: bool) -> list[str]:
+    key = source.image_key if is_image else source.recording_key
+    return [key(row) for row in shard.rows]
+
+
+def _check_options(options: FeatureOptions, batch_size: int, depth: int) -> None:
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size}: must be at least 1")
+    if options.max_seconds * SAMPLE_RATE < MIN_SAMPLES:
+        raise UserError(
+            f"max_seconds={options.max_seconds}: must be at least {MIN_SAMPLES / SAMPLE_RATE:g}"
+        )
+    layers = ("last", "all", *map(str, range(depth + 1)))
+    if options.layer not in layers:
+        raise UserError(
+            f"layer={options.layer!r}: choose one of {', '.join(layers)} "
+            "(0 is the input of the first block)"
+        )
+
+
+def _description(source: PairSource, options: FeatureOptions) -> str:
+    if options.varied is None:
+        return f"features of {source.split}"
+    return f"features of {source.split}, copy {options.varied.number}"
+
+
+def _tokens(
+    network: nn.Module, layer: str, params: Any, *inputs: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return float16 tokens, (n, T, C) or (n, T, layers, C) for all layers, and (n,) lengths."""
     tokens, lengths, hidden = network.apply({"params": params}, *inputs)
     if layer == "all":
-        tokens = jax.numpy.stack(hidden, axis=2)
+        tokens = jnp.stack(hidden, axis=2)
     elif layer != "last":
         tokens = choose_layer(hidden, layer)
-    return tokens.astype(jax.numpy.float16), lengths
+    return tokens.astype(jnp.float16), lengths
 
 
-def _blocks(source, is_image):
-    """Rows of each shard; recordings by length, so that a batch has little padding."""
-    count = source.num_images if is_image else len(source)
-    order = np.arange(count) if is_image else np.argsort(source.num_samples, kind="stable")
-    return [order[i : i + SHARD] for i in range(0, count, SHARD)]
+def _wave_reader(source: PairSource, options: FeatureOptions) -> Callable[[int], Item]:
+    """Return a function from a row to its key and its float32 waveform."""
 
-
-def _shard_name(source, is_image, number):
-    return f"{source.split}-{'image' if is_image else 'speech'}-{number:05d}"
-
-
-def _read_waves(source, max_seconds, augment, copy):
-    """row -> (key, waveform float32) or (key, None)."""
-
-    def read(row):
-        wave = loader.load_wave(source, row)
-        if wave is not None and augment is not None:
+    def read(row: int) -> Item:
+        key, wave = source.recording_key(row), loader.load_wave(source, row)
+        if wave is None:
+            return key, None
+        if options.varied is not None:
             # A bare generator, which must stay so: an unfinished cache on a user's disk is resumed
             # with the same variations.
-            wave = augment_wave(wave, augment, np.random.default_rng((copy, row)))
-        wave = (
-            None
-            if wave is None
-            else wave[: round(max_seconds * SAMPLE_RATE)] * np.float32(1 / 32768)
-        )
-        return source.recording_key(row), wave
+            rng = np.random.default_rng((options.varied.number, row))
+            wave = augment_wave(wave, options.varied.augment, rng)
+        samples = round(options.max_seconds * SAMPLE_RATE)
+        return key, wave[:samples] * np.float32(1 / 32768)
 
     return read
 
 
-def _read_images(source, card):
-    """row -> (key, image uint8) or (key, None)."""
+def _image_reader(source: PairSource, card: Mapping[str, Any]) -> Callable[[int], Item]:
+    """Return a function from a row to its key and its uint8 image."""
     how = card["preprocessing"]
 
-    def read(row):
+    def read(row: int) -> Item:
         image = loader.load_image(source, row, how["image_size"], how["resize"], how["resize_side"])
         return source.image_key(row), image
 
     return read
 
 
-def _run(apply, items, batch_size, bar):
-    """(key, tokens) of all (key, waveform or image), without those that are None."""
+def _run(
+    apply: Callable[..., tuple[jax.Array, jax.Array]],
+    items: Iterable[Item],
+    batch_size: int,
+    progress: tqdm,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the key and the tokens of each item that can be read.
+
+    Args:
+      apply: a batch of inputs -> tokens and lengths.
+      items: waveforms or images.
+      batch_size: rows at once.
+      progress: bar that counts the items.
+    """
+    items = iter(items)
     while chunk := list(itertools.islice(items, batch_size)):
         readable = [(key, item) for key, item in chunk if item is not None]
-        bar.update(len(chunk))
+        progress.update(len(chunk))
         if not readable:
             continue
-        filled = [item for _, item in readable] + [readable[-1][1]] * (batch_size - len(readable))
-        if filled[0].ndim == 1:
-            step = round(STEP_SECONDS * SAMPLE_RATE)
-            size = -(-max(map(len, filled)) // step) * step
-            wave = np.stack([np.pad(item, (0, size - len(item))) for item in filled])
-            tokens, lengths = apply(wave, np.array([len(item) for item in filled], np.int32))
+
+        # Every batch is full, so that one program serves all: the last row fills it up.
+        rows = [item for _, item in readable]
+        rows += [rows[-1]] * (batch_size - len(rows))
+        if rows[0].ndim == 1:
+            tokens, lengths = apply(*_pad_waves(rows))
         else:
-            tokens, lengths = apply(np.stack(filled))
+            tokens, lengths = apply(np.stack(rows))
+
         tokens, lengths = np.asarray(tokens), np.asarray(lengths)
         for (key, _), row, length in zip(readable, tokens, lengths, strict=False):
             yield key, row[:length]
 
 
-def _token_shape(apply, params, name, side):
-    """The shape of a token where a shard has none."""
-    return jax.eval_shape(apply, params, *tower_inputs(name, side))[0].shape[2:]
+def _pad_waves(waves: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return (n, S) waveforms padded to a multiple of ``STEP_SECONDS``, and their (n,) lengths."""
+    lengths = np.array([len(wave) for wave in waves], np.int32)
+    step = round(STEP_SECONDS * SAMPLE_RATE)
+    size = -(-int(lengths.max()) // step) * step
+    padded = np.stack([np.pad(wave, (0, size - len(wave))) for wave in waves])
+    return padded, lengths

@@ -1,4 +1,7 @@
-"""Tensors of published files, by name: safetensors, and PyTorch's zip format without running code from it."""
+"""Tensors of published files, by name.
+
+Reads safetensors, and PyTorch's zip format without running code from it.
+"""
 
 import collections
 import hashlib
@@ -6,6 +9,7 @@ import json
 import pickle
 import zipfile
 from pathlib import Path
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
@@ -25,10 +29,14 @@ STORAGES = {
     "BoolStorage": np.bool_,
 }
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+WHOLE_MODELS = ("model.safetensors", "pytorch_model.bin")
 
 
-def weight_files(source):
-    """The weight files of a path as published: a file, or a folder with one, or with shards and their index.
+def weight_files(source: str | Path) -> list[Path]:
+    """Return the weight files of a published file or folder.
+
+    Args:
+      source: a file, or a folder with one, or with shards and their index.
 
     Raises:
       UserError: nothing there, several to choose from, or a damaged index.
@@ -38,39 +46,35 @@ def weight_files(source):
         return [source]
     if not source.is_dir():
         raise UserError(
-            f"{source}: no such file or folder; give published weights, or a hub id such as owner/name"
+            f"{source}: no such file or folder; give published weights, "
+            "or a hub id such as owner/name"
         )
-    for name in ("model.safetensors", "pytorch_model.bin"):
+
+    for name in WHOLE_MODELS:
         if (source / name).exists():
             return [source / name]
         index = source / f"{name}.index.json"
         if index.exists():
-            try:
-                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise UserError(
-                    f"{index}: not an index of shards ({error!r}); download it again"
-                ) from error
-            gone = [shard for shard in shards if not (source / shard).exists()]
-            if gone:
-                raise UserError(
-                    f"{source} lacks {', '.join(gone)}, which {index.name} names: download them too"
-                )
-            return [source / shard for shard in shards]
-    found = sorted(p for p in source.iterdir() if p.suffix in WEIGHT_SUFFIXES)
+            return _shards(index)
+
+    found = sorted(path for path in source.iterdir() if path.suffix in WEIGHT_SUFFIXES)
     if len(found) != 1:
-        listed = ", ".join(p.name for p in found) or "none"
+        listed = ", ".join(path.name for path in found) or "none"
         raise UserError(
-            f"{source}: expected one file that ends in {', '.join(WEIGHT_SUFFIXES)}; found {listed}"
+            f"{source}: must hold one file that ends in {', '.join(WEIGHT_SUFFIXES)}; "
+            f"found {listed}"
         )
     return found
 
 
-def read_tensors(path):
-    """All tensors of one file: ({name: array}, settings); settings is what a fairseq checkpoint says of its training.
+def read_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Read all tensors of one file.
+
+    Returns:
+      name -> array, and the settings, what a fairseq checkpoint says about its training.
 
     Raises:
-      UserError: not such a file, cut off, or no tensors in it.
+      UserError: another kind of file, one that is cut off, or one without tensors.
     """
     path = Path(path)
     try:
@@ -85,76 +89,99 @@ def read_tensors(path):
         raise UserError(f"{path} does not exist") from error
     except Exception as error:  # each format has its own errors for damaged files
         raise UserError(
-            f"{path}: not weights that can be read ({error}); download it again"
+            f"{path}: cannot be read as weights ({error}); download it again"
         ) from error
-    settings = {}
-    if isinstance(stored, dict) and isinstance(stored.get("cfg"), dict):
-        settings = stored["cfg"]
-    for key in ("model", "state_dict"):
-        if isinstance(stored, dict) and isinstance(stored.get(key), dict):
-            stored = stored[key]
-    tensors = (
-        {k: v for k, v in stored.items() if isinstance(v, np.ndarray)}
-        if isinstance(stored, dict)
-        else {}
-    )
+
+    settings, tensors = {}, {}
+    if isinstance(stored, dict):
+        if isinstance(stored.get("cfg"), dict):
+            settings = stored["cfg"]
+        # Checkpoints of training wrap the tensors once or twice.
+        for key in ("model", "state_dict"):
+            if isinstance(stored.get(key), dict):
+                stored = stored[key]
+        tensors = {name: value for name, value in stored.items() if isinstance(value, np.ndarray)}
     if not tensors:
-        raise UserError(f"{path} holds no tensors by name: expected a state dict as published")
+        raise UserError(f"{path} holds no tensors by name: must be a state dict as published")
     return tensors, settings
 
 
-def sha256(path):
-    """Hexadecimal SHA-256 of a file."""
+def sha256(path: str | Path) -> str:
+    """Return the hexadecimal SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _load_torch(path):
+def _shards(index: Path) -> list[Path]:
+    """Return the files that an index of shards names."""
+    folder = index.parent
+    try:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{index}: not an index of shards ({error!r}); download it again"
+        ) from error
+
+    missing = [shard for shard in shards if not (folder / shard).exists()]
+    if missing:
+        raise UserError(
+            f"{folder} lacks {', '.join(missing)}, which {index.name} names: download them too"
+        )
+    return [folder / shard for shard in shards]
+
+
+def _load_torch(path: Path) -> Any:
+    """Return what a file in PyTorch's zip format holds, tensors as arrays."""
     if not zipfile.is_zipfile(path):
         raise UserError(
-            f"{path}: not PyTorch's zip format; a file from before PyTorch 1.6 must be loaded and saved once by PyTorch"
+            f"{path}: not PyTorch's zip format; a file from before PyTorch 1.6 must be loaded "
+            "and saved once by PyTorch"
         )
     with zipfile.ZipFile(path) as archive:
-        root = next(
-            (n for n in archive.namelist() if n == "data.pkl" or n.endswith("/data.pkl")), None
-        )
-        if root is None:
+        roots = [n for n in archive.namelist() if n == "data.pkl" or n.endswith("/data.pkl")]
+        if not roots:
             raise UserError(f"{path}: a zip file without data.pkl, not PyTorch's")
-        with archive.open(root) as file:
-            return _TensorUnpickler(file, archive, root.removesuffix("data.pkl")).load()
+        with archive.open(roots[0]) as file:
+            return _TensorUnpickler(file, archive, roots[0].removesuffix("data.pkl")).load()
 
 
 class _Ignored:
-    """Stands for any object that is not a tensor; made, filled and called without effect."""
+    """Takes the place of any object that is not a tensor; every call on it has no effect."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> "_Ignored":
         return self
 
     __setstate__ = __setitem__ = append = extend = __call__
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Rebuilds tensors and plain containers; any other class or function becomes ``_Ignored``, nothing is imported."""
+    """Rebuilds tensors and plain containers.
 
-    def __init__(self, file, archive, root):
+    Any other class or function becomes ``_Ignored``: nothing is imported.
+    """
+
+    def __init__(self, file: IO[bytes], archive: zipfile.ZipFile, root: str) -> None:
         super().__init__(file, encoding="latin1")
         self._archive, self._root = archive, root
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what a global of the pickle stands for."""
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
-        return {
+        known = {
             ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
             ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
             ("collections", "OrderedDict"): collections.OrderedDict,
-        }.get((module, name), _Ignored)
+        }
+        return known.get((module, name), _Ignored)
 
-    def persistent_load(self, pid):
+    def persistent_load(self, pid: Any) -> np.ndarray:
+        """Return the flat array of a storage."""
         kind, dtype, key, _, count = pid
-        if kind != "storage" or isinstance(dtype, type) is False or dtype not in STORAGES.values():
+        if kind != "storage" or not isinstance(dtype, type) or dtype not in STORAGES.values():
             raise pickle.UnpicklingError(f"unknown storage {pid!r}")
         data = np.frombuffer(self._archive.read(f"{self._root}data/{key}"), dtype)
         if len(data) != count:
@@ -162,15 +189,20 @@ class _TensorUnpickler(pickle.Unpickler):
         return data
 
 
-def _rebuild_tensor(storage, offset, size, stride, *_):
-    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-    if min((offset, *size, *stride), default=0) < 0 or (0 not in size and last >= len(storage)):
+def _rebuild_tensor(
+    storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
+) -> np.ndarray:
+    """Return a view of a storage, as PyTorch's function of this name."""
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    negative = min((offset, *size, *stride)) < 0
+    # Strides come from the file: a view beyond the storage would read foreign memory.
+    if negative or (0 not in size and last >= len(storage)):
         raise pickle.UnpicklingError("a tensor reaches beyond its storage")
     if 0 in size:
         return np.empty(size, storage.dtype)
-    steps = [s * storage.itemsize for s in stride]
+    steps = [step * storage.itemsize for step in stride]
     return np.lib.stride_tricks.as_strided(storage[offset:], size, steps, writeable=False)
 
 
-def _rebuild_parameter(data, *_):
+def _rebuild_parameter(data: np.ndarray, *_: Any) -> np.ndarray:
     return data

@@ -1,111 +1,132 @@
-"""Converted weights: an Orbax checkpoint and a card that says what they are; training and `c2f features` read them."""
+"""Converted weights: an Orbax checkpoint and a card that says what they are."""
 
 import functools
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from c2f_jax.errors import UserError
-from c2f_jax.models.factory import IMAGE_TOWERS, create_tower
+from c2f_jax.models.c2f import C2FModel
 from c2f_jax.models.networks.vision_transformer import resize_positions
+from c2f_jax.pretrained.networks import tower_shapes
+from c2f_jax.pretrained.published_files import read_published
 
 FORMAT = 1
+# Names that cards once had.
+RENAMED = {"normalise": "normalize", "licence": "license"}
 
 
-def bare_tower(card):
-    """The network of a card without its projection into the publisher's joint space: attributes as a dict."""
-    return {name: 0 if name == "projection" else value for name, value in card["tower"].items()}
+def convert(
+    sources: Sequence[str | Path],
+    output: str | Path,
+    *,
+    normalize: bool | None = None,
+    license: str | None = None,
+) -> dict[str, Any]:
+    """Convert published weights to an Orbax checkpoint and a card.
+
+    Args:
+      sources: as in ``read_published``.
+      output: folder to write.
+      normalize: as in ``read_published``.
+      license: as in ``read_published``.
+
+    Returns:
+      The card.
+
+    Raises:
+      UserError: as in ``read_published``, or the folder cannot be written.
+    """
+    if (Path(output) / "params").exists():
+        raise UserError(
+            f"{output} holds converted weights already: remove it or give another --output"
+        )
+    card, params = read_published(sources, normalize=normalize, license=license)
+    try:
+        save_weights(output, card, params)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written ({error})") from error
+    return card
 
 
-def tower_inputs(name, side=224, samples=16_000):
-    """Inputs of the shapes that a network of this name takes, to initialise it with."""
-    if name in IMAGE_TOWERS:
-        return (np.zeros((1, side, side, 3), np.uint8),)
-    return np.zeros((1, samples), np.float32), np.full((1,), samples, np.int32)
-
-
-def tower_shapes(tower, preprocessing):
-    """Nested dict of the shapes of a network's parameters (``tower`` as in ``create_tower``)."""
-    inputs = tower_inputs(tower["name"], preprocessing.get("position_side", 224))
-    return jax.eval_shape(create_tower(tower).init, jax.random.key(0), *inputs)["params"]
-
-
-def save_weights(folder, card, params):
+def save_weights(folder: str | Path, card: Mapping[str, Any], params: Any) -> None:
     """Write ``<folder>/params`` (Orbax) and then ``<folder>/card.json``."""
     folder = Path(folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "params", params)
-    (folder / "card.json").write_text(json.dumps({"format": FORMAT} | card, indent=2) + "\n")
+    (folder / "card.json").write_text(json.dumps({"format": FORMAT, **card}, indent=2) + "\n")
 
 
-def load_card(folder):
-    """The card of converted weights, a dict: tower, preprocessing, layout, source, licence, parameters.
+def load_card(folder: str | Path) -> dict[str, Any]:
+    """Read the card of converted weights.
+
+    Returns:
+      Dict of tower, preprocessing, layout, source, license and parameters.
 
     Raises:
       UserError: no converted weights there.
     """
     path = Path(folder) / "card.json"
     try:
-        card = json.loads(path.read_text())
-        if card["format"] != FORMAT:
-            raise UserError(
-                f"{path} is of format {card['format']}, this program reads {FORMAT}: convert the weights again"
-            )
-        return card
+        card = json.loads(path.read_text(), object_pairs_hook=_with_current_names)
+        found_format = card["format"]
     except (OSError, KeyError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(
             f"{folder} holds no converted weights ({error}): make them with `c2f convert`"
         ) from error
+    if found_format != FORMAT:
+        raise UserError(
+            f"{path} is of format {found_format}, this program reads {FORMAT}: "
+            "convert the weights again"
+        )
+    return card
 
 
-def open_card(source):
-    """The card of converted weights, or of published files, which are then converted in memory."""
-    return load_card(source) if _is_converted(source) else _convert_in_memory(str(source))[0]
+def open_card(source: str | Path) -> dict[str, Any]:
+    """Return the card of converted weights, or of published files converted in memory."""
+    if _is_converted(source):
+        return load_card(source)
+    return _convert_in_memory(str(source))[0]
 
 
-def load_weights(source, shapes=None):
-    """Parameters of converted weights, or of published files: nested dict of float32 arrays.
+def load_weights(source: str | Path, shapes: Any = None) -> Any:
+    """Load the parameters of converted weights, or of published files.
 
     Args:
       source: folder of ``c2f convert``, or a file or folder as published.
-      shapes: what the network needs (``jax.eval_shape``); a projection that it does not use is left out, and position
-        embeddings are interpolated to its number of patches. None for all as stored.
+      shapes: what the network needs (``jax.eval_shape``). A projection that it does not use is left
+        out, and position embeddings are interpolated to its number of patches. None for all as
+        stored.
+
+    Returns:
+      Nested dict of float32 arrays.
 
     Raises:
       UserError: no weights there, damaged ones, or weights of another network.
     """
-    if not _is_converted(source):
-        params = _convert_in_memory(str(source))[1]
-        return params if shapes is None else fit_params(params, shapes, source)
-    card = load_card(source)
-    stored = tower_shapes(card["tower"], card["preprocessing"])
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), stored)
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore(Path(source).absolute() / "params", target)
-    except (ValueError, KeyError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(
-            f"{source}: the converted weights are damaged ({reason}): convert them again"
-        ) from error
+    params = _restore(source) if _is_converted(source) else _convert_in_memory(str(source))[1]
     return params if shapes is None else fit_params(params, shapes, source)
 
 
-def load_published(model, weights, batch):
-    """The published parameters of a C2F model, the part of the nested dict of all its parameters that they are.
+def load_published(
+    model: C2FModel, weights: Mapping[str, str | Path], batch: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Load the published parameters of a C2F model.
 
     Args:
-      model: C2FModel.
+      model: whose encoders have published networks.
       weights: "speech", "image" -> source, as in ``load_weights``.
-      batch: of the shapes that the model takes; a network whose tokens the batch holds is not loaded.
+      batch: in the shapes that the model takes; a network whose tokens are in the batch is not
+        loaded.
+
+    Returns:
+      The part of the nested dict of all parameters that is published.
     """
     shapes = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
     loaded = {}
@@ -116,8 +137,12 @@ def load_published(model, weights, batch):
     return loaded
 
 
-def check_weights(workdir, weights, write=False):
-    """Compare the SHA-256 of the weights with those that a run was trained with, in ``<workdir>/weights.json``.
+def check_weights(
+    workdir: str | epath.Path, weights: Mapping[str, str | Path], write: bool = False
+) -> None:
+    """Check that weights are those that a run was trained with.
+
+    Compares their SHA-256 with those in ``<workdir>/weights.json``.
 
     Args:
       workdir: of the run.
@@ -125,48 +150,46 @@ def check_weights(workdir, weights, write=False):
       write: record them where nothing is recorded.
 
     Raises:
-      UserError: they are others.
+      UserError: they differ.
     """
     wanted = {
         part: [s["sha256"] for s in open_card(source)["source"]] for part, source in weights.items()
     }
     path = epath.Path(workdir) / "weights.json"
-    found = json.loads(path.read_text()) if path.exists() else None
-    if found is None:
+    if not path.exists():
         if write and wanted:
             path.write_text(json.dumps(wanted, indent=2) + "\n")
-    elif found != wanted:
-        differing = ", ".join(
-            f"model.{p}.weights"
-            for p in sorted(found.keys() | wanted.keys())
-            if found.get(p) != wanted.get(p)
-        )
+        return
+
+    found = json.loads(path.read_text())
+    if found != wanted:
+        parts = sorted(found.keys() | wanted.keys())
+        differing = [
+            f"model.{part}.weights" for part in parts if found.get(part) != wanted.get(part)
+        ]
         raise UserError(
-            f"{workdir} was trained with other weights than {differing} names: restore those"
+            f"{workdir} was trained with other weights than {', '.join(differing)} names: "
+            "restore those"
         )
 
 
-def _is_converted(source):
-    return (Path(source) / "card.json").exists()
+def fit_params(params: Any, shapes: Any, where: str | Path) -> Any:
+    """Fit stored parameters to a network.
 
+    Args:
+      params: nested dict of arrays.
+      shapes: of the network, see ``load_weights``.
+      where: what error messages call the parameters.
 
-@functools.lru_cache(maxsize=2)
-def _convert_in_memory(source):
-    from c2f_jax.pretrained.convert import read_published
-
-    if not Path(source).expanduser().exists():
-        raise UserError(
-            f"{source} does not exist: name a folder of `c2f convert`, or published files"
-        )
-    return read_published([source])
-
-
-def fit_params(params, shapes, where):
-    """``params`` for a network of these shapes; see ``load_weights``."""
+    Raises:
+      UserError: they are of another network.
+    """
     if "projection" not in shapes:
-        params = {k: v for k, v in params.items() if k != "projection"}
+        params = {name: value for name, value in params.items() if name != "projection"}
+    if jax.tree.structure(params) != jax.tree.structure(shapes):
+        raise UserError(f"{where}: these weights are of another network than the model's `tower`")
 
-    def fit(path, wanted, value):
+    def fit(path: tuple[Any, ...], wanted: jax.ShapeDtypeStruct, value: Any) -> Any:
         if value.shape == wanted.shape:
             return value
         if path[-1].key == "positions" and value.ndim == 3:
@@ -176,6 +199,40 @@ def fit_params(params, shapes, where):
             f"{where}: {name} has the shape {value.shape}, the model needs {wanted.shape}"
         )
 
-    if jax.tree.structure(params) != jax.tree.structure(shapes):
-        raise UserError(f"{where}: these weights are of another network than the model's `tower`")
     return jax.tree_util.tree_map_with_path(fit, shapes, params)
+
+
+def _restore(folder: str | Path) -> Any:
+    """Return all parameters of converted weights, on the first device of this process."""
+    card = load_card(folder)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+        tower_shapes(card["tower"], card["preprocessing"]),
+    )
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(Path(folder).absolute() / "params", target)
+    except (ValueError, KeyError, OSError) as error:
+        lines = str(error).strip().splitlines()
+        reason = lines[0][:200] if lines else type(error).__name__
+        raise UserError(
+            f"{folder}: the converted weights are damaged ({reason}): convert them again"
+        ) from error
+
+
+@functools.lru_cache(maxsize=2)
+def _convert_in_memory(source: str) -> tuple[dict[str, Any], Any]:
+    if not Path(source).expanduser().exists():
+        raise UserError(
+            f"{source} does not exist: name a folder of `c2f convert`, or published files"
+        )
+    return read_published([source])
+
+
+def _is_converted(source: str | Path) -> bool:
+    return (Path(source) / "card.json").exists()
+
+
+def _with_current_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {RENAMED.get(key, key): value for key, value in pairs}

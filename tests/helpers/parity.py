@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from c2f_jax.models.factory import create_tower
-from c2f_jax.pretrained.architectures import describe
-from c2f_jax.pretrained.names import convert_tensors, find_layout
-from c2f_jax.pretrained.weights import tower_shapes
+from c2f_jax.pretrained.families import find_layout
+from c2f_jax.pretrained.networks import tower_shapes
+from c2f_jax.pretrained.published_files import describe
+from c2f_jax.pretrained.tensor_names import Published, convert_tensors
 
 torch = pytest.importorskip(
     "torch", reason="the parity tests need the extra `parity` (torch, transformers)"
@@ -79,7 +80,9 @@ def ours(model, gradients=False, **changes):
     tensors = tensors_of(model, gradients)
     layout, prefix = find_layout(tensors)
     config = model.config.to_dict() | {"architectures": [type(model).__name__]}
-    tower, preprocessing = describe(layout, tensors, prefix, config, {}, {}, False)
+    normalize = False if layout.takes_normalize else None
+    published = Published(tensors, prefix, config, normalize=normalize)
+    tower, preprocessing = describe(layout, published)
     params = convert_tensors(layout, prefix, tensors, tower_shapes(tower, preprocessing))
     return create_tower(tower | changes), params
 

@@ -11,7 +11,7 @@ from c2f_jax.errors import UserError
 from c2f_jax.models.factory import create_model, create_tower
 from c2f_jax.models.layers import Attention
 from c2f_jax.models.networks.vision_transformer import cubic_weights, resize_positions
-from c2f_jax.models.networks.wav2vec2 import normalise_waveform, span_mask
+from c2f_jax.models.networks.wav2vec2 import normalize_waveform, span_mask
 from c2f_jax.models.parameters import merge_params, split_params
 from c2f_jax.models.published import (
     PublishedImage,
@@ -259,9 +259,9 @@ def test_the_convolutions_of_an_encoder_stand_before_its_transformer():
     np.testing.assert_allclose(found[1, :2], alone[0], atol=1e-5)
 
 
-def test_normalised_waveform_ignores_the_padding():
+def test_normalized_waveform_ignores_the_padding():
     wave = np.random.default_rng(1).normal(3.0, 2.0, (2, 500)).astype(np.float32)
-    found = normalise_waveform(wave, np.array([500, 200]))
+    found = normalize_waveform(wave, np.array([500, 200]))
     expected = (wave[1, :200] - wave[1, :200].mean()) / np.sqrt(wave[1, :200].var() + 1e-7)
     np.testing.assert_allclose(found[1, :200], expected, atol=1e-5)
     assert not np.any(found[1, 200:])

@@ -89,9 +89,10 @@ def test_vision_gradients(name, values):
         expected = torch.cat([out.pooler_output[:, None], out.last_hidden_state], dim=1)
     else:
         expected = out.last_hidden_state
-    output = lambda module, params: module.apply({"params": params}, image)[0][
-        :, : expected.shape[1]
-    ]  # noqa: E731
+
+    def output(module, params):
+        return module.apply({"params": params}, image)[0][:, : expected.shape[1]]
+
     assert_gradients_agree(model, expected, output)
 
 

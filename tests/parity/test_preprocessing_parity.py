@@ -9,9 +9,10 @@ from PIL import Image
 
 from c2f_jax.data.audio import decode_audio
 from c2f_jax.data.images import decode_image
-from c2f_jax.models.networks.wav2vec2 import normalise_waveform
-from c2f_jax.pretrained import names
-from c2f_jax.pretrained.architectures import IMAGENET, describe
+from c2f_jax.models.networks.wav2vec2 import normalize_waveform
+from c2f_jax.pretrained.families import blip2, clip, dinov2, siglip
+from c2f_jax.pretrained.published_files import describe
+from c2f_jax.pretrained.tensor_names import Published
 
 pytest.importorskip(
     "torch", reason="the parity tests need the extra `parity` (torch, transformers)"
@@ -21,7 +22,7 @@ transformers = pytest.importorskip(
 )
 
 
-def test_waveform_normalisation_matches_the_reference_processor():
+def test_waveform_normalization_matches_the_reference_processor():
     rng, lengths = np.random.default_rng(0), np.array([5000, 3210], np.int32)
     wave = (0.3 * rng.normal(size=(2, 5000)) + 0.05).astype(np.float32) * (
         np.arange(5000) < lengths[:, None]
@@ -30,7 +31,7 @@ def test_waveform_normalisation_matches_the_reference_processor():
     expected = extractor(
         [wave[0], wave[1, :3210]], sampling_rate=16_000, padding=True, return_tensors="np"
     ).input_values
-    np.testing.assert_allclose(normalise_waveform(wave, lengths), expected, atol=1e-5)
+    np.testing.assert_allclose(normalize_waveform(wave, lengths), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000])
@@ -49,20 +50,23 @@ def test_resampling_matches_the_reference(tmp_path, rate):
 
 
 PROCESSORS = [
-    pytest.param("CLIPImageProcessorPil", {}, names.CLIP, id="clip"),
-    pytest.param("SiglipImageProcessorPil", {}, names.SIGLIP, id="siglip"),
+    pytest.param("CLIPImageProcessorPil", {}, clip.HUGGING_FACE, id="clip"),
+    pytest.param("SiglipImageProcessorPil", {}, siglip.HUGGING_FACE, id="siglip"),
     pytest.param(
-        "BlipImageProcessorPil", {"size": {"height": 224, "width": 224}}, names.BLIP2, id="blip2"
+        "BlipImageProcessorPil",
+        {"size": {"height": 224, "width": 224}},
+        blip2.HUGGING_FACE,
+        id="blip2",
     ),
     pytest.param(
         "BitImageProcessorPil",
         {
             "size": {"shortest_edge": 256},
             "crop_size": {"height": 224, "width": 224},
-            "image_mean": IMAGENET[0],
-            "image_std": IMAGENET[1],
+            "image_mean": dinov2.IMAGENET_MEAN,
+            "image_std": dinov2.IMAGENET_STD,
         },
-        names.DINOV2,
+        dinov2.HUGGING_FACE,
         id="dinov2",
     ),
 ]
@@ -74,7 +78,8 @@ def test_image_preprocessing_from_jpeg_to_tensor(tmp_path, name, values, layout,
     # As published: the processor's file decides, by way of the card's values, what the network sees.
     processor = getattr(transformers, name)(**values)
     published = json.loads(processor.to_json_string())
-    _, how = describe(layout, {}, "", {"vision_config": {"image_size": 224}}, published, {})
+    config = {"vision_config": {"image_size": 224}}
+    _, how = describe(layout, Published({}, config=config, processor=published))
     rng = np.random.default_rng(sum(size))
     picture = Image.fromarray(rng.integers(0, 256, (20, 20, 3)).astype(np.uint8)).resize(
         size, Image.Resampling.BICUBIC

@@ -8,8 +8,10 @@ import pytest
 
 from c2f_jax.errors import UserError
 from c2f_jax.models.factory import create_tower
-from c2f_jax.pretrained.convert import convert
-from c2f_jax.pretrained.weights import bare_tower, load_weights, open_card, tower_shapes
+from c2f_jax.pretrained.families import blip2 as blip2_family
+from c2f_jax.pretrained.families import wav2vec2 as wav2vec2_family
+from c2f_jax.pretrained.networks import bare_tower, tower_shapes
+from c2f_jax.pretrained.weights import convert, load_weights, open_card
 
 
 def fairseq_tensors(hubert):
@@ -98,7 +100,7 @@ def reference_models():
     """Tiny models: (name, model, inputs of ours, tokens of theirs)."""
     torch = pytest.importorskip("torch", reason="round trips need the extra `parity`")
     pytest.importorskip("transformers", reason="round trips need the extra `parity`")
-    import parity
+    from helpers import parity
 
     wave, lengths = parity.waveforms(3000, 3000)
     image = parity.images(32)
@@ -151,10 +153,8 @@ def test_transformers_checkpoints_on_disk_give_the_same_embeddings(tmp_path):
 
 
 def test_fairseq_and_lavis_files_give_the_same_embeddings(tmp_path, monkeypatch):
-    from c2f_jax.pretrained import architectures
-
     torch = pytest.importorskip("torch", reason="round trips need the extra `parity`")
-    monkeypatch.setitem(architectures.FAIRSEQ_HEADS, 32, 2)
+    monkeypatch.setitem(wav2vec2_family.FAIRSEQ_HEADS, 32, 2)
     models = {name: rest for name, *rest in reference_models()}
     settings = dict.fromkeys(("hubert", "hubert-large", "wav2vec2"), {"task": {"normalize": False}})
     settings["wavlm"] = {"normalize": False, "max_distance": 12}
@@ -173,7 +173,7 @@ def test_fairseq_and_lavis_files_give_the_same_embeddings(tmp_path, monkeypatch)
             embeddings(tmp_path / name, inputs)[0], expected.numpy(), atol=1e-4
         )
     torch.save({"model": {k: torch.tensor(v) for k, v in tensors.items()}}, path)
-    with pytest.raises(UserError, match="give --normalise=true or --normalise=false"):
+    with pytest.raises(UserError, match="give --normalize=true or --normalize=false"):
         convert([path], tmp_path / "unknown")
 
     blip2, inputs, expected = models["blip2"]
@@ -182,7 +182,8 @@ def test_fairseq_and_lavis_files_give_the_same_embeddings(tmp_path, monkeypatch)
     for name in tensors:
         if name.endswith("qkv.bias"):
             tensors[name][32:64] = 0
-    monkeypatch.setattr(architectures, "_lavis", _with_heads(architectures._lavis, 2))
+    for head_width in ("EVA_HEAD_WIDTH", "BERT_HEAD_WIDTH"):
+        monkeypatch.setattr(blip2_family, head_width, 16)
     tensors = {k: torch.tensor(v) for k, v in lavis_tensors(tensors).items()}
     torch.save({"model": tensors}, tmp_path / "blip2.pth")
     # The first stage is published without its frozen ViT, which has a file and names of its own.
@@ -199,11 +200,3 @@ def test_fairseq_and_lavis_files_give_the_same_embeddings(tmp_path, monkeypatch)
         assert [source["file"] for source in card["source"]] == files
         # A bias of the keys shifts all logits of a query alike: the reference's own one changes nothing.
         np.testing.assert_allclose(embeddings(output, inputs)[0], expected.numpy(), atol=1e-4)
-
-
-def _with_heads(describe, heads):
-    def tiny(tensors):
-        tower = describe(tensors)
-        return tower | {"heads": heads, "vision": tower["vision"] | {"heads": heads}}
-
-    return tiny

@@ -234,7 +234,8 @@ def test_whisper_gradients(name):
     model.embed_positions.weight.requires_grad_()  # constant in the reference
     wave, lengths = waveforms(8000, 5000)
     expected = model(whisper_features(model, wave[0], wave[1, :5000])).last_hidden_state
-    output = lambda module, params: module.clone(pad=True).apply({"params": params}, wave, lengths)[
-        0
-    ]  # noqa: E731
+
+    def output(module, params):
+        return module.clone(pad=True).apply({"params": params}, wave, lengths)[0]
+
     assert_gradients_agree(model, expected, output)

@@ -31,7 +31,9 @@ from c2f_jax.main import main
 from c2f_jax.models.factory import create_model, create_tower
 from c2f_jax.models.parameters import split_params
 from c2f_jax.pretrained import extract_features as extraction
-from c2f_jax.pretrained.weights import bare_tower, load_weights, open_card
+from c2f_jax.pretrained.extract_features import FeatureOptions, VariedCopy, extract_features
+from c2f_jax.pretrained.networks import bare_tower
+from c2f_jax.pretrained.weights import load_weights, open_card
 
 SECONDS = {"train": 0.9, "validation": 0.6, "test": 0.5}
 
@@ -94,9 +96,9 @@ def sources(data, share=0.5):
     return [load_pairs(f"{data}/manifest.jsonl", split, max_bad_share=share) for split in SECONDS]
 
 
-def extract(data, output, **options):
-    options = {"max_seconds": 1.0, "batch_size": 16} | options
-    return extraction.extract_features(str(data / "whisper"), sources(data), output, **options)
+def extract(data, output, batch_size=16, **options):
+    options = FeatureOptions(**{"max_seconds": 1.0} | options)
+    return extract_features(str(data / "whisper"), sources(data), output, options, batch_size)
 
 
 def test_cached_tokens_are_those_of_the_utterance_alone(data, cache):
@@ -148,15 +150,15 @@ def test_a_cache_of_another_kind_is_refused(data, cache):
     with pytest.raises(
         UserError, match="features of other data, such as train0.wav in train-speech-00000"
     ):
-        extraction.extract_features(str(data / "whisper"), [others], cache, max_seconds=1.0)
+        extract_features(str(data / "whisper"), [others], cache, FeatureOptions(max_seconds=1.0))
 
 
 @pytest.mark.parametrize(
     "option, message",
     [
-        ({"layer": "weighted_sum"}, "layer='weighted_sum': one of last, all, 0, 1, 2 is expected"),
-        ({"batch_size": 0}, "a batch size of 0"),
-        ({"max_seconds": 0.0}, "0.0 s at most"),
+        ({"layer": "weighted_sum"}, "layer='weighted_sum': choose one of last, all, 0, 1, 2"),
+        ({"batch_size": 0}, "batch_size=0: must be at least 1"),
+        ({"max_seconds": 0.0}, "max_seconds=0.0: must be at least"),
     ],
 )
 def test_a_mistaken_option_leaves_no_cache_behind(data, tmp_path, option, message):
@@ -228,13 +230,11 @@ def test_varied_copies_are_the_network_s_tokens_of_varied_recordings(data, cache
     train = sources(data)[0]
     varied = AugmentConfig(speed=0.3, flip=0.5)
     copies = [
-        extraction.extract_features(
+        extract_features(
             str(data / "whisper"),
             [train],
             tmp_path / f"copy{copy}",
-            max_seconds=1.0,
-            augment=varied,
-            copy=copy,
+            FeatureOptions(max_seconds=1.0, varied=VariedCopy(varied, copy)),
         )
         for copy in (1, 2)
     ]
@@ -246,7 +246,7 @@ def test_varied_copies_are_the_network_s_tokens_of_varied_recordings(data, cache
         UserError, match=r"another kind:\n  augment.speed: 0.3 there, 0.2 wanted\nremove it or"
     ):
         slower = dataclasses.replace(varied, speed=0.2)
-        extract(data, tmp_path / "copy1", augment=slower, copy=1)
+        extract(data, tmp_path / "copy1", varied=VariedCopy(slower, 1))
     wave = augment_wave(loader.load_wave(train, 4), varied, np.random.default_rng((2, 4)))
     tower = create_tower(bare_tower(open_card(data / "whisper")))
     wave = wave / np.float32(32768)
@@ -452,9 +452,12 @@ def test_attributes_that_a_configuration_changes_are_the_cache_s_too(data, tmp_p
     small = {"width": 8, "depth": 1, "heads": 2}
     speech = small | {"name": "published", "weights": f"{data}/whisper", "tower": {"pad": True}}
     config.model.speech = ConfigDict(speech)
-    ((part, weights, path, options),) = caches._caches(create_experiment(config))
-    assert part == "speech" and weights == f"{data}/whisper" and path == str(tmp_path / "cache")
-    assert options == {"layer": "last", "max_seconds": config.data.max_seconds, "pad": True}
+    (cache,) = caches.network_caches(create_experiment(config))
+    assert cache.part == "speech" and cache.weights == f"{data}/whisper"
+    assert cache.path == str(tmp_path / "cache")
+    assert cache.options == FeatureOptions(
+        layer="last", max_seconds=config.data.max_seconds, tower={"pad": True}
+    )
     config.data.speech_features = f"{data}/tokens.npz"
     with pytest.raises(
         UserError, match="holds tokens of another tool: model.speech.name='tokens' reads them"

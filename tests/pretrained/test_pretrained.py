@@ -15,16 +15,15 @@ from safetensors.numpy import save_file
 
 from c2f_jax.errors import UserError
 from c2f_jax.main import main
-from c2f_jax.pretrained.convert import convert
-from c2f_jax.pretrained.names import find_layout
+from c2f_jax.pretrained.families import find_layout
+from c2f_jax.pretrained.networks import bare_tower, tower_shapes
 from c2f_jax.pretrained.tensors import read_tensors, weight_files
 from c2f_jax.pretrained.weights import (
-    bare_tower,
     check_weights,
+    convert,
     load_card,
     load_weights,
     open_card,
-    tower_shapes,
 )
 
 
@@ -46,9 +45,9 @@ def test_command_writes_a_checkpoint_and_a_card(published, tmp_path, capsys):
     assert main(["convert", str(folder), f"--output={output}"]) == 0
     assert "Hugging Face Whisper" in capsys.readouterr().out
     card = load_card(output)
-    assert card["licence"] == "mit" and card["preprocessing"] == {
+    assert card["license"] == "mit" and card["preprocessing"] == {
         "sample_rate": 16_000,
-        "normalise": False,
+        "normalize": False,
     }
     assert (
         len(card["source"][0]["sha256"]) == 64 and card["source"][0]["file"] == "model.safetensors"
@@ -141,7 +140,7 @@ def test_a_damaged_index_a_short_configuration_and_an_unwritable_output_are_name
             json.dumps(WHISPER | {"d_model": None}),
             "Hugging Face Whisper: config.json has no d_model",
         ),
-        ("[]", "config.json: values by name are expected"),
+        ("[]", "config.json: must hold values by name"),
         ("{", "config.json: not JSON"),
     ):
         (folder / "config.json").write_text(config)
@@ -156,9 +155,9 @@ def test_a_damaged_index_a_short_configuration_and_an_unwritable_output_are_name
 def test_the_normalisation_flag_is_for_networks_that_have_one(published, tmp_path):
     folder, _ = published
     with pytest.raises(
-        UserError, match="--normalise is for wav2vec 2.0, HuBERT and WavLM; Hugging Face Whisper"
+        UserError, match="--normalize is for wav2vec 2.0, HuBERT and WavLM; Hugging Face Whisper"
     ):
-        convert([folder], tmp_path / "out", normalise=True)
+        convert([folder], tmp_path / "out", normalize=True)
 
 
 def test_hub_ids_need_the_client_and_a_network(tmp_path, monkeypatch, published):
@@ -182,7 +181,7 @@ def test_hub_ids_need_the_client_and_a_network(tmp_path, monkeypatch, published)
         convert(["owner/name"], "out")
     hub.snapshot_download = lambda source, allow_patterns: published[0]
     card = convert(["owner/name"], "out")
-    assert card["source"][0]["given"] == "owner/name" and card["licence"] == "mit"
+    assert card["source"][0]["given"] == "owner/name" and card["license"] == "mit"
 
 
 def write_torch(path, stored):
@@ -287,10 +286,10 @@ def test_other_files_are_named(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
         read_tensors(path)
     (tmp_path / "weights.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match="weights.safetensors: not weights that can be read"):
+    with pytest.raises(UserError, match="weights.safetensors: cannot be read as weights"):
         read_tensors(tmp_path / "weights.safetensors")
     with pytest.raises(
-        UserError, match="expected one file that ends in .*; found weights.pt, weights.safetensors"
+        UserError, match="must hold one file that ends in .*; found weights.pt, weights.safetensors"
     ):
         weight_files(tmp_path)
     with pytest.raises(UserError, match="no such file or folder"):

@@ -13,7 +13,7 @@ from c2f_jax.objectives.keys import Site, fold_keys
 NORM_EPSILON = 1e-5
 
 
-def normalise_waveform(waveform, lengths, epsilon=1e-7):
+def normalize_waveform(waveform, lengths, epsilon=1e-7):
     """Each utterance to mean 0 and variance 1 over its own samples; what lies past its end becomes 0.
 
     x_t = (x_t - mean) / sqrt(variance + epsilon), t < length
@@ -25,8 +25,8 @@ def normalise_waveform(waveform, lengths, epsilon=1e-7):
     """
     valid = length_mask(lengths, waveform.shape[1])
     mean, variance = _moments(waveform[..., None], valid)
-    normalised = (waveform - mean[..., 0]) * jax.lax.rsqrt(variance[..., 0] + epsilon)
-    return jnp.where(valid, normalised, 0.0)
+    normalized = (waveform - mean[..., 0]) * jax.lax.rsqrt(variance[..., 0] + epsilon)
+    return jnp.where(valid, normalized, 0.0)
 
 
 def span_mask(keys, shape, probability, length, valid=None):
@@ -152,7 +152,7 @@ class Wav2Vec2(TransformerEncoder):
 
     Attributes:
       conv_widths, conv_kernels, conv_strides, conv_layer_norm, conv_bias, masked_norm: see ``ConvFeatures``.
-      normalise: waveforms to mean 0 and variance 1 first; published with the weights, never to be guessed.
+      normalize: waveforms to mean 0 and variance 1 first; published with the weights, never to be guessed.
       pre_norm: norms before the sub-layers (large models) instead of after (base).
       position_kernel, position_groups: of the convolution that stands for position embeddings.
       layer_drop: probability of skipping a block in training.
@@ -173,7 +173,7 @@ class Wav2Vec2(TransformerEncoder):
     conv_layer_norm: bool = False
     conv_bias: bool = False
     masked_norm: bool = True
-    normalise: bool = False
+    normalize: bool = False
     pre_norm: bool = False
     position_kernel: int = 128
     position_groups: int = 16
@@ -197,8 +197,8 @@ class Wav2Vec2(TransformerEncoder):
     @nn.compact
     def __call__(self, waveform, lengths, keys=None):
         """(n, S) float32 at 16 kHz, (n,) samples -> (n, T, W), (n,) int32 frames, depth + 1 hidden states (n, T, W)."""
-        if self.normalise:
-            waveform = normalise_waveform(waveform, lengths)
+        if self.normalize:
+            waveform = normalize_waveform(waveform, lengths)
         x, lengths = ConvFeatures(
             self.conv_widths,
             self.conv_kernels,
