@@ -41,8 +41,7 @@ def speech_preprocessing(normalize: bool) -> Attributes:
 
 def image_preprocessing(
     processor: Mapping[str, Any],
-    size: int,
-    patch: int,
+    config: Mapping[str, Any],
     mean: Sequence[float],
     std: Sequence[float],
     squash: bool,
@@ -51,16 +50,15 @@ def image_preprocessing(
 
     Args:
       processor: preprocessor_config.json; what it does not say is taken from the other arguments.
-      size: image side, in pixels, that the network is published for.
-      patch: side of a patch in pixels.
+      config: of the ViT; its ``image_size`` and ``patch_size`` are read.
       mean: of the three colors, 0 to 1.
       std: of the three colors.
-      squash: resize both sides to ``size``; False to resize the short side and crop the center.
+      squash: resize both sides alike; False to resize the short side and crop the center.
 
     Raises:
       UserError: resampling other than bicubic.
     """
-    resize_side = _side(processor.get("size"), size)
+    resize_side = _side(processor.get("size"), config["image_size"])
     if "size" in processor:
         by_short_side = isinstance(processor["size"], int) or "shortest_edge" in processor["size"]
         squash = not by_short_side
@@ -82,7 +80,7 @@ def image_preprocessing(
         "mean": list(processor.get("image_mean") or mean),
         "std": list(processor.get("image_std") or std),
         # Position embeddings are for whole patches alone.
-        "position_side": size // patch * patch,
+        "position_side": config["image_size"] // config["patch_size"] * config["patch_size"],
     }
 
 

@@ -48,12 +48,7 @@ def describe_hugging_face(published: Published) -> tuple[Attributes, Attributes]
     vision = EVA_DEFAULTS | config.get("vision_config", {})
     qformer = BASE_SIZES | config.get("qformer_config", {})
     preprocessing = image_preprocessing(
-        published.processor,
-        vision["image_size"],
-        vision["patch_size"],
-        CLIP_MEAN,
-        CLIP_STD,
-        squash=True,
+        published.processor, vision, CLIP_MEAN, CLIP_STD, squash=True
     )
 
     attributes = {
@@ -77,11 +72,7 @@ def describe_lavis(published: Published) -> tuple[Attributes, Attributes]:
     """Return the attributes of ``Blip2`` and the preprocessing, from the tensors themselves."""
     tensors = published.tensors
     vision = _lavis_vision(tensors)
-    patches = tensors["visual_encoder.pos_embed"].shape[1] - 1  # one is the [CLS]
-    side = round(patches**0.5) * vision["patch_size"]
-    preprocessing = image_preprocessing(
-        {}, side, vision["patch_size"], CLIP_MEAN, CLIP_STD, squash=True
-    )
+    preprocessing = image_preprocessing({}, vision, CLIP_MEAN, CLIP_STD, squash=True)
 
     queries = tensors["query_tokens"]
     layer = r"Qformer\.bert\.encoder\.layer\.(\d+)"
@@ -112,12 +103,14 @@ def _lavis_vision(tensors: Mapping[str, np.ndarray]) -> Attributes:
     patch = tensors["visual_encoder.patch_embed.proj.weight"]  # (out, in, row, column)
     width = patch.shape[0]
     blocks = 1 + max(block_numbers(tensors, r"visual_encoder\.blocks\.(\d+)\.norm1\.weight"))
+    patches = tensors["visual_encoder.pos_embed"].shape[1] - 1  # one is the [CLS]
     return EVA_DEFAULTS | {
         "hidden_size": width,
         "intermediate_size": tensors["visual_encoder.blocks.0.mlp.fc1.weight"].shape[0],
         "num_hidden_layers": min(blocks, EVA_DEFAULTS["num_hidden_layers"]),
         "num_attention_heads": width // EVA_HEAD_WIDTH,
         "patch_size": patch.shape[2],
+        "image_size": round(patches**0.5) * patch.shape[2],
     }
 
 

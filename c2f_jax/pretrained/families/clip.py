@@ -49,12 +49,7 @@ def describe(published: Published) -> tuple[Attributes, Attributes]:
     whole = published.config
     config = DEFAULTS | whole.get("vision_config", whole)
     preprocessing = image_preprocessing(
-        published.processor,
-        config["image_size"],
-        config["patch_size"],
-        CLIP_MEAN,
-        CLIP_STD,
-        squash=False,
+        published.processor, config, CLIP_MEAN, CLIP_STD, squash=False
     )
 
     attributes = vision_transformer(config, preprocessing) | {

@@ -36,12 +36,7 @@ def describe(published: Published) -> tuple[Attributes, Attributes]:
             "config.json: DINOv2 with SwiGLU (giant) is not supported; small, base and large are"
         )
     preprocessing = image_preprocessing(
-        published.processor,
-        config["image_size"],
-        config["patch_size"],
-        IMAGENET_MEAN,
-        IMAGENET_STD,
-        squash=False,
+        published.processor, config, IMAGENET_MEAN, IMAGENET_STD, squash=False
     )
 
     attributes = vision_transformer(config, preprocessing) | {

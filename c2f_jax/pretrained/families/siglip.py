@@ -27,9 +27,7 @@ def describe(published: Published) -> tuple[Attributes, Attributes]:
     """Return the attributes of ``VisionTransformer`` and the preprocessing."""
     whole = published.config
     config = DEFAULTS | whole.get("vision_config", whole)
-    preprocessing = image_preprocessing(
-        published.processor, config["image_size"], config["patch_size"], MEAN, STD, squash=True
-    )
+    preprocessing = image_preprocessing(published.processor, config, MEAN, STD, squash=True)
 
     attributes = vision_transformer(config, preprocessing) | {
         "layer_scale": False,
