@@ -31,16 +31,18 @@ class FieldRanges(griffe.Extension):
             if isinstance(value, griffe.ExprCall) and str(value.function).endswith("field"):
                 given = {a.name: a.value for a in value.arguments}
                 member.value = given.get("default")
-                member.extra["c2f_jax"]["range"] = range_of(given.get("metadata"))
+                if "metadata" in given:
+                    member.extra["c2f_jax"]["range"] = range_of(given["metadata"], loader)
 
 
-def range_of(metadata: griffe.ExprDict | None) -> str:
-    """Return the range that the metadata of a field state, in words; "" for none."""
-    if metadata is None:
-        return ""
-    bounds = {
-        str(k).strip("'"): str(v) for k, v in zip(metadata.keys, metadata.values, strict=True)
-    }
+def range_of(metadata: griffe.ExprDict, loader: griffe.GriffeLoader) -> str:
+    """Return the range that the metadata of a field state, in words."""
+    bounds = {str(k).strip("'"): v for k, v in zip(metadata.keys, metadata.values, strict=True)}
+    if "choices" in bounds:
+        choices = bounds["choices"]
+        if isinstance(choices, griffe.ExprName):
+            choices = loader.modules_collection[choices.canonical_path].value
+        return " ".join(str(choices).strip("()").replace("'", "`").split())
     if {"min", "max"} <= bounds.keys():
         return f"{bounds['min']} to {bounds['max']}"
     words = {"min": "at least", "max": "at most", "above": "above", "below": "below"}
