@@ -1,83 +1,146 @@
-"""Targets of SIC: identity targets by id policy, and momentum distillation's blended soft targets."""
+"""Targets of SIC: identity targets by id policy, and the soft targets of momentum distillation."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from c2f_jax.objectives.checks import check_arrays
+
 ID_POLICIES = ("multi_positive", "mask", "diagonal")
 
 
-def identity_targets(ids, bank_ids, pair_columns, bank_valid, policy="multi_positive"):
-    """Hard targets y and the columns that stay in the softmax.
+class IdentityTargets(NamedTuple):
+    """Hard targets, and the columns that stay in the softmax.
 
-    ``multi_positive``: y_ij = [g_i = g*_j] / row sum, so other captions of a picture and its copies in the queue are
-    positives. ``mask``: only the pair is positive and other columns with its id leave the softmax. ``diagonal``: only
-    the pair is positive and the rest are negatives, whatever their id.
+    Attributes:
+      targets: (n, M) float32, rows sum to 1.
+      valid: (n, M) bool.
+    """
+
+    targets: jax.Array
+    valid: jax.Array
+
+
+def identity_targets(
+    ids: jax.Array,
+    bank_ids: jax.Array,
+    pair_columns: jax.Array,
+    bank_valid: jax.Array,
+    policy: str = "multi_positive",
+) -> IdentityTargets:
+    """Make the hard targets y and choose the columns that stay in the softmax.
+
+    * ``multi_positive``: y_ij = [g_i = g*_j] / row sum. Other captions of an image and its copies
+      in the queue are positives.
+    * ``mask``: only the pair is positive; other columns with its id leave the softmax.
+    * ``diagonal``: only the pair is positive; all others are negatives, whatever their id.
 
     Args:
       ids: (n,) int image ids g of the queries.
-      bank_ids: (M,) int image ids of the bank.
-      pair_columns: (n,) int, the column that holds each query's own pair.
+      bank_ids: (M,) int image ids g* of the bank.
+      pair_columns: (n,) int, the column of each query's own pair, from 0 to M - 1. Under a device
+        axis these are the rows' numbers in the global batch; a column outside the bank makes a row
+        of zeros.
       bank_valid: (M,) bool, False for slots never written.
       policy: one of ``ID_POLICIES``.
 
     Returns:
-      (n, M) float32 targets whose rows sum to 1, and (n, M) bool valid columns.
+      IdentityTargets (targets, valid).
 
     Raises:
-      ValueError: unknown policy.
+      ValueError: unknown policy, or an argument has another shape or type.
 
-    Source: ALBEF (Li et al. 2021), whose retrieval fine-tuning takes all captions of a picture for positives.
+    Reference:
+      Li et al. 2021 (ALBEF), whose retrieval fine-tuning takes all captions of an image as
+      positives.
 
     >>> args = jnp.array([7]), jnp.array([7, 7, 3]), jnp.array([0]), jnp.ones(3, bool)
-    >>> identity_targets(*args)[0].tolist()
+    >>> identity_targets(*args).targets.tolist()
     [[0.5, 0.5, 0.0]]
-    >>> identity_targets(*args, policy="mask")[1].tolist()
+    >>> identity_targets(*args, policy="mask").valid.tolist()
     [[True, False, True]]
     """
     if policy not in ID_POLICIES:
         raise ValueError(f"unknown id policy {policy!r}: choose one of {', '.join(ID_POLICIES)}")
-    is_pair = pair_columns[:, None] == jnp.arange(bank_ids.shape[0])[None, :]
+    check_arrays(
+        ids=(ids, "int[n]"),
+        bank_ids=(bank_ids, "int[M]"),
+        pair_columns=(pair_columns, "int[n]"),
+        bank_valid=(bank_valid, "bool[M]"),
+    )
+
+    is_pair = pair_columns[:, None] == jnp.arange(bank_ids.shape[0])[None, :]  # (n, M)
     same_id = (ids[:, None] == bank_ids[None, :]) & bank_valid[None, :]
     valid = jnp.broadcast_to(bank_valid, same_id.shape)
+
     if policy == "multi_positive":
         positives = (same_id | is_pair).astype(jnp.float32)
-        return positives / jnp.sum(positives, axis=-1, keepdims=True), valid
+        return IdentityTargets(positives / jnp.sum(positives, axis=-1, keepdims=True), valid)
     if policy == "mask":
         valid = valid & (is_pair | ~same_id)
-    return is_pair.astype(jnp.float32), valid
+    return IdentityTargets(is_pair.astype(jnp.float32), valid)
 
 
-def distillation_targets(momentum_logits, targets, valid, alpha):
-    """Soft targets: t = alpha softmax(z' . bank / tau) + (1 - alpha) y, without gradient.
+def distillation_targets(
+    momentum_logits: jax.Array, targets: jax.Array, valid: jax.Array, alpha: jax.Array | float
+) -> jax.Array:
+    """Soften targets, without gradient: t = alpha softmax(z' . bank / tau) + (1 - alpha) y.
 
     Args:
       momentum_logits: (n, M) logits of the momentum embeddings.
       targets: (n, M) hard targets y.
       valid: (n, M) or (M,) bool, the columns of the softmax.
-      alpha: scalar in [0, 1].
+      alpha: scalar from 0 to 1.
 
     Returns:
       (n, M) float32; rows sum to 1, columns that are not valid are 0.
 
-    Source: ALBEF (Li et al. 2021), equations 6 and 7.
+    Raises:
+      ValueError: an argument has another shape or type.
 
-    >>> distillation_targets(jnp.zeros((1, 2)), jnp.array([[1., 0.]]), jnp.ones(2, bool), 0.5).tolist()
+    Reference:
+      Li et al. 2021 (ALBEF), equations 6 and 7.
+
+    >>> logits, hard, valid = jnp.zeros((1, 2)), jnp.array([[1., 0.]]), jnp.ones(2, bool)
+    >>> distillation_targets(logits, hard, valid, 0.5).tolist()
     [[0.75, 0.25]]
     """
+    check_arrays(
+        momentum_logits=(momentum_logits, "float[n, M]"),
+        targets=(targets, "number[n, M]"),
+        valid=(valid, "bool[n, M] | bool[M]"),
+        alpha=(alpha, "number[]"),
+    )
     valid = jnp.broadcast_to(valid, targets.shape)
     pseudo = jax.nn.softmax(momentum_logits.astype(jnp.float32), axis=-1, where=valid)
     pseudo = jnp.where(valid, pseudo, 0.0)
     return jax.lax.stop_gradient(alpha * pseudo + (1.0 - alpha) * targets)
 
 
-def alpha_at(step, alpha, ramp_steps):
-    """The distillation weight, ramped linearly: alpha min(1, step / ramp_steps); ramp_steps = 0 means no ramp.
+def alpha_at(step: jax.Array | int, alpha: float, ramp_steps: int) -> jax.Array:
+    """Ramp the distillation weight linearly: alpha min(1, step / ramp_steps).
 
-    Source: ALBEF ramps over the first epoch.
+    Args:
+      step: int scalar, steps since the ramp began.
+      alpha: the weight after the ramp.
+      ramp_steps: length of the ramp; 0 for none.
+
+    Returns:
+      float32 scalar; 0 before the ramp.
+
+    Raises:
+      ValueError: ramp_steps is not an int of at least 0, or an argument is no scalar.
+
+    Reference:
+      Li et al. 2021 (ALBEF), which ramps over the first epoch.
 
     >>> [round(float(alpha_at(s, 0.4, 100)), 2) for s in (0, 50, 200)]
     [0.0, 0.2, 0.4]
     """
+    check_arrays(step=(step, "number[]"), alpha=(alpha, "number[]"))
+    if not isinstance(ramp_steps, int) or ramp_steps < 0:
+        raise ValueError(f"ramp_steps is {ramp_steps!r}; it must be an int of at least 0")
     if ramp_steps == 0:
         return jnp.asarray(alpha, jnp.float32)
-    return alpha * jnp.minimum(1.0, jnp.asarray(step, jnp.float32) / ramp_steps)
+    return alpha * jnp.clip(jnp.asarray(step, jnp.float32) / ramp_steps, 0.0, 1.0)

@@ -1,37 +1,77 @@
 """Hard negatives for SIM, mined by the contrastive similarities that SIC has computed."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
+from c2f_jax.objectives.checks import check_arrays, check_keys
 
-def sample_hard_negatives(keys, logits, ids, candidate_ids, candidate_valid):
-    """Draw one negative for each row with probability softmax(l_i) over the candidates with another id.
 
-    Gumbel-max on masked logits: argmax_j (l_ij + G_ij), where same-id and unwritten candidates are -inf *before* the
-    softmax, so the draw is defined however much mass the positive holds.
+class HardNegatives(NamedTuple):
+    """One mined candidate for each row.
+
+    Attributes:
+      columns: (n,) int32 columns of the candidates; 0 where not valid.
+      valid: (n,) bool, False where no candidate is legal: that row must leave the loss.
+    """
+
+    columns: jax.Array
+    valid: jax.Array
+
+
+def sample_hard_negatives(
+    keys: jax.Array,
+    logits: jax.Array,
+    ids: jax.Array,
+    candidate_ids: jax.Array,
+    candidate_valid: jax.Array,
+) -> HardNegatives:
+    """Draw a negative for each row, with probability softmax(l_i) over candidates of another id.
+
+    Gumbel-max on masked logits: argmax_j (l_ij + G_ij). Candidates with the same id and slots never
+    written are -inf *before* the softmax, so the draw is defined however much mass the positive
+    has.
 
     Args:
-      keys: (n,) typed PRNG keys, one per row.
-      logits: (n, M) SIC similarity logits (cosine / tau).
+      keys: (n,) typed PRNG keys, one for each row. The two directions need keys of their own: the
+        same keys would draw the same columns.
+      logits: (n, M) SIC logits (cosine / tau).
       ids: (n,) int image ids of the rows.
       candidate_ids: (M,) int image ids of the candidates.
       candidate_valid: (M,) bool.
 
     Returns:
-      (n,) int32 candidate columns, and (n,) bool: False where no candidate is legal (the column is then 0 and the
-      row must be dropped from the loss).
+      HardNegatives (columns, valid).
 
-    Source: ALBEF (Li et al. 2021), section 3.3, with the masking moved before the softmax.
+    Raises:
+      ValueError: an argument has another shape or type, or there are no candidates.
 
-    >>> keys = row_keys(jax.random.key(0), jnp.arange(2))
+    Reference:
+      Li et al. 2021 (ALBEF), section 3.3, with the mask moved before the softmax.
+
+    >>> keys = jax.random.split(jax.random.key(0), 2)
     >>> ids, candidate_ids = jnp.array([5, 6]), jnp.array([5, 5, 6])
-    >>> column, valid = sample_hard_negatives(keys, jnp.zeros((2, 3)), ids, candidate_ids, jnp.ones(3, bool))
-    >>> int(column[0]), valid.tolist()
+    >>> columns, valid = sample_hard_negatives(
+    ...     keys, jnp.zeros((2, 3)), ids, candidate_ids, jnp.ones(3, bool)
+    ... )
+    >>> int(columns[0]), valid.tolist()
     (2, [True, True])
     """
-    legal = (ids[:, None] != candidate_ids[None, :]) & candidate_valid[None, :]
-    gumbel = jax.vmap(lambda key: jax.random.gumbel(key, (logits.shape[1],), jnp.float32))(keys)
-    perturbed = jnp.where(
-        legal, jax.lax.stop_gradient(logits).astype(jnp.float32) + gumbel, -jnp.inf
+    sizes = check_arrays(
+        logits=(logits, "float[n, M]"),
+        ids=(ids, "int[n]"),
+        candidate_ids=(candidate_ids, "int[M]"),
+        candidate_valid=(candidate_valid, "bool[M]"),
     )
-    return jnp.argmax(perturbed, axis=-1).astype(jnp.int32), jnp.any(legal, axis=-1)
+    check_keys("keys", keys, sizes["n"])
+    if sizes["M"] == 0:
+        raise ValueError("candidate_ids has shape (0,); there must be at least one candidate")
+
+    legal = (ids[:, None] != candidate_ids[None, :]) & candidate_valid[None, :]  # (n, M)
+    gumbel = jax.vmap(lambda key: jax.random.gumbel(key, (logits.shape[1],), jnp.float32))(keys)
+    perturbed = jax.lax.stop_gradient(logits).astype(jnp.float32) + gumbel
+    perturbed = jnp.where(legal, perturbed, -jnp.inf)
+
+    columns = jnp.argmax(perturbed, axis=-1).astype(jnp.int32)
+    return HardNegatives(columns, jnp.any(legal, axis=-1))

@@ -1,14 +1,17 @@
-"""Every purpose that random numbers are drawn for, by name: generators on the host and keys in the model.
+"""Every purpose that random numbers are drawn for: generators on the host, keys in the model.
 
-Two purposes never share a stream, whatever further integers (epoch, recording, layer) they take, because the number of
-the purpose has a fixed place in each seed. Nothing else in the package makes a generator or derives a key, except where
-values must stay as they are because data on disk were made with them.
+Two purposes never share a stream, whatever further integers (epoch, recording, layer) they take,
+because the number of the purpose has a fixed place in each seed. Nothing else in the package makes
+a generator or derives a key, except where values must never change: data on disk were made with
+them.
 """
 
 from enum import IntEnum
 
 import jax
 import numpy as np
+
+from c2f_jax.objectives.checks import check_arrays
 
 
 class Stream(IntEnum):
@@ -69,30 +72,32 @@ def host_rng(seed: int, stream: Stream, *numbers: int) -> np.random.Generator:
     Returns:
       A generator that depends on nothing but the arguments.
 
-    >>> host_rng(0, Stream.CROPS, 1, 7).integers(100) == host_rng(0, Stream.CROPS, 1, 7).integers(100)
-    True
+    >>> [int(host_rng(0, Stream.BATCHES, epoch).integers(100)) for epoch in (0, 1)]
+    [48, 40]
     """
-    # numpy pads the seed to four words before it appends the spawn key, so the stream is always the fifth word.
-    return np.random.default_rng(
-        np.random.SeedSequence(int(seed), spawn_key=(int(stream), *map(int, numbers)))
-    )
+    # numpy pads the seed to four words before it appends the spawn key, so the stream is always the
+    # fifth word.
+    words = (int(stream), *(int(number) for number in numbers))
+    return np.random.default_rng(np.random.SeedSequence(int(seed), spawn_key=words))
 
 
 def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:
-    """Make the two root keys of a run: one that initializes the parameters, one that all steps draw from.
+    """Make the two root keys of a run: for its initial parameters, and for its steps.
 
     Args:
       seed: seed of the run.
 
     Returns:
-      Two typed keys.
+      Two typed keys, (initialization, training).
     """
     init_key, training_key = jax.random.split(jax.random.key(seed))
     return init_key, training_key
 
 
 def step_key(training_key: jax.Array, step: jax.Array | int) -> jax.Array:
-    """Make the key of one training step: fold_in(key, step). A resumed run draws what an unbroken one would have.
+    """Make the key of one training step: fold_in(key, step).
+
+    A resumed run draws what an unbroken one would have drawn.
 
     Args:
       training_key: the run's key, typed or raw.
@@ -107,7 +112,9 @@ def step_key(training_key: jax.Array, step: jax.Array | int) -> jax.Array:
 
 
 def row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
-    """Make one key for each row: fold_in(key, row). Global row numbers give the same draws on any number of devices.
+    """Make one key for each row: fold_in(key, row).
+
+    Global row numbers give the same draws on any number of devices.
 
     Args:
       key: a typed key.
@@ -115,12 +122,21 @@ def row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
 
     Returns:
       (n,) typed keys.
+
+    Raises:
+      ValueError: rows has another shape or type.
+
+    >>> row_keys(jax.random.key(0), jax.numpy.arange(2)).shape
+    (2,)
     """
+    check_arrays(rows=(rows, "int[n]"))
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
 
 
 def fold_keys(keys: jax.Array | None, site: Site, *numbers: int) -> jax.Array | None:
-    """Make the keys of one purpose: fold_in(fold_in(key, site), number), so that no layer number equals a site.
+    """Make the keys of one purpose: fold_in(fold_in(key, site), number).
+
+    Numbers are folded in after the site, so that no layer number is taken for a site.
 
     Args:
       keys: (n,) typed keys, or None where nothing is drawn (no dropout), which stays None.

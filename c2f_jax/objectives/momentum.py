@@ -1,27 +1,42 @@
-"""Momentum parameters: an exponential moving average of the online ones (momentum distillation, MoCo)."""
+"""Momentum parameters: an exponential moving average of the online ones."""
+
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
-def update_momentum(momentum_params, params, momentum):
-    """One step of the moving average: theta' <- m theta' + (1 - m) theta.
+def update_momentum(momentum_params: Any, params: Any, momentum: jax.Array | float) -> Any:
+    """Take one step of the moving average: theta' <- m theta' + (1 - m) theta.
 
     After k steps towards a constant theta, theta' = theta + m^k (theta'_0 - theta).
 
     Args:
-      momentum_params: pytree theta', float32.
-      params: pytree theta of the same structure.
-      momentum: scalar m in [0, 1].
+      momentum_params: pytree theta' of float arrays; keys and functions must be filtered out.
+      params: pytree theta of the same structure and shapes. Mind the order: optax's
+        ``incremental_update`` takes the new values first.
+      momentum: scalar m from 0 to 1.
 
     Returns:
       The updated theta', each leaf in the type it had.
 
-    Source: He et al. 2020 (MoCo), equation 2; Li et al. 2021 (ALBEF), section 3.2.
+    Raises:
+      ValueError: the two trees differ in structure, or two leaves in shape.
 
-    >>> import jax.numpy as jnp
+    Reference:
+      He et al. 2020 (MoCo), equation 2; Li et al. 2021 (ALBEF), section 3.2.
+
     >>> update_momentum({"w": jnp.array(1.0)}, {"w": jnp.array(0.0)}, 0.75)["w"].item()
     0.75
     """
-    return jax.tree.map(
-        lambda m, p: (momentum * m + (1.0 - momentum) * p).astype(m.dtype), momentum_params, params
-    )
+
+    def average(path: tuple, old: jax.Array, new: jax.Array) -> jax.Array:
+        if jnp.shape(old) != jnp.shape(new):
+            name = jax.tree_util.keystr(path)
+            raise ValueError(
+                f"params{name} has shape {jnp.shape(new)}; "
+                f"it must be {jnp.shape(old)}, as momentum_params{name}"
+            )
+        return (momentum * old + (1.0 - momentum) * new).astype(old.dtype)
+
+    return jax.tree_util.tree_map_with_path(average, momentum_params, params)

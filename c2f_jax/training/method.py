@@ -11,7 +11,7 @@ NEGATIVE_POOLS = ("batch", "global", "queue")
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """Options of the method. The defaults are those of ALBEF and BLIP where the paper's are unknown.
+    """Options of the method; defaults are from ALBEF and BLIP where the paper's are unknown.
 
     Attributes:
       momentum: m of the momentum model. None trains without one: keys are then the online
@@ -48,11 +48,11 @@ class MethodConfig:
     max_tau: float = field(default=0.5, metadata={"above": 0.0})
 
     def warm_up(self) -> "MethodConfig":
-        """Return the method of the first ``warm_up_steps`` steps: SIC in the batch and nothing else."""
+        """Return the method of the warm-up: SIC in the batch and nothing else."""
         return dataclasses.replace(self, momentum=None, alpha=0.0, sim_weight=0.0)
 
     def has_sim(self, step: int) -> bool:
-        """Return whether SIM has been trained by the end of ``step``; before, its scores are random."""
+        """Return whether SIM has been trained by the end of a step; before, it scores at random."""
         return self.sim_weight > 0 and step > self.warm_up_steps
 
     def check(self, queue_size: int, token_queue_size: int) -> None:

@@ -23,9 +23,9 @@ class OptimizerConfig:
     """Options of the optimizer.
 
     Attributes:
-      name: "adamw", or "muon" (Jordan et al. 2024). Muon orthogonalizes the updates of kernels, with
-        Nesterov momentum, and leaves all other parameters to Adam; encoders trained from scratch
-        need far fewer steps with it.
+      name: "adamw", or "muon" (Jordan et al. 2024). Muon orthogonalizes the updates of kernels and
+        leaves all other parameters to Adam, both with Nesterov momentum. Encoders trained from
+        scratch need far fewer steps with it.
       learning_rate: peak value.
       warmup_steps: steps over which the learning rate grows from 0 to its peak.
       final_fraction: last learning rate over the peak; the cosine ends there at the last step.
