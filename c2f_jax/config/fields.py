@@ -1,133 +1,141 @@
-"""What the values of a configuration may be: types and ranges, checked before anything is built from them."""
+"""Options as dataclass fields: known names, types, ranges, and values read from text.
 
+An option is stated once, as a field of the dataclass of what it configures. The metadata of the
+field give its range: "min" and "max" (inclusive), "above" and "below" (exclusive), "choices".
+"""
+
+import ast
+import dataclasses
+import difflib
 import math
 import types
 import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from c2f_jax.data.source import MIN_SAMPLES, SAMPLE_RATE
 from c2f_jax.errors import UserError
 
-_PARTS = ("model.speech", "model.image", "model.multimodal")
-_LEAST_SECONDS = MIN_SAMPLES / SAMPLE_RATE
+KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
 
-# What is expected of a number, a test of it, and the values that it holds for. The ranges of ``method`` and
-# ``data.augment`` stand at their classes.
-_RANGES = (
-    (
-        "a number from 1 on",
-        lambda x: 1 <= x < math.inf,
-        [
-            *[
-                "batch_size",
-                "steps",
-                "log_every",
-                "data.image_size",
-                "model.embedding_dim",
-                "model.branches",
-            ],
-            *["eval.k", "eval.batch_size", "eval.pair_batch_size", "eval.resamples"],
-            *[
-                "model.speech.mels",
-                "model.speech.hop",
-                "model.image.patch",
-                "model.image.token_pool",
-            ],
-            *[f"{part}.{name}" for part in _PARTS for name in ("width", "heads")],
-        ],
-    ),
-    (
-        "a number from 0 on",
-        lambda x: 0 <= x < math.inf,
-        [
-            *[
-                "seed",
-                "eval_every",
-                "queue_size",
-                "token_queue_size",
-                "method.sim_weight",
-                "method.warm_up_steps",
-                "method.alpha_ramp_steps",
-                "checkpoint_every",
-                "data.threads",
-                "data.prefetch",
-                "data.image_resize_side",
-            ],
-            *["data.speech_copies", "optimizer.warmup_steps", "optimizer.weight_decay"],
-            *["model.speech.conv_layers", "model.speech.conv_blocks", "model.image.conv_blocks"],
-            *[f"{part}.depth" for part in _PARTS],
-        ],
-    ),
-    (
-        "a number above 0",
-        lambda x: 0 < x < math.inf,
-        [
-            *[
-                "optimizer.learning_rate",
-                "optimizer.clip_norm",
-                "model.initial_tau",
-                "method.mining_tau",
-                "method.min_tau",
-            ],
-            *[f"{part}.mlp_ratio" for part in _PARTS],
-        ],
-    ),
-    (
-        "a number from 0 to 1",
-        lambda x: 0 <= x <= 1,
-        [
-            "method.alpha",
-            "method.momentum",
-            "data.max_bad_share",
-            "data.shuffled_share",
-            "optimizer.final_fraction",
-        ],
-    ),
-    (
-        "a number from 0 on and below 1",
-        lambda x: 0 <= x < 1,
-        [
-            "optimizer.b2",
-            *[
-                f"{part}.{name}"
-                for part in _PARTS
-                for name in ("dropout_rate", "token_dropout", "token_mask")
-            ],
-        ],
-    ),
-    ("a number above 0 and below 1", lambda x: 0 < x < 1, ["data.max_padding"]),
-    (
-        f"seconds, at least {_LEAST_SECONDS}",
-        lambda x: _LEAST_SECONDS <= x < math.inf,
-        ["data.max_seconds"],
-    ),
-)
+def options_of(cls: type, exclude: Iterable[str] = ()) -> dict[str, dataclasses.Field]:
+    """Return the fields of a dataclass by name, but for those excluded."""
+    return {f.name: f for f in dataclasses.fields(cls) if f.name not in set(exclude)}
 
 
-def check_ranges(values):
-    """Raise UserError for a number that is out of its range, or is none.
+def default_values(options: Mapping[str, dataclasses.Field]) -> dict[str, Any]:
+    """Return the default of each option; None where there is no default."""
+    values = {}
+    for name, option in options.items():
+        missing = option.default is dataclasses.MISSING
+        values[name] = None if missing else option.default
+    return values
+
+
+def build(cls: type, values: Mapping[str, Any]) -> Any:
+    """Build a dataclass from checked plain values, whose lists become tuples."""
+    built = {}
+    for name, value in values.items():
+        built[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**built)
+
+
+def check_values(
+    where: str, options: Mapping[str, dataclasses.Field], values: Mapping[str, Any]
+) -> None:
+    """Check the names, types and ranges of a section's values.
 
     Args:
-      values: configuration as from ``flatten``; what it lacks, or holds None for, is not looked at.
+      where: name of the section, such as "data"; "" for the top level.
+      options: options of the section.
+      values: their values; options that are left out have their defaults.
+
+    Raises:
+      UserError: for the first option that does not exist, is missing, has another type or is out of
+        range.
     """
-    for expected, holds, names in _RANGES:
-        for name in names:
-            value = values.get(name)
-            if value is not None and not (of_type(value, float) and holds(value)):
-                raise UserError(f"{name}={value!r}: {expected} is expected")
+    names = [dotted(where, name) for name in options]
+    for name, value in values.items():
+        key = dotted(where, name)
+        check_known(key, names)
+        option = options[name]
+        if value is None and option.default is dataclasses.MISSING:
+            raise UserError(f"{key} is not set: give it a value")
+        if not of_type(value, option.type):
+            raise UserError(f"{key}={value!r}: must be {describe(option.type)}")
+        for entry in value if isinstance(value, list | tuple) else [value]:
+            _check_range(key, value, entry, option.metadata)
+    for name, option in options.items():
+        if name not in values and option.default is dataclasses.MISSING:
+            raise UserError(f"{dotted(where, name)} is not set: give it a value")
 
 
-def of_type(value, kind):
-    """Whether a plain value is of the type that a field is annotated with; a whole number is a float too.
+def check_known(key: str, known: Sequence[str], prefix: str = "") -> None:
+    """Check that an option exists.
 
-    >>> of_type(3, float), of_type([1.5, 2], tuple[float, ...]), of_type(None, int), of_type(True, int | None)
-    (True, True, False, False)
+    Args:
+      key: dotted name.
+      known: dotted names that exist.
+      prefix: what the user writes before a name, such as "--config.".
+
+    Raises:
+      UserError: if it does not exist, with the nearest known name.
     """
+    if key in known:
+        return
+    near = difflib.get_close_matches(key, known, n=1)
+    if near:
+        hint = f"did you mean {prefix}{near[0]}?"
+    else:
+        hint = f"the options are {', '.join(known)}"
+    raise UserError(f"there is no option {prefix}{key}: {hint}")
+
+
+def _check_range(key: str, value: Any, entry: Any, metadata: Mapping[str, Any]) -> None:
+    """Raise UserError if an entry of an option's value is out of its range."""
+    if entry is None:
+        return
+    choices = metadata.get("choices")
+    if choices is not None and entry not in choices:
+        raise UserError(f"{key}={value!r}: choose one of {', '.join(map(str, choices))}")
+    if not isinstance(entry, int | float) or isinstance(entry, bool):
+        return
+    inside = (
+        math.isfinite(entry)
+        and entry >= metadata.get("min", -math.inf)
+        and entry <= metadata.get("max", math.inf)
+        and entry > metadata.get("above", -math.inf)
+        and entry < metadata.get("below", math.inf)
+    )
+    if not inside:
+        raise UserError(f"{key}={value!r}: must be {describe_range(metadata)}")
+
+
+def describe_range(metadata: Mapping[str, Any]) -> str:
+    """Return the range of a number in words.
+
+    >>> describe_range({"min": 1}), describe_range({"above": 0, "below": 1})
+    ('at least 1', 'above 0 and below 1')
+    """
+    words = {"min": "at least", "above": "above", "max": "at most", "below": "below"}
+    bounds = [f"{word} {metadata[name]:g}" for name, word in words.items() if name in metadata]
+    return " and ".join(bounds) or "a finite number"
+
+
+def of_type(value: Any, kind: Any) -> bool:
+    """Return whether a plain value has the type of an option; integers are floats too.
+
+    >>> of_type(3, float), of_type([1.5, 2], tuple[float, ...]), of_type(None, int)
+    (True, True, False)
+    """
+    if kind is Any:
+        return True
     if isinstance(kind, types.UnionType):
         return any(of_type(value, one) for one in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
+        entry_kind = typing.get_args(kind)[0]
         return isinstance(value, list | tuple) and all(
-            of_type(entry, typing.get_args(kind)[0]) for entry in value
+            of_type(entry, entry_kind) for entry in value
         )
     if typing.get_origin(kind) is not None:
         return isinstance(value, typing.get_origin(kind))
@@ -136,16 +144,82 @@ def of_type(value, kind):
     return isinstance(value, int | float if kind is float else kind)
 
 
-def flatten(values, prefix=""):
-    """Nested dicts of plain values as one, with dotted keys.
+def describe(kind: Any) -> str:
+    """Return a type in words.
+
+    >>> describe(tuple[float, ...]), describe(int | None)
+    ('a list of numbers', 'an integer or None')
+    """
+    if isinstance(kind, types.UnionType):
+        return " or ".join(describe(one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return f"a list of {describe(typing.get_args(kind)[0]).partition(' ')[2]}s"
+    if kind is type(None):
+        return "None"
+    return KINDS.get(kind, "a section")
+
+
+def parse(key: str, text: str, kind: Any) -> Any:
+    """Read the value of an option from the command line.
+
+    Args:
+      key: the option as the user wrote it, for messages.
+      text: what follows the equals sign.
+      kind: type of the option.
+
+    Raises:
+      UserError: if the text is no such value.
+    """
+    value = _read(text, kind)
+    if not of_type(value, kind):
+        raise UserError(f"{key}={text}: must be {describe(kind)}")
+    return value
+
+
+def _read(text: str, kind: Any) -> Any:
+    """Return the value that a text stands for; of another type than ``kind`` if it stands for none."""
+    if isinstance(kind, types.UnionType):
+        kinds = typing.get_args(kind)
+        if type(None) in kinds and text in ("None", "none", "null", ""):
+            return None
+        for one in kinds:
+            value = _read(text, one)
+            if of_type(value, one):
+                return value
+        return text
+    if kind is str:
+        return text
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    try:
+        value = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError):
+        return text
+    if typing.get_origin(kind) is tuple:
+        entries = value if isinstance(value, list | tuple) else [value]
+        return tuple(entries)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)  # such as 1e5
+    if kind is float and of_type(value, float):
+        return float(value)
+    return value
+
+
+def dotted(where: str, name: str) -> str:
+    """Return the full name of an option in a section; the top level is ""."""
+    return f"{where}.{name}" if where else name
+
+
+def flatten(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Return nested sections as one dict with dotted names.
 
     >>> flatten({"steps": 3, "data": {"bucket_seconds": (1.0,)}})
     {'steps': 3, 'data.bucket_seconds': [1.0]}
     """
     flat = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, dotted(where, name))
         else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+            flat[dotted(where, name)] = list(value) if isinstance(value, tuple) else value
     return flat

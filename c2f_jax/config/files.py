@@ -1,29 +1,22 @@
-"""Configurations read from files and command lines, and kept in a run's directory."""
+"""Read configurations from files and the command line; keep them in the directory of a run."""
 
-import difflib
+import importlib.util
 import json
 import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-import ml_collections
 from etils import epath
+from ml_collections import ConfigDict
 
+from c2f_jax.config import fields, options
 from c2f_jax.config.default import default_config
-from c2f_jax.config.fields import flatten
 from c2f_jax.errors import UserError
 
-
-def save_config(config, workdir):
-    """Write ``<workdir>/config.json``, or refuse a workdir that holds another experiment.
-
-    ``steps`` and the cadences may change from run to run, so that a run can be prolonged; all else must be equal. A run
-    that ended before its first checkpoint is no experiment yet: its configuration is overwritten, its record of weights
-    (``pretrained.weights.check_weights``) forgotten.
-
-    Raises:
-      UserError: listing the values that differ; or the workdir cannot be written.
-    """
-    path = epath.Path(workdir) / "config.json"
-    free = {
+# A run can be resumed with other values of these; options of `eval` can change too.
+CAN_CHANGE = frozenset(
+    {
         "steps",
         "log_every",
         "eval_every",
@@ -32,47 +25,63 @@ def save_config(config, workdir):
         "data.threads",
         "data.prefetch",
     }
-    wanted = json.loads(config.to_json())
+)
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Read a configuration file and apply overrides.
+
+    Args:
+      path: ``file.py`` or ``file.py:argument``, whose ``get_config`` is called with the argument.
+      overrides: words such as ``--config.optimizer.learning_rate=3e-4``.
+
+    Returns:
+      The configuration, locked: assigning an option that does not exist raises.
+
+    Raises:
+      UserError: if the file does not exist or fails, or an option does not exist or has another type.
+    """
+    config = _call_get_config(path)
+    for word in overrides:
+        _override(config, word)
+    return config.lock()
+
+
+def save_config(config: ConfigDict, workdir: str | os.PathLike) -> None:
+    """Write ``<workdir>/config.json``, unless the workdir holds another experiment.
+
+    A run can be prolonged, so ``CAN_CHANGE`` and ``eval`` may differ from run to run. A run that ended
+    before its first checkpoint is no experiment yet: its configuration and its record of weights (see
+    ``pretrained.weights.check_weights``) are overwritten.
+
+    Raises:
+      UserError: if the workdir holds another experiment, with the options that differ, or cannot be
+        written.
+    """
+    path = epath.Path(workdir) / "config.json"
     if path.exists() and _has_checkpoint(workdir):
-        found = flatten(load_saved_config(workdir).to_dict())
-        asked, default = flatten(wanted), flatten(default_config().to_dict())
-        # A value that the saved file does not know had its default.
-        differing = [
-            k
-            for k in sorted(found.keys() | asked.keys())
-            if found.get(k, default.get(k)) != asked.get(k)
-        ]
-        differing = [k for k in differing if k not in free]
-        differing = [k for k in differing if not k.startswith("eval.")]
-        if differing:
-            rows = "\n".join(
-                f"  {k}: {found.get(k)!r} there, {asked.get(k)!r} asked" for k in differing
-            )
+        rows = _differences(load_saved_config(workdir), config)
+        if rows:
             raise UserError(
-                f"{workdir} holds a run of another configuration:\n{rows}\n"
-                "Give another --workdir, or the same values to go on with that run."
+                f"{workdir} holds a run with another configuration:\n" + "\n".join(rows) + "\n"
+                "Give another --workdir, or the same values to resume that run."
             )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(wanted, indent=2) + "\n")
+        path.write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
         if not _has_checkpoint(workdir):
             (path.parent / "weights.json").unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
-            f"--workdir={workdir} cannot be written ({error}): give a directory that can"
+            f"--workdir={workdir} cannot be written ({error}): give another directory"
         ) from error
 
 
-def _has_checkpoint(workdir):
-    folder = epath.Path(workdir) / "checkpoints"
-    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
-
-
-def load_saved_config(workdir):
-    """The ConfigDict of a training run.
+def load_saved_config(workdir: str | os.PathLike) -> ConfigDict:
+    """Read the configuration of a training run.
 
     Raises:
-      UserError: no run there, or an unreadable file.
+      UserError: if there is no run or its file cannot be read.
     """
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
@@ -80,71 +89,86 @@ def load_saved_config(workdir):
             f"{workdir} holds no training run (no config.json): give the --workdir of `c2f train`"
         )
     try:
-        return ml_collections.ConfigDict(json.loads(path.read_text()))
-    except (
-        ValueError,
-        AttributeError,
-        OSError,
-    ) as error:  # not UTF-8, not JSON, not an object of JSON, not a file
+        return ConfigDict(json.loads(path.read_text()))
+    except (ValueError, AttributeError, OSError) as error:  # no text, no JSON object, no file
         raise UserError(
             f"{path} is damaged ({error}): restore it or train into another --workdir"
         ) from error
 
 
-def load_config(path, overrides=()):
-    """A locked ConfigDict from ``file.py[:argument]`` with ``--config.key=value`` overrides applied.
+def _has_checkpoint(workdir: str | os.PathLike) -> bool:
+    """Return whether a run has saved a checkpoint."""
+    folder = epath.Path(workdir) / "checkpoints"
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
-    Raises:
-      UserError: no such file, argument that it does not take, unknown key (with the nearest known one), value of
-        another type.
-    """
-    file = path.partition(":")[0]
+
+def _differences(saved: ConfigDict, wanted: ConfigDict) -> list[str]:
+    """Return a line for each option that must be equal and is not."""
+    found = fields.flatten(json.loads(saved.to_json()))
+    asked = fields.flatten(json.loads(wanted.to_json()))
+    default = fields.flatten(json.loads(default_config().to_json()))
+    rows = []
+    for key in sorted(found.keys() | asked.keys()):
+        there = found.get(key, default.get(key))
+        if key not in CAN_CHANGE and not key.startswith("eval.") and there != asked.get(key):
+            rows.append(f"  {key}: {there!r} there, {asked.get(key)!r} given")
+    return rows
+
+
+def _call_get_config(path: str) -> ConfigDict:
+    """Run a configuration file and call its ``get_config``."""
+    file, colon, argument = path.partition(":")
     if not os.path.isfile(file):
         raise UserError(
-            f"--config={path}: there is no file {file}; the repository's are in configs/"
+            f"--config={path}: there is no file {file}; the configurations of this package are in "
+            "configs/ of its repository"
         )
-    known = _keys(_read_config(path, ()))
-    for word in overrides:
-        key = word.partition("=")[0].removeprefix("--config.")
-        if key not in known:
-            inside = [name for name in known if name.startswith(f"{key}.")]
-            if inside:
-                raise UserError(
-                    f"--config.{key} is a section: give a value of it, {', '.join(inside)}"
-                )
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = (
-                f"did you mean --config.{near[0]}?" if near else f"known keys: {', '.join(known)}"
-            )
-            raise UserError(f"the configuration has no {key}: {hint}")
-    return _read_config(path, overrides)
-
-
-def _read_config(path, overrides):
-    from absl import flags
-    from ml_collections import ConfigDict, config_flags
-
-    values, argv = flags.FlagValues(), ["c2f", f"--config={path}", *overrides]
-    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=argv)
     try:
-        values(argv)
-        config = values["config"].value
-        if not isinstance(config, ConfigDict):
-            raise ValueError(
-                f"get_config returns {type(config).__name__}, a ConfigDict is expected"
-            )
-        return config
-    except Exception as error:  # a configuration is a program, which may fail in any way
-        # What it raises for its argument comes as the text of a traceback, whose last line tells it.
-        reason = (
-            (str(error).strip() or "no reason given").splitlines()[-1].removeprefix("ValueError: ")
-        )
-        kind = "" if isinstance(error, flags.Error | ValueError) else f"{type(error).__name__}: "
+        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        config = module.get_config(argument) if colon else module.get_config()
+    except Exception as error:  # a configuration is a program, which can fail in any way
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        reason = (str(error).strip() or "no reason given").splitlines()[-1]
         raise UserError(f"--config={path}: {kind}{reason}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"--config={path}: get_config returns {type(config).__name__}: must be a ConfigDict"
+        )
+    return config
 
 
-def _keys(config, prefix=""):
-    keys = []
-    for key, value in config.items():
-        keys += _keys(value, f"{prefix}{key}.") if hasattr(value, "items") else [prefix + key]
-    return keys
+def _override(config: ConfigDict, word: str) -> None:
+    """Apply one override to a configuration."""
+    key, equals, text = word.removeprefix("--config.").partition("=")
+    kinds = _option_types(config)
+    inside = [name for name in kinds if name.startswith(f"{key}.")]
+    if inside and key not in kinds:
+        raise UserError(f"--config.{key} is a section: set one of {', '.join(inside)}")
+    fields.check_known(key, list(kinds), "--config.")
+    if not equals:
+        raise UserError(f"--config.{key} has no value: write --config.{key}=VALUE")
+
+    value = fields.parse(f"--config.{key}", text, kinds[key])
+    *path, name = key.split(".")
+    section = config
+    for part in path:
+        section = section[part]
+    with section.ignore_type(), section.unlocked():
+        section[name] = value
+
+
+def _option_types(config: ConfigDict) -> dict[str, Any]:
+    """Return the type of each option of a configuration, by its dotted name.
+
+    The options of a published network are not known here: they have the type of their value.
+    """
+    encoders = {part: config.model[part].get("name") for part in options.ENCODERS}
+    kinds = {}
+    for where, section in options.sections(encoders).items():
+        for name, option in section.items():
+            kinds[fields.dotted(where, name)] = option.type
+    for key, value in fields.flatten(config.to_dict()).items():
+        kinds.setdefault(key, type(value))
+    return kinds

@@ -69,7 +69,7 @@ def _set_published_encoders(config, size, finetuned):
     config.model.speech = ConfigDict(speech)
     image = head | {"name": "published", "weights": "weights/blip2", "frozen": "tower", "depth": 1}
     config.model.image = ConfigDict(image)
-    config.model.multimodal = ConfigDict(head | {"depth": 4})
+    config.model.multimodal = ConfigDict(head | {"depth": 4, "mlp_ratio": 4.0})
     config.optimizer.learning_rate = 1e-5 if finetuned else 1e-4
     config.optimizer.weight_decay = 0.02 if finetuned else 1e-6
     config.optimizer.warmup_steps = 5000

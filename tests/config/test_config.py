@@ -5,10 +5,14 @@ from helpers.paths import CONFIGS
 
 from c2f_jax.config.default import default_config
 from c2f_jax.config.experiment import create_experiment
-from c2f_jax.config.fields import _RANGES, flatten
 from c2f_jax.config.files import load_config, load_saved_config, save_config
+from c2f_jax.datasets.config import DataConfig
 from c2f_jax.errors import UserError
 from c2f_jax.main import main
+from c2f_jax.models.factory import create_model
+from c2f_jax.retrieval.evaluation import EvalConfig
+from c2f_jax.training.method import MethodConfig
+from c2f_jax.training.optimizer import OptimizerConfig
 
 
 def changed(**values):
@@ -24,30 +28,31 @@ def changed(**values):
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("steps", 0, "steps=0: a number from 1 on"),
-        ("batch_size", "many", "batch_size='many': a number from 1 on"),
-        ("seed", -1, "seed=-1: a number from 0 on"),
-        ("eval_every", -1, "eval_every=-1: a number from 0 on"),
-        ("eval.k", 0, "eval.k=0: a number from 1 on"),
-        ("eval.k", None, "k=None is not of the type int"),
+        ("steps", 0, "steps=0: must be at least 1"),
+        ("batch_size", "many", "batch_size='many': must be an integer"),
+        ("seed", -1, "seed=-1: must be at least 0"),
+        ("eval_every", -1, "eval_every=-1: must be at least 0"),
+        ("queue_size", -1, "queue_size=-1: must be at least 0"),
+        ("parallel", "mesh", "parallel='mesh': choose one of pmap, shard_map"),
+        ("eval.k", 0, "eval.k=0: must be at least 1"),
+        ("eval.k", None, "eval.k=None: must be an integer"),
+        ("eval.score", "best", "eval.score='best': choose one of sic"),
         ("eval.batch_size", 0, "eval.batch_size=0"),
         ("eval.resamples", 0, "eval.resamples=0"),
-        ("eval", 3, "eval is 3: a section with the values k, score"),
-        ("model", 3, "no section `model`"),
+        ("eval", 3, "eval=3: must be a section"),
+        ("model", 3, "model=3: must be a section"),
+        ("model.image", 3, "model.image=3: must be a section"),
+        ("data.name", None, "data.name is not set: give it a value"),
         ("data.image_size", -8, "data.image_size=-8"),
-        ("data.image_size", 64.5, "image_size=64.5 is not of the type int"),
-        ("data.max_seconds", 0.0, "data.max_seconds=0.0: seconds, at least 0.025"),
-        (
-            "data.bucket_seconds",
-            ("a",),
-            "bucket_seconds=['a'] is not of the type tuple[float, ...]",
-        ),
+        ("data.image_size", 64.5, "data.image_size=64.5: must be an integer"),
+        ("data.max_seconds", 0.0, "data.max_seconds=0.0: must be at least 0.025"),
+        ("data.bucket_seconds", ("a",), "data.bucket_seconds=['a']: must be a list of numbers"),
         ("data.threads", -1, "data.threads=-1"),
-        ("data.max_bad_share", 2.0, "data.max_bad_share=2.0: a number from 0 to 1"),
-        ("data.max_padding", 1.0, "data.max_padding=1.0: a number above 0 and below 1"),
-        ("optimizer.learning_rate", float("nan"), "optimizer.learning_rate=nan: a number above 0"),
-        ("optimizer.b2", 1.0, "optimizer.b2=1.0: a number from 0 on and below 1"),
-        ("method.mining_tau", 0, "method.mining_tau=0.0: a number above 0"),
+        ("data.max_bad_share", 2.0, "data.max_bad_share=2.0: must be at least 0 and at most 1"),
+        ("data.max_padding", 1.0, "data.max_padding=1.0: must be above 0 and below 1"),
+        ("optimizer.learning_rate", float("nan"), "optimizer.learning_rate=nan: must be above 0"),
+        ("optimizer.b2", 1.0, "optimizer.b2=1.0: must be at least 0 and below 1"),
+        ("method.mining_tau", 0.0, "method.mining_tau=0.0: must be above 0"),
         ("method.min_tau", 0.6, "method.min_tau=0.6 must be at most method.max_tau=0.5"),
         ("method.alpha_ramp_steps", -1, "method.alpha_ramp_steps=-1"),
         (
@@ -60,10 +65,11 @@ def changed(**values):
         ("method.momentum", -0.1, "method.momentum=-0.1"),
         ("method.sim_weight", -1.0, "method.sim_weight=-1.0"),
         ("method.warm_up_steps", -1, "method.warm_up_steps=-1"),
-        ("queue_size", -1, "queue_size=-1"),
         ("token_queue_size", -1, "token_queue_size=-1"),
         ("model.initial_tau", 0.0, "model.initial_tau=0.0"),
+        ("model.dtype", "float16", "model.dtype='float16': choose one of float32, bfloat16"),
         ("model.image.patch", 0, "model.image.patch=0"),
+        ("model.image.name", "vti", "model.image.name='vti': choose one of vit"),
         ("model.speech.heads", 0, "model.speech.heads=0"),
         ("model.multimodal.dropout_rate", 1.0, "model.multimodal.dropout_rate=1.0"),
     ],
@@ -74,16 +80,81 @@ def test_a_value_out_of_range_or_of_another_type_is_named(name, value, expected)
     assert expected in str(refused.value)
 
 
-def test_the_defaults_are_legal_and_ranges_are_of_values_that_there_are():
-    create_experiment(changed())
-    known = set(flatten(default_config().to_dict()))
-    named = {name for _, _, names in _RANGES for name in names}
-    published = (
-        "token_dropout",
-        "token_mask",
-        "speech.conv_blocks",
-    )  # of encoders that are not the default
-    assert {name for name in named - known if not name.endswith(published)} == set()
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("stpes", "steps"),
+        ("data.image_sise", "data.image_size"),
+        ("data.augment.flop", "data.augment.flip"),
+        ("method.momentun", "method.momentum"),
+        ("optimizer.learning_rat", "optimizer.learning_rate"),
+        ("model.embeding_dim", "model.embedding_dim"),
+        ("model.image.pach", "model.image.patch"),
+        ("model.multimodal.dept", "model.multimodal.depth"),
+    ],
+)
+def test_an_unknown_option_is_named_with_the_nearest_one(name, nearest):
+    with pytest.raises(UserError, match=f"there is no option {name}: did you mean {nearest}"):
+        create_experiment(changed(**{name.replace(".", "__"): 1}))
+    with pytest.raises(UserError, match=f"--config.{name}: did you mean --config.{nearest}"):
+        load_config(f"{CONFIGS}/spoken_scenes.py", [f"--config.{name}=1"])
+
+
+@pytest.mark.xfail(reason="the classes follow")
+def test_the_defaults_are_those_of_the_classes():
+    experiment = create_experiment(changed())
+    assert experiment.data == DataConfig("spoken_scenes")
+    assert experiment.eval == EvalConfig()
+    assert experiment.method == MethodConfig()
+    assert experiment.optimizer == OptimizerConfig()
+    assert experiment.model == create_model({"name": "log_mel"}, {"name": "vit"}, {})
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("steps", "1e5", 100_000),
+        ("steps", "2_000", 2000),
+        ("optimizer.learning_rate", "1", 1.0),
+        ("optimizer.learning_rate", "3e-4", 3e-4),
+        ("data.max_padding", "None", None),
+        ("data.max_padding", "0.1", 0.1),
+        ("method.momentum", "None", None),
+        ("method.mining_tau", "0.5", 0.5),
+        ("method.alpha_ramp_steps", "None", None),
+        ("init_from", "runs/other", "runs/other"),
+        ("init_from", "None", None),
+        ("data.name", "1", "1"),
+        ("data.bucket_seconds", "(3.2, 6)", (3.2, 6)),
+        ("data.bucket_seconds", "8.0", (8.0,)),
+        ("data.augment.noise_db", "[10, 20]", (10, 20)),
+        ("model.remat", "True", True),
+        ("model.speech.weights", "weights/hubert", "weights/hubert"),
+    ],
+)
+def test_an_override_is_read_as_the_type_of_its_option(key, text, value):
+    config = load_config(f"{CONFIGS}/spoken_scenes.py", [f"--config.{key}={text}"])
+    for name in key.split("."):
+        config = config[name]
+    assert config == value and type(config) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("steps=1.5", "--config.steps=1.5: must be an integer"),
+        ("steps=ten", "--config.steps=ten: must be an integer"),
+        ("steps=None", "--config.steps=None: must be an integer"),
+        ("steps", "--config.steps has no value"),
+        ("data.max_padding=little", "--config.data.max_padding=little: must be a number or None"),
+        ("data.bucket_seconds=long", "must be a list of numbers"),
+        ("model.remat=1", "--config.model.remat=1: must be true or false"),
+    ],
+)
+def test_an_override_of_another_type_is_named(override, expected):
+    with pytest.raises(UserError) as refused:
+        load_config(f"{CONFIGS}/spoken_scenes.py", [f"--config.{override}"])
+    assert expected in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -97,9 +168,9 @@ def test_the_defaults_are_legal_and_ranges_are_of_values_that_there_are():
         ("def get_config():\n    return 1 / 0\n", "ZeroDivisionError: division by zero"),
         (
             "def get_config():\n    return {'steps': 1}\n",
-            "get_config returns dict, a ConfigDict is expected",
+            "get_config returns dict: must be a ConfigDict",
         ),
-        ("def get_config():\n    return None\n", "a ConfigDict is expected"),
+        ("def get_config():\n    return None\n", "must be a ConfigDict"),
     ],
 )
 def test_a_configuration_that_fails_is_one_line(tmp_path, capsys, program, expected):
@@ -110,7 +181,7 @@ def test_a_configuration_that_fails_is_one_line(tmp_path, capsys, program, expec
     assert expected in message and str(file) in message and len(message.splitlines()) == 1
 
 
-def test_a_section_is_no_value():
+def test_a_section_cannot_be_set():
     with pytest.raises(
         UserError, match=r"--config.optimizer is a section: .*optimizer.learning_rate"
     ):
@@ -136,7 +207,7 @@ def test_a_workdir_is_kept_for_its_configuration_from_the_first_checkpoint_on(tm
     weights.write_text("{}")
     save_config(changed(seed=2, steps=7), tmp_path)
     assert weights.exists()
-    with pytest.raises(UserError, match="seed: 2 there, 3 asked"):
+    with pytest.raises(UserError, match="seed: 2 there, 3 given"):
         save_config(changed(seed=3), tmp_path)
 
 

@@ -89,7 +89,7 @@ def test_runs_are_kept_and_taken_again(config, tmp_path, monkeypatch):
     monkeypatch.setattr("c2f_jax.ablate.train_and_evaluate", None)  # a second call must not train
     assert ablate(config, tmp_path, seeds=2, rows=["in-batch contrastive"]) == table
     config.optimizer.learning_rate = 0.5
-    with pytest.raises(UserError, match="learning_rate: 0.003 there, 0.5 asked"):
+    with pytest.raises(UserError, match="learning_rate: 0.003 there, 0.5 given"):
         ablate(config, tmp_path, seeds=2, rows=["in-batch contrastive"])
 
 

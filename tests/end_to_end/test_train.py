@@ -220,7 +220,7 @@ def test_workdir_of_another_configuration_is_refused(flags, unbroken, capsys):
     message = capsys.readouterr().err
     assert status == 2
     assert (
-        "optimizer.learning_rate: 0.003 there, 0.5 asked" in message
+        "optimizer.learning_rate: 0.003 there, 0.5 given" in message
         and "another --workdir" in message
     )
 
@@ -234,7 +234,7 @@ def test_workdir_of_another_configuration_is_refused(flags, unbroken, capsys):
         ("--config.batch_size=640", "640"),
         ("--config.eval.k=0", "eval.k=0"),
         ("--config.eval.score=best", "choose one of sic"),
-        ("--config.queue_size=-1", "queue_size=-1"),
+        ("--config.queue_size=-1", "queue_size=-1: must be at least 0"),
         ("--config.token_queue_size=0", "token_queue_size > 0"),
         ("--config.method.id_policy=none", "multi_positive"),
         ("--config.method.negatives=all", "choose one of batch, global, queue"),

@@ -410,12 +410,12 @@ def get_config():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"speech": {"name": "published"}}, r"model\.speech\.weights is needed"),
-        ({"speech": {"name": "log_mel", "weights": "x"}}, r"model\.speech\.weights goes with"),
+        ({"speech": {"name": "published"}}, r"model\.speech\.weights is not set"),
+        ({"speech": {"name": "log_mel", "weights": "x"}}, r"model\.speech\.weights needs model.speech.name"),
         ({"image": {"name": "tokens"}}, r"model\.image\.name='tokens' reads a feature cache"),
         (
             {"speech_features": "x"},
-            r"data\.speech_features needs model\.speech\.name 'published' or 'tokens'",
+            r"data\.speech_features needs model\.speech\.name to be 'published' or 'tokens'",
         ),
         (
             {"speech": {"name": "tokens", "depth": 0, "conv_blocks": 2}},
@@ -423,7 +423,7 @@ def get_config():
         ),
         (
             {"speech_copies": 1},
-            "data.speech_copies=1: varied recordings that a frozen network has run on need",
+            "data.speech_copies=1 needs data.speech_features",
         ),
         (
             {"image_resize": "crop"},
@@ -460,7 +460,7 @@ def test_attributes_that_a_configuration_changes_are_the_cache_s_too(data, tmp_p
     )
     config.data.speech_features = f"{data}/tokens.npz"
     with pytest.raises(
-        UserError, match="holds tokens of another tool: model.speech.name='tokens' reads them"
+        UserError, match="holds the tokens of another tool: read them with model.speech.name='tokens'"
     ):
         create_experiment(config)
 

@@ -1,0 +1,143 @@
+"""Which options there are: each is a dataclass field of what it configures."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from c2f_jax.config import fields
+from c2f_jax.data.augment import AugmentConfig
+from c2f_jax.datasets.config import DataConfig
+from c2f_jax.errors import UserError
+from c2f_jax.models.factory import IMAGE_ENCODERS, SPEECH_ENCODERS
+from c2f_jax.models.multimodal import MultimodalEncoder
+from c2f_jax.retrieval.evaluation import EvalConfig
+from c2f_jax.training.method import MethodConfig
+from c2f_jax.training.optimizer import OptimizerConfig
+from c2f_jax.training.parallel import MODES
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Options at the top of a configuration.
+
+    Attributes:
+      seed: seed of initialization, data order and all other draws.
+      batch_size: global batch N, over all devices of all processes.
+      steps: optimizer steps.
+      log_every: steps between logs.
+      eval_every: steps between evaluations of the validation split; 0 for only at the end.
+      checkpoint_every: steps between checkpoints; 0 for only at the end.
+      queue_size: K, the length of the embedding queue.
+      token_queue_size: length of the token queue, for ``method.negatives="queue"``.
+      parallel: how devices share a batch, "pmap" or "shard_map".
+      init_from: workdir of another run, whose best checkpoint training starts from (fine-tuning).
+    """
+
+    seed: int = field(default=0, metadata={"min": 0})
+    batch_size: int = field(default=96, metadata={"min": 1})
+    steps: int = field(default=1000, metadata={"min": 1})
+    log_every: int = field(default=20, metadata={"min": 1})
+    eval_every: int = field(default=250, metadata={"min": 0})
+    checkpoint_every: int = field(default=250, metadata={"min": 0})
+    queue_size: int = field(default=1024, metadata={"min": 0})
+    token_queue_size: int = field(default=0, metadata={"min": 0})
+    parallel: str = field(default="pmap", metadata={"choices": MODES})
+    init_from: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Options of the model as a whole; those of its encoders are the encoders' fields.
+
+    Attributes:
+      embedding_dim: D, the size of the embeddings.
+      branches: M, transformers and projections side by side in both encoders: an ensemble.
+      initial_tau: tau at step 0.
+      dtype: compute type, "float32" or "bfloat16".
+      attention: implementation of attention, "xla" or "cudnn".
+      remat: recompute activations in the backward pass instead of keeping them.
+    """
+
+    embedding_dim: int = field(default=256, metadata={"min": 1})
+    branches: int = field(default=1, metadata={"min": 1})
+    initial_tau: float = field(default=0.07, metadata={"above": 0})
+    dtype: str = field(default="float32", metadata={"choices": ("float32", "bfloat16")})
+    attention: str = field(default="xla", metadata={"choices": ("xla", "cudnn")})
+    remat: bool = False
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """What the section of an encoder has beside the fields of the encoder.
+
+    Attributes:
+      name: which encoder.
+      weights: folder of ``c2f convert`` or published files, for name="published".
+    """
+
+    name: str
+    weights: str | None = None
+
+
+SECTIONS = {
+    "": RunOptions,
+    "data": DataConfig,
+    "data.augment": AugmentConfig,
+    "eval": EvalConfig,
+    "method": MethodConfig,
+    "optimizer": OptimizerConfig,
+    "model": ModelOptions,
+}
+ENCODERS = {"speech": SPEECH_ENCODERS, "image": IMAGE_ENCODERS}
+# Fields of an encoder that are no options: flax's own, those of `model`, and its network, whose
+# options depend on the weights.
+NO_OPTIONS = ("parent", "name", "dtype", "attention", "remat", "branches", "tower")
+
+
+def sections(encoders: Mapping[str, str]) -> dict[str, dict[str, dataclasses.Field]]:
+    """Return the options of each section.
+
+    Args:
+      encoders: names of the "speech" and the "image" encoder.
+
+    Raises:
+      UserError: if there is no such encoder.
+    """
+    found = {name: fields.options_of(cls) for name, cls in SECTIONS.items()}
+    del found["data"]["augment"]  # a section
+    for part, choices in ENCODERS.items():
+        name = encoders.get(part)
+        if name not in choices:
+            raise UserError(f"model.{part}.name={name!r}: choose one of {', '.join(choices)}")
+        own = fields.options_of(choices[name], exclude=NO_OPTIONS)
+        found[f"model.{part}"] = fields.options_of(EncoderOptions) | own
+    found["model.multimodal"] = fields.options_of(MultimodalEncoder, exclude=NO_OPTIONS)
+    return {where: _with_ranges(options) for where, options in found.items()}
+
+
+# TODO: these are to be stated by the classes.
+SHARE = {"min": 0, "below": 1}
+RANGES = {
+    "dropout_rate": SHARE,
+    "token_dropout": SHARE,
+    "token_mask": SHARE,
+    "mlp_ratio": {"above": 0},
+    "width": {"min": 1},
+    "heads": {"min": 1},
+    "depth": {"min": 0},
+    "mels": {"min": 1},
+    "hop": {"min": 1},
+    "patch": {"min": 1},
+    "token_pool": {"min": 1},
+    "conv_layers": {"min": 0},
+    "conv_blocks": {"min": 0},
+}
+
+
+def _with_ranges(options: dict[str, dataclasses.Field]) -> dict[str, dataclasses.Field]:
+    for name, option in options.items():
+        if name in RANGES and not option.metadata:
+            ranged = field(default=option.default, metadata=RANGES[name])
+            ranged.name, ranged.type = name, option.type
+            options[name] = ranged
+    return options
