@@ -21,7 +21,8 @@ from c2f_jax.datasets.config import DataConfig
 from c2f_jax.errors import UserError
 from c2f_jax.models.c2f import C2FModel
 from c2f_jax.models.factory import create_model
-from c2f_jax.pretrained.weights import bare_tower, open_card
+from c2f_jax.pretrained.networks import bare_tower
+from c2f_jax.pretrained.weights import open_card
 from c2f_jax.retrieval.evaluation import EvalConfig
 from c2f_jax.training.method import MethodConfig
 from c2f_jax.training.optimizer import OptimizerConfig

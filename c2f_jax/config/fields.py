@@ -10,7 +10,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from c2f_jax.errors import UserError
@@ -18,9 +18,9 @@ from c2f_jax.errors import UserError
 KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
 
-def options_of(cls: type, exclude: Iterable[str] = ()) -> dict[str, dataclasses.Field]:
-    """Return the fields of a dataclass by name, but for those excluded."""
-    return {f.name: f for f in dataclasses.fields(cls) if f.name not in set(exclude)}
+def options_of(cls: type) -> dict[str, dataclasses.Field]:
+    """Return the fields of a dataclass by name."""
+    return {option.name: option for option in dataclasses.fields(cls)}
 
 
 def default_values(options: Mapping[str, dataclasses.Field]) -> dict[str, Any]:

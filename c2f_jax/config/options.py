@@ -8,7 +8,7 @@ from c2f_jax.config import fields
 from c2f_jax.data.augment import AugmentConfig
 from c2f_jax.datasets.config import DataConfig
 from c2f_jax.errors import UserError
-from c2f_jax.models.factory import IMAGE_ENCODERS, SPEECH_ENCODERS
+from c2f_jax.models.factory import IMAGE_ENCODERS, SPEECH_ENCODERS, option_fields
 from c2f_jax.models.multimodal import MultimodalEncoder
 from c2f_jax.retrieval.evaluation import EvalConfig
 from c2f_jax.training.method import MethodConfig
@@ -89,9 +89,6 @@ SECTIONS = {
     "model": ModelOptions,
 }
 ENCODERS = {"speech": SPEECH_ENCODERS, "image": IMAGE_ENCODERS}
-# Fields of an encoder that are no options: flax's own, those of `model`, and its network, whose
-# options depend on the weights.
-NO_OPTIONS = ("parent", "name", "dtype", "attention", "remat", "branches", "tower")
 
 
 def sections(encoders: Mapping[str, str]) -> dict[str, dict[str, dataclasses.Field]]:
@@ -109,9 +106,10 @@ def sections(encoders: Mapping[str, str]) -> dict[str, dict[str, dataclasses.Fie
         name = encoders.get(part)
         if name not in choices:
             raise UserError(f"model.{part}.name={name!r}: choose one of {', '.join(choices)}")
-        own = fields.options_of(choices[name], exclude=NO_OPTIONS)
+        own = {option.name: option for option in option_fields(choices[name])}
+        own.pop("tower", None)  # the network, whose options depend on the weights
         found[f"model.{part}"] = fields.options_of(EncoderOptions) | own
-    found["model.multimodal"] = fields.options_of(MultimodalEncoder, exclude=NO_OPTIONS)
+    found["model.multimodal"] = {option.name: option for option in option_fields(MultimodalEncoder)}
     return {where: _with_ranges(options) for where, options in found.items()}
 
 
