@@ -142,8 +142,7 @@ def torch_batches(pairs, options, workers, ours):
 
 def our_batches(pairs, options, workers, cache_mib):
     """An iterator of the package's loader."""
-    batches = loader.train_batches(
-        pairs,
+    batch_options = loader.BatchOptions(
         batch_size=options.batch_size,
         image_size=options.image_size,
         bucket_seconds=(options.seconds,),
@@ -151,7 +150,7 @@ def our_batches(pairs, options, workers, cache_mib):
         threads=workers,
         cache_mib=cache_mib,
     )
-    return (batch for _, batch in batches)
+    return (batch for _, batch in loader.train_batches(pairs, batch_options))
 
 
 def rate_of(batches, count, batch_size):

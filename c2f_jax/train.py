@@ -159,19 +159,14 @@ def _train(
         )
         for m in (method.warm_up(), method)
     )
-    batches = loader.train_batches(
+    options = data.batch_options(
         source,
         batch_size=experiment.batch_size,
-        image_size=data.image_size,
-        bucket_seconds=loader.bucket_seconds(source, data, experiment.batch_size),
         seed=experiment.seed,
-        start_step=start,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        threads=data.threads,
-        prefetch=data.prefetch,
-        augment=data.augment,
     )
+    batches = loader.train_batches(source, options, start_step=start)
     recorder.start(start)
     with _stop_request() as stop_requested:
         for step in range(start + 1, experiment.steps + 1):

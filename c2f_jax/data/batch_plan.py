@@ -4,16 +4,28 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from c2f_jax.data.source import MIN_SAMPLES, SAMPLE_RATE
 from c2f_jax.errors import UserError
 from c2f_jax.objectives.keys import Stream, host_rng
 
+MOST_BUCKETS = 16  # each is one more compiled step
+MIN_SECONDS = MIN_SAMPLES / SAMPLE_RATE
+
 
 def bucket_of(num_samples: np.ndarray, bucket_samples: Sequence[int]) -> np.ndarray:
-    """The shortest bucket that holds each recording, int (M,); the longest for longer and for unknown (-1) lengths."""
+    """Choose the bucket of each recording.
+
+    Args:
+      num_samples: int (M,), length of each recording, -1 where unknown.
+      bucket_samples: lengths of the buckets, increasing.
+
+    Returns:
+      int (M,), the shortest bucket that holds the recording; the last one for longer and for unknown
+      lengths.
+    """
+    last = len(bucket_samples) - 1
     bucket = np.searchsorted(np.asarray(bucket_samples), num_samples, side="left")
-    return np.where(
-        num_samples < 0, len(bucket_samples) - 1, np.minimum(bucket, len(bucket_samples) - 1)
-    )
+    return np.where(num_samples < 0, last, np.minimum(bucket, last))
 
 
 def plan_epoch(
@@ -24,10 +36,21 @@ def plan_epoch(
     seed: int,
     epoch: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The batches of one epoch: recordings int64 (steps, batch) and the padded length of each batch int64 (steps,).
+    """Plan the batches of one epoch.
 
-    steps = floor(M / batch) in every epoch. Each batch is of one bucket; what is left over of a bucket joins the next
-    longer one, so that no recording is left out but the last M mod batch, other ones in each epoch.
+    Each batch is of one bucket. What is left over of a bucket joins the next longer one, so that no
+    recording is left out but the last M mod batch_size, other ones in each epoch.
+
+    Args:
+      num_samples: int (M,), length of each recording, -1 where unknown.
+      batch_size: recordings of a batch.
+      bucket_samples: lengths of the buckets, increasing.
+      seed: seed of the run.
+      epoch: number of the epoch.
+
+    Returns:
+      The recordings of each batch, int64 (steps, batch_size), and its padded length, int64 (steps,);
+      steps = floor(M / batch_size).
     """
     rng = host_rng(seed, Stream.BATCHES, epoch)
     order = rng.permutation(len(num_samples))
@@ -40,19 +63,35 @@ def plan_epoch(
         batches.append(members[:full].reshape(-1, batch_size))
         lengths.append(np.full(full // batch_size, samples))
         left_over = members[full:]
-    shuffle = rng.permutation(sum(map(len, batches))) if len(bucket_samples) > 1 else slice(None)
-    return np.concatenate(batches)[shuffle], np.concatenate(lengths)[shuffle]
+
+    plan, padded = np.concatenate(batches), np.concatenate(lengths)
+    if len(bucket_samples) > 1:
+        # The buckets are mixed over the epoch.
+        shuffle = rng.permutation(len(plan))
+        plan, padded = plan[shuffle], padded[shuffle]
+    return plan, padded
 
 
 def padding_share(
     num_samples: np.ndarray, *, batch_size: int, bucket_samples: Sequence[int], seed: int = 0
 ) -> float:
-    """Share of padding among all samples of the batches of one epoch, cropped and unknown lengths counted as full."""
+    """Count the padding in the batches of one epoch.
+
+    Args:
+      num_samples: int (M,), length of each recording, -1 where unknown.
+      batch_size: recordings of a batch.
+      bucket_samples: lengths of the buckets, increasing.
+      seed: seed of the plan.
+
+    Returns:
+      Its share among all samples; recordings that are cropped or of unknown length fill their row.
+    """
     plan, lengths = plan_epoch(
         num_samples, batch_size=batch_size, bucket_samples=bucket_samples, seed=seed, epoch=0
     )
     known = np.where(num_samples < 0, bucket_samples[-1], num_samples)
-    return float(1 - np.minimum(known[plan], lengths[:, None]).sum() / (lengths.sum() * batch_size))
+    used = np.minimum(known[plan], lengths[:, None]).sum()
+    return float(1 - used / (lengths.sum() * batch_size))
 
 
 def fit_buckets(
@@ -63,25 +102,40 @@ def fit_buckets(
     max_padding: float,
     step: int | None = None,
 ) -> tuple[int, ...]:
-    """The fewest bucket lengths, the last one `longest`, with at most max_padding of padding in an epoch's batches.
+    """Choose the fewest bucket lengths that keep the padding of an epoch's batches below a bound.
 
-    For each number of buckets those lengths (multiples of step, a 64th of the longest unless given) that waste least
-    are found by dynamic programming, then the batches of an epoch are planned and counted, leftovers included. A
-    compiled step a length is the price, so at most 16 are tried; `UserError` when these do not suffice.
+    For each number of buckets, dynamic programming finds the lengths that waste least. Then the batches
+    of an epoch are planned and their padding counted, leftovers included. Each length is one more
+    compiled step, so only few are tried.
+
+    Args:
+      num_samples: int (M,), length of each recording, -1 where unknown.
+      longest: length of the last bucket in samples.
+      batch_size: recordings of a batch.
+      max_padding: largest share of padding.
+      step: lengths are multiples of it; None for a 64th of the longest.
+
+    Returns:
+      The lengths in samples, increasing.
+
+    Raises:
+      UserError: the bound cannot be kept.
     """
     step = step or max(longest // 64, 1)
-    lengths = np.sort(np.where(num_samples < 0, longest, np.minimum(num_samples, longest)))
-    ends = np.unique([*(-(-lengths // step) * step).clip(min(400, longest), longest), longest])
-    below = np.searchsorted(lengths, ends, side="right")  # recordings that fit into each end
-    cost = ends * below.astype(float)  # samples used when one bucket holds all up to this end
-    best, back = [cost], []
-    for count in range(1, min(16, len(ends)) + 1):
+    lengths = np.where(num_samples < 0, longest, np.minimum(num_samples, longest))
+    ends = _round_up(lengths, step).clip(min(MIN_SAMPLES, longest), longest)
+    ends = np.unique([*ends, longest])
+    # How many recordings fit into each end, and the samples that one bucket of this length takes.
+    below = np.searchsorted(np.sort(lengths), ends, side="right")
+    best, back = [ends * below.astype(float)], []
+    for count in range(1, min(MOST_BUCKETS, len(ends)) + 1):
         if count > 1:
-            # used[j, k]: all up to end j in count - 1 buckets, those from j to k in one of length ends[k]
+            # used[j, k]: all up to end j in count - 1 buckets, those from j to k in one of ends[k].
             used = best[-1][:, None] + ends[None, :] * (below[None, :] - below[:, None])
             used[np.tril_indices(len(ends))] = np.inf
             back.append(used.argmin(axis=0))
             best.append(used.min(axis=0))
+
         place, chosen = len(ends) - 1, [longest]
         for previous in reversed(back):
             place = int(previous[place])
@@ -91,15 +145,29 @@ def fit_buckets(
         if share <= max_padding:
             return buckets
     raise UserError(
-        f"max_padding={max_padding:g} cannot be kept with {len(buckets)} lengths, which pad {share:.3f}: allow more, "
-        "or take a smaller batch_size or a shorter last bucket"
+        f"max_padding={max_padding:g} cannot be kept with {len(buckets)} lengths, which pad "
+        f"{share:.3f}: allow more, or take a smaller batch_size or a shorter last bucket"
     )
+
+
+def _round_up(values: np.ndarray, step: int) -> np.ndarray:
+    return -(-values // step) * step
 
 
 def check_plan(
     count: int, *, batch_size: int, bucket_seconds: Sequence[float], process_count: int = 1
 ) -> None:
-    """Raises `UserError` when no epoch of `count` recordings can be planned so."""
+    """Check that epochs can be planned.
+
+    Args:
+      count: number of recordings.
+      batch_size: recordings of a batch.
+      bucket_seconds: lengths of the buckets.
+      process_count: number of processes that share a batch.
+
+    Raises:
+      UserError: they cannot.
+    """
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
             f"batch_size {batch_size} must be a multiple of the number of processes, {process_count}"
@@ -109,8 +177,8 @@ def check_plan(
             f"batch_size {batch_size} is more than the {count} recordings of the training split"
         )
     increasing = all(a < b for a, b in zip(bucket_seconds, bucket_seconds[1:], strict=False))
-    if not len(bucket_seconds) or not increasing or bucket_seconds[0] < 0.025:
+    if not len(bucket_seconds) or not increasing or bucket_seconds[0] < MIN_SECONDS:
         raise UserError(
             f"bucket_seconds {tuple(bucket_seconds)} must be increasing lengths in seconds, at least "
-            "0.025, such as (2.0, 4.0, 8.0); the last one is the crop length"
+            f"{MIN_SECONDS:g}, such as (2.0, 4.0, 8.0); the last one is the crop length"
         )

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass, field
 
+from c2f_jax.data import batch_plan
 from c2f_jax.data.augment import AugmentConfig
 from c2f_jax.data.feature_cache import open_features
 from c2f_jax.data.images import RESIZE
+from c2f_jax.data.loader import BatchOptions
 from c2f_jax.data.source import MIN_SAMPLES, SAMPLE_RATE, ModelInputs, PairSource
 from c2f_jax.datasets.registry import load_pairs
 
@@ -92,6 +94,49 @@ class DataConfig:
         )
         return load_pairs(
             self.name, split, self.data_dir, max_bad_share=self.max_bad_share, inputs=inputs
+        )
+
+    def batch_options(
+        self,
+        source: PairSource,
+        *,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> BatchOptions:
+        """Say what training batches are made of.
+
+        Args:
+          source: training split, whose lengths decide the buckets where max_padding is given.
+          batch_size: rows of all processes.
+          seed: seed of the run.
+          process_index: number of this process.
+          process_count: number of processes.
+
+        Returns:
+          What `data.loader.train_batches` takes.
+
+        Raises:
+          UserError: max_padding cannot be kept.
+        """
+        bucket_seconds = self.bucket_seconds
+        if self.max_padding is not None:
+            longest = round(bucket_seconds[-1] * SAMPLE_RATE)
+            samples = batch_plan.fit_buckets(
+                source.num_samples, longest, batch_size=batch_size, max_padding=self.max_padding
+            )
+            bucket_seconds = tuple(count / SAMPLE_RATE for count in samples)
+        return BatchOptions(
+            batch_size=batch_size,
+            image_size=self.image_size,
+            bucket_seconds=bucket_seconds,
+            seed=seed,
+            augment=self.augment,
+            process_index=process_index,
+            process_count=process_count,
+            threads=self.threads,
+            prefetch=self.prefetch,
         )
 
     def copy_caches(self) -> list[str]:

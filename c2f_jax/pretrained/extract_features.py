@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from c2f_jax.data import loader
 from c2f_jax.data.augment import AugmentConfig, augment_wave
 from c2f_jax.data.feature_cache import (
     FeatureCache,
@@ -23,6 +22,7 @@ from c2f_jax.data.feature_cache import (
     start_cache,
     write_shard,
 )
+from c2f_jax.data.items import load_image, load_wave
 from c2f_jax.data.source import MIN_SAMPLES, SAMPLE_RATE, PairSource
 from c2f_jax.errors import UserError
 from c2f_jax.models.factory import IMAGE_TOWERS, create_tower
@@ -231,7 +231,7 @@ def _wave_reader(source: PairSource, options: FeatureOptions) -> Callable[[int],
     """Return a function from a row to its key and its float32 waveform."""
 
     def read(row: int) -> Item:
-        key, wave = source.recording_key(row), loader.load_wave(source, row)
+        key, wave = source.recording_key(row), load_wave(source, row)
         if wave is None:
             return key, None
         if options.varied is not None:
@@ -250,7 +250,7 @@ def _image_reader(source: PairSource, card: Mapping[str, Any]) -> Callable[[int]
     how = card["preprocessing"]
 
     def read(row: int) -> Item:
-        image = loader.load_image(source, row, how["image_size"], how["resize"], how["resize_side"])
+        image = load_image(source, row, how["image_size"], how["resize"], how["resize_side"])
         return source.image_key(row), image
 
     return read

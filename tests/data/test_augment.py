@@ -261,9 +261,10 @@ def test_a_bound_that_cannot_be_kept_is_an_error():
 def test_the_config_chooses_lengths():
     data = DataConfig("x", bucket_seconds=(0.1,), max_padding=0.1)
     source = Memory(rng(0).integers(400, 1600, 400))
-    chosen = loader.bucket_seconds(source, data, 8)
+    chosen = data.batch_options(source, batch_size=8, seed=0).bucket_seconds
     assert len(chosen) > 1 and chosen[-1] == 0.1
-    assert loader.bucket_seconds(source, DataConfig("x", bucket_seconds=(0.1,)), 8) == (0.1,)
+    plain = DataConfig("x", bucket_seconds=(0.1,)).batch_options(source, batch_size=8, seed=0)
+    assert plain.bucket_seconds == (0.1,)
     batches = take(source, 50, bucket_seconds=chosen)
     padded = sum(batch["waveform"].size for _, batch in batches)
     assert 1 - sum(batch["speech_lengths"].sum() for _, batch in batches) / padded <= 0.1

@@ -209,8 +209,7 @@ def test_too_many_damaged_items_stop_with_an_error(threads):
 
 def test_the_next_batches_are_loaded_while_the_caller_works():
     source = Memory(SOURCE_LENGTHS)
-    batches = loader.train_batches(
-        source,
+    options = loader.BatchOptions(
         batch_size=8,
         image_size=8,
         bucket_seconds=(0.1,),
@@ -219,6 +218,7 @@ def test_the_next_batches_are_loaded_while_the_caller_works():
         prefetch=3,
         cache_mib=0,
     )
+    batches = loader.train_batches(source, options)
     next(batches)
     waited = threading.Event()
     for _ in range(200):
@@ -244,7 +244,7 @@ def test_sizes_that_do_not_fit_together_are_refused_at_once(options, message):
     source = Memory(SOURCE_LENGTHS)
     options = {"batch_size": 8, "image_size": 8, "bucket_seconds": (1.0,), "seed": 0, **options}
     with pytest.raises(UserError, match=message):
-        loader.train_batches(source, **options)
+        loader.train_batches(source, loader.BatchOptions(**options))
     assert source.reads == 0
 
 

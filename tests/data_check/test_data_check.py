@@ -23,7 +23,7 @@ from helpers.published_sets import (
 )
 from PIL import Image
 
-from c2f_jax.data.loader import train_batches
+from c2f_jax.data.loader import BatchOptions, train_batches
 from c2f_jax.data_check.check import check_data
 from c2f_jax.data_check.clean_manifest import write_clean_manifest
 from c2f_jax.data_check.findings import KINDS
@@ -98,9 +98,8 @@ def test_a_set_with_every_oddity_is_told_and_trains(name, tmp_path):
     pairs = load_pairs(name, "train", str(tmp_path / "tfds"), max_bad_share=0.4)
     bad = {Path(item).name for item in pairs.bad_items.reasons}
     assert bad == planted["missing file"] | planted["unreadable"]
-    batches = train_batches(
-        pairs, batch_size=4, image_size=16, bucket_seconds=(1.0,), seed=0, threads=0
-    )
+    options = BatchOptions(batch_size=4, image_size=16, bucket_seconds=(1.0,), seed=0, threads=0)
+    batches = train_batches(pairs, options)
     assert all(np.isfinite(next(batches)[1]["waveform"]).all() for _ in range(len(pairs) // 4 + 1))
 
 

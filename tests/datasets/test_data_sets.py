@@ -220,9 +220,10 @@ def test_a_prepared_set_holds_the_files_as_found(flickr):
 def test_a_prepared_set_trains_and_evaluates(flickr):
     _, data_dir = flickr
     pairs = load_pairs("flickr8k_audio", "train", str(data_dir), max_bad_share=0.1)
-    batches = loader.train_batches(
-        pairs, batch_size=8, image_size=16, bucket_seconds=(0.6, 1.0), seed=0, threads=2
+    options = loader.BatchOptions(
+        batch_size=8, image_size=16, bucket_seconds=(0.6, 1.0), seed=0, threads=2
     )
+    batches = loader.train_batches(pairs, options)
     seen = Counter()
     for _ in range(8):
         _, batch = next(batches)

@@ -8,7 +8,7 @@ from helpers.paths import CONFIGS
 
 from c2f_jax.config.experiment import create_experiment, example_batch
 from c2f_jax.config.files import load_config
-from c2f_jax.data.loader import load_wave
+from c2f_jax.data.items import load_wave
 from c2f_jax.evaluate import retrieve
 from c2f_jax.inference import encode_speech, encode_split
 from c2f_jax.training.parallel import replicate

@@ -54,8 +54,8 @@ def wav(wave):
     return buffer.getvalue()
 
 
-def take(source, count, **options):
-    options = {
+def take(source, count, start_step=0, **options):
+    values = {
         "batch_size": 8,
         "image_size": 8,
         "bucket_seconds": (0.1,),
@@ -63,7 +63,8 @@ def take(source, count, **options):
         "threads": 0,
         **options,
     }
-    return list(itertools.islice(loader.train_batches(source, **options), count))
+    batches = loader.train_batches(source, loader.BatchOptions(**values), start_step=start_step)
+    return list(itertools.islice(batches, count))
 
 
 def same(a, b):

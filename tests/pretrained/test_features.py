@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from c2f_jax.config import caches
 from c2f_jax.config.experiment import create_experiment, example_batch
 from c2f_jax.config.files import load_config
-from c2f_jax.data import loader
+from c2f_jax.data import items, loader
 from c2f_jax.data.augment import AugmentConfig, augment_wave
 from c2f_jax.data.feature_cache import open_features, write_shard
 from c2f_jax.data.images import decode_image
@@ -129,9 +129,9 @@ def test_a_stopped_extraction_goes_on_and_a_finished_one_does_nothing(
         copy / "train-speech-00000.json"
     ).unlink()  # as if it had been stopped while it wrote this shard
     read = []
-    load = loader.load_wave
+    load = items.load_wave
     monkeypatch.setattr(
-        loader, "load_wave", lambda source, row: read.append(source.split) or load(source, row)
+        extraction, "load_wave", lambda source, row: read.append(source.split) or load(source, row)
     )
     extract(data, copy)
     assert read == ["train"] * 6
@@ -199,9 +199,10 @@ def test_the_loader_reads_tokens_crops_them_and_names_what_is_missing(data, cach
         source.inputs = ModelInputs(
             speech_features=open_features(cache), image_features=open_features(data / "tokens.npz")
         )
-    batches = loader.train_batches(
-        train, batch_size=6, image_size=8, bucket_seconds=(0.8,), seed=0, threads=0
+    options = loader.BatchOptions(
+        batch_size=6, image_size=8, bucket_seconds=(0.8,), seed=0, threads=0
     )
+    batches = loader.train_batches(train, options)
     _, batch = next(batches)
     assert batch["speech_tokens"].shape == (6, 40, 8) and batch["image_tokens"].shape == (6, 4, 7)
     assert {x.dtype for x in (batch["speech_tokens"], batch["image_tokens"])} == {
@@ -247,7 +248,7 @@ def test_varied_copies_are_the_network_s_tokens_of_varied_recordings(data, cache
     ):
         slower = dataclasses.replace(varied, speed=0.2)
         extract(data, tmp_path / "copy1", varied=VariedCopy(slower, 1))
-    wave = augment_wave(loader.load_wave(train, 4), varied, np.random.default_rng((2, 4)))
+    wave = augment_wave(items.load_wave(train, 4), varied, np.random.default_rng((2, 4)))
     tower = create_tower(bare_tower(open_card(data / "whisper")))
     wave = wave / np.float32(32768)
     params = load_weights(data / "whisper")
@@ -265,9 +266,8 @@ def test_varied_copies_are_the_network_s_tokens_of_varied_recordings(data, cache
         "augment": varied,
     }
     for start in (0, 10):
-        batches = loader.train_batches(
-            train, start_step=start, threads=0, cache_mib=start, **options
-        )
+        batch_options = loader.BatchOptions(threads=0, cache_mib=start, **options)
+        batches = loader.train_batches(train, batch_options, start_step=start)
         drawn += [batch for _, batch in itertools.islice(batches, 20 - start)]
     counts = np.zeros(3)
     lengths = {len(c.tokens("train4.wav")) for c in (*copies, train.inputs.speech_features)}
@@ -472,7 +472,7 @@ def test_cached_items_of_a_prepared_set_are_not_read(tiny_data_dir, tmp_path, mo
     (tmp_path / "card.json").write_text("{}")
     pairs.inputs = ModelInputs(speech_features=open_features(tmp_path))
     monkeypatch.setattr(pairs, "recording", lambda index: pytest.fail("the recording was read"))
-    np.testing.assert_array_equal(loader.load_speech_input(pairs, 1), tokens)
+    np.testing.assert_array_equal(items.load_speech_input(pairs, 1), tokens)
     assert pairs.recording_key(1).startswith("spoken_scenes/tiny/"), (
         "caches of two prepared sets do not mix"
     )
