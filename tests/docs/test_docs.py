@@ -1,5 +1,6 @@
 """What the documentation promises: code that runs, commands that parse, files and options that exist."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ from helpers.pages import PAGES, python_blocks
 from helpers.paths import ROOT
 
 from c2f_jax.config import default_config
+from c2f_jax.config.options import sections
 from c2f_jax.main import main
 
 # Run before a block: importing anything but jax, what jax needs, and this package is an error.
@@ -66,6 +68,21 @@ def test_named_options_exist():
             for part in name.split("."):
                 assert part in section, f"{page.name} names the option {name}"
                 section = section[part]
+
+
+@pytest.mark.parametrize(
+    "encoders",
+    [{"speech": "log_mel", "image": "vit"}, {"speech": "published", "image": "published"}],
+)
+def test_every_option_is_listed(encoders):
+    """The classes that the page of options shows name every option in their docstrings."""
+    listed = set()
+    for path in re.findall(r"^::: ([\w.]+)\.(\w+)$", (ROOT / "docs/options.md").read_text(), re.M):
+        docstring = getattr(importlib.import_module(path[0]), path[1]).__doc__
+        for names in re.findall(r"^ +([\w, ]+): ", docstring, re.M):
+            listed.update(names.split(", "))
+    for section, options in sections(encoders).items():
+        assert options.keys() - listed == set(), section
 
 
 @pytest.mark.parametrize(
