@@ -2,17 +2,27 @@
 
 import itertools
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 
 from c2f_jax.errors import UserError
 
-WAIT_SECONDS = 24 * 3600  # for what one process does alone: making a data set, the final evaluation
+T = TypeVar("T")
+
+# For what one process does alone: preparing a data set, the final evaluation.
+WAIT_SECONDS = 24 * 3600
+
 _barriers = itertools.count()
 
 
-def initialize(coordinator=None, num_processes=None, process_id=None):
-    """Start jax's distributed service; must run before anything else touches jax's devices.
+def initialize(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Start jax's distributed service; call it before anything else touches jax's devices.
 
     Without arguments jax finds its peers from the environment of a TPU pod, Slurm or Open MPI.
 
@@ -27,23 +37,26 @@ def initialize(coordinator=None, num_processes=None, process_id=None):
     given = [coordinator is not None, num_processes is not None, process_id is not None]
     if any(given) and not all(given):
         raise UserError(
-            "--coordinator, --num-processes and --process-id go together: give all three, or none on a pod"
+            "--coordinator, --num-processes and --process-id go together: give all three, or none "
+            "on a pod"
         )
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)
     except ValueError as error:
         raise UserError(
-            f"no cluster found ({error}): give --coordinator=HOST:PORT --num-processes=N --process-id=I"
+            f"no cluster found ({error}): give --coordinator=HOST:PORT --num-processes=N "
+            "--process-id=I"
         ) from error
 
 
-def wait_for_all():
-    """Return when all processes have come here, be it hours later.
+def wait_for_all() -> None:
+    """Block until every process gets here, even hours later.
 
-    A barrier of jax's distributed service: one made of a collective, as ``multihost_utils.sync_global_devices``, gives
-    up after 30 s where Gloo connects the processes.
+    This is a barrier of jax's distributed service. One made of a collective, such as
+    ``multihost_utils.sync_global_devices``, gives up after 30 s where Gloo connects the processes.
     """
     if jax.process_count() > 1:
         from orbax.checkpoint import multihost
@@ -52,10 +65,17 @@ def wait_for_all():
         wait(key=f"c2f_jax {next(_barriers)}", timeout_ms=1000 * WAIT_SECONDS)
 
 
-def first_process_first(make):
-    """The result of make(), called by process 0 first and then by the others, which find on disk what it has made.
+def first_process_first(make: Callable[[], T]) -> T:
+    """Call a function in process 0, then in the others, which find its files on disk.
 
-    All processes must come here. What process 0 raises does not keep the others waiting: they try for themselves.
+    All processes must get here. An error in process 0 does not keep the others waiting: they try
+    for themselves.
+
+    Args:
+      make: function without arguments.
+
+    Returns:
+      Its result.
     """
     if jax.process_count() > 1 and jax.process_index() > 0:
         wait_for_all()

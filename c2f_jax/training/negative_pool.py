@@ -1,115 +1,251 @@
-"""Candidates for SIM's hard negatives, and the rows that enter the queues."""
+"""Hard negatives: the pool of candidates, the draws, and the rows that enter the queues."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from c2f_jax import objectives
 from c2f_jax.models.c2f import Encoded
-from c2f_jax.objectives.collectives import all_gather
-from c2f_jax.objectives.embedding_queue import bank_valid
+from c2f_jax.objectives import (
+    EmbeddingQueue,
+    Site,
+    all_gather,
+    bank_valid,
+    fold_keys,
+    sample_hard_negatives,
+    similarity_logits,
+)
+from c2f_jax.objectives.collectives import AxisName
+from c2f_jax.training.method import MethodConfig
+from c2f_jax.training.pairs import Directions, Pair, Rows
 
 
-class Rows(NamedTuple):
-    """This device's rows of the global batch.
+class NegativePool(NamedTuple):
+    """Candidates for hard negatives.
+
+    There are C = n of them ("batch"), N ("global") or N + token queue slots ("queue").
 
     Attributes:
-      ids: (n,) int32 image ids.
-      index: (n,) int32 rows in the global batch.
-      keys: (n,) typed PRNG keys, one for each (seed, step, global row): all draws come from them.
+      candidates: Pair of Encoded without embeddings, leaves (C, ...).
+      logits: Directions of (n, C) SIC logits that the candidates are drawn by.
+      ids: (C,) int32 image ids.
+      valid: (C,) bool, False for slots never written.
     """
 
+    candidates: Pair[Encoded]
+    logits: Directions[jax.Array]
     ids: jax.Array
-    index: jax.Array
-    keys: jax.Array
+    valid: jax.Array
 
 
-def negative_pool(token_queue, rows, speech, image, logits, tau, pool, axis_name):
-    """Candidates for SIM's hard negatives, with the SIC logits that they are drawn by.
+class MinedNegatives(NamedTuple):
+    """A hard negative speech for each image, a hard negative image for each speech.
+
+    Attributes:
+      tokens: Pair of Encoded without embeddings, leaves (n, ...).
+      valid: Pair of (n,) bool, False where the pool holds no other image.
+      image_from_queue: (n,) bool, whether the negative image comes from the token queue.
+    """
+
+    tokens: Pair[Encoded]
+    valid: Pair[jax.Array]
+    image_from_queue: jax.Array
+
+
+def mine_negatives(
+    token_queue: EmbeddingQueue,
+    rows: Rows,
+    candidates: Pair[Encoded],
+    logits: Directions[jax.Array],
+    tau: jax.Array | float,
+    method: MethodConfig,
+    axis_name: AxisName,
+) -> MinedNegatives:
+    """Draw hard negatives, with probability softmax(cosine / T), never of the same id.
+
+    T is the mining temperature, ``method.mining_tau`` or tau.
 
     Args:
       token_queue: EmbeddingQueue with token sequences; read for "queue" alone.
       rows: Rows.
-      speech, image: Encoded of ``rows``: candidates by their tokens, queries by their embeddings.
-      logits: SIC logits (s2i, i2s) whose first N columns are the global batch.
-      tau, pool, axis_name: temperature, one of ``NEGATIVE_POOLS``, device axis.
+      candidates: Pair of Encoded of ``rows``: candidates by their tokens, queries by their
+        embeddings.
+      logits: Directions of SIC logits whose first N columns are the global batch.
+      tau: temperature of the logits.
+      method: MethodConfig.
+      axis_name: device axis.
 
     Returns:
-      speech and image candidates (Encoded without embeddings, leaves (C, ...)), logits (s2i, i2s) each (n, C),
-      ids (C,), valid (C,). "batch": C = n, "global": C = N, "queue": C = N + token queue slots.
+      MinedNegatives.
+
+    Reference:
+      Zhou and Li 2024 (C2F); Li et al. 2021 (ALBEF), section 3.3.
+    """
+    pool = negative_pool(token_queue, rows, candidates, logits, tau, method.negatives, axis_name)
+    scores = pool.logits
+    if method.mining_tau is not None:
+        rescale = tau / method.mining_tau
+        scores = Directions(s2i=scores.s2i * rescale, i2s=scores.i2s * rescale)
+
+    image_keys = fold_keys(rows.keys, Site.IMAGE_NEGATIVES)
+    image = sample_hard_negatives(image_keys, scores.s2i, rows.ids, pool.ids, pool.valid)
+    speech_keys = fold_keys(rows.keys, Site.SPEECH_NEGATIVES)
+    speech = sample_hard_negatives(speech_keys, scores.i2s, rows.ids, pool.ids, pool.valid)
+
+    return MinedNegatives(
+        tokens=Pair(
+            speech=take_rows(pool.candidates.speech, speech.columns),
+            image=take_rows(pool.candidates.image, image.columns),
+        ),
+        valid=Pair(speech=speech.valid, image=image.valid),
+        image_from_queue=image.columns >= pool.ids.shape[0] - token_queue.size,
+    )
+
+
+def negative_pool(
+    token_queue: EmbeddingQueue,
+    rows: Rows,
+    candidates: Pair[Encoded],
+    logits: Directions[jax.Array],
+    tau: jax.Array | float,
+    pool: str,
+    axis_name: AxisName,
+) -> NegativePool:
+    """Collect the candidates and the SIC logits that they are drawn by.
+
+    Args:
+      token_queue: EmbeddingQueue with token sequences; read for "queue" alone.
+      rows: Rows.
+      candidates: Pair of Encoded of ``rows``.
+      logits: Directions of SIC logits whose first N columns are the global batch.
+      tau: temperature of the logits.
+      pool: one of ``NEGATIVE_POOLS``.
+      axis_name: device axis.
+
+    Returns:
+      NegativePool.
     """
     n = rows.ids.shape[0]
-    speech_pool, image_pool, pool_ids = (
-        without_embedding(speech),
-        without_embedding(image),
-        rows.ids,
+    own = Pair(
+        speech=without_embedding(candidates.speech), image=without_embedding(candidates.image)
     )
     if pool == "batch":
-        own = tuple(jax.lax.dynamic_slice_in_dim(x, rows.index[0], n, axis=1) for x in logits)
-        return speech_pool, image_pool, own, pool_ids, jnp.ones((n,), bool)
-    # Gathered with gradient: a negative on another device trains the encoders as one on this device would.
-    speech_pool, image_pool, pool_ids = all_gather((speech_pool, image_pool, pool_ids), axis_name)
-    total = pool_ids.shape[0]
-    in_batch = tuple(x[:, :total] for x in logits)
-    if pool == "global":
-        return speech_pool, image_pool, in_batch, pool_ids, jnp.ones((total,), bool)
-    entries = token_queue.entries
-    scores = tuple(
-        jnp.concatenate([own, objectives.similarity_logits(z, entries[name], tau)], axis=1)
-        for own, z, name in (
-            (in_batch[0], speech.embedding, "image"),
-            (in_batch[1], image.embedding, "speech"),
+        first = rows.index[0]
+        own_logits = Directions(
+            s2i=jax.lax.dynamic_slice_in_dim(logits.s2i, first, n, axis=1),
+            i2s=jax.lax.dynamic_slice_in_dim(logits.i2s, first, n, axis=1),
         )
-    )
-    padded = pad_tokens(speech_pool, entries["speech_tokens"].shape[1])
-    queued_speech = Encoded(
-        None, entries["speech_tokens"].astype(padded.tokens.dtype), entries["speech_lengths"]
-    )
-    queued_image = Encoded(
-        None, entries["image_tokens"].astype(image_pool.tokens.dtype), entries["image_lengths"]
-    )
-    append = lambda a, b: jax.tree.map(lambda x, y: jnp.concatenate([x, y]), a, b)  # noqa: E731
-    return (
-        append(padded, queued_speech),
-        append(image_pool, queued_image),
-        scores,
-        jnp.concatenate([pool_ids, entries["id"]]),
-        bank_valid(total, token_queue),
+        return NegativePool(own, own_logits, rows.ids, jnp.ones((n,), bool))
+
+    # Gathered with gradient: a negative on another device trains the encoders as one here would.
+    gathered, ids = all_gather((own, rows.ids), axis_name)
+    total = ids.shape[0]
+    in_batch = Directions(s2i=logits.s2i[:, :total], i2s=logits.i2s[:, :total])
+    if pool == "global":
+        return NegativePool(gathered, in_batch, ids, jnp.ones((total,), bool))
+
+    queued = token_queue.entries
+    queued_s2i = similarity_logits(candidates.speech.embedding, queued["image"], tau)
+    queued_i2s = similarity_logits(candidates.image.embedding, queued["speech"], tau)
+    return NegativePool(
+        candidates=_append_queue(gathered, token_queue),
+        logits=Directions(
+            s2i=jnp.concatenate([in_batch.s2i, queued_s2i], axis=1),  # (n, N + slots)
+            i2s=jnp.concatenate([in_batch.i2s, queued_i2s], axis=1),
+        ),
+        ids=jnp.concatenate([ids, queued["id"]]),
+        valid=bank_valid(total, token_queue),
     )
 
 
-def replace_rows(pairs, chosen, encoded):
-    """Pairs whose first n token sequences are those of ``encoded`` where ``chosen`` (n,)."""
-    n, length = encoded.tokens.shape[:2]
-    tokens = pairs.tokens.at[:n, :length].set(
-        jnp.where(chosen[:, None, None], encoded.tokens, pairs.tokens[:n, :length])
+def with_momentum_tokens(online: Pair[Encoded], momentum: Pair[Encoded]) -> Pair[Encoded]:
+    """Give online embeddings the momentum encoder's tokens.
+
+    The token queue holds momentum tokens. If the batch's candidates kept online ones, the matcher
+    would learn which encoder made the tokens of a pair instead of what they say.
+
+    Args:
+      online: Pair of Encoded.
+      momentum: Pair of Encoded of the same rows.
+
+    Returns:
+      Pair of Encoded.
+    """
+    return Pair(
+        speech=online.speech._replace(tokens=momentum.speech.tokens),
+        image=online.image._replace(tokens=momentum.image.tokens),
     )
-    return pairs._replace(tokens=tokens)
 
 
-def without_embedding(encoded):
+def replace_first_rows(encoded: Encoded, chosen: jax.Array, other: Encoded) -> Encoded:
+    """Replace the tokens of some of the first n rows by those of another encoder.
+
+    Args:
+      encoded: Encoded with leaves (m, ...), m >= n.
+      chosen: (n,) bool, the rows to replace.
+      other: Encoded with leaves (n, ...), with at most as many tokens.
+
+    Returns:
+      Encoded with leaves (m, ...).
+    """
+    n, length = other.tokens.shape[:2]
+    replaced = jnp.where(chosen[:, None, None], other.tokens, encoded.tokens[:n, :length])
+    return encoded._replace(tokens=encoded.tokens.at[:n, :length].set(replaced))
+
+
+def without_embedding(encoded: Encoded) -> Encoded:
+    """Drop the embedding, which matching does not read."""
     return encoded._replace(embedding=None)
 
 
-def pad_tokens(encoded, length):
-    """Tokens padded to ``length``, where a shorter bucket meets the queue; the lengths hide the padding."""
+def take_rows(encoded: Encoded, rows: jax.Array) -> Encoded:
+    """Pick rows of every leaf."""
+    return jax.tree.map(lambda x: x[rows], encoded)
+
+
+def pad_tokens(encoded: Encoded, length: int) -> Encoded:
+    """Pad tokens, where a shorter bucket meets the queue; ``lengths`` hide the padding."""
     missing = length - encoded.tokens.shape[1]
     return encoded._replace(tokens=jnp.pad(encoded.tokens, ((0, 0), (0, missing), (0, 0))))
 
 
-def queue_rows(momentum, ids):
-    return {"id": ids, "speech": momentum[0].embedding, "image": momentum[1].embedding}
+def queue_rows(momentum: Pair[Encoded], ids: jax.Array) -> dict[str, jax.Array]:
+    """Name what enters the embedding queue: ids and momentum embeddings."""
+    return {"id": ids, "speech": momentum.speech.embedding, "image": momentum.image.embedding}
 
 
-def token_rows(momentum, ids, token_queue):
-    speech, image = (
-        pad_tokens(momentum[0], token_queue.entries["speech_tokens"].shape[1]),
-        momentum[1],
-    )
+def token_rows(
+    momentum: Pair[Encoded], ids: jax.Array, token_queue: EmbeddingQueue
+) -> dict[str, jax.Array]:
+    """Name what enters the token queue: also momentum tokens, padded to the longest bucket."""
+    speech = pad_tokens(momentum.speech, token_queue.entries["speech_tokens"].shape[1])
     return queue_rows(momentum, ids) | {
         "speech_tokens": speech.tokens,
         "speech_lengths": speech.lengths,
-        "image_tokens": image.tokens,
-        "image_lengths": image.lengths,
+        "image_tokens": momentum.image.tokens,
+        "image_lengths": momentum.image.lengths,
     }
+
+
+def _append_queue(gathered: Pair[Encoded], token_queue: EmbeddingQueue) -> Pair[Encoded]:
+    """Append the token queue to the candidates of the global batch."""
+    queued = token_queue.entries
+    speech = pad_tokens(gathered.speech, queued["speech_tokens"].shape[1])
+    image = gathered.image
+    return Pair(
+        speech=Encoded(
+            embedding=None,
+            tokens=_append(speech.tokens, queued["speech_tokens"]),
+            lengths=_append(speech.lengths, queued["speech_lengths"]),
+        ),
+        image=Encoded(
+            embedding=None,
+            tokens=_append(image.tokens, queued["image_tokens"]),
+            lengths=_append(image.lengths, queued["image_lengths"]),
+        ),
+    )
+
+
+def _append(batch: jax.Array, queued: jax.Array) -> jax.Array:
+    """Append queued rows in the type of the batch."""
+    return jnp.concatenate([batch, queued.astype(batch.dtype)])

@@ -1,70 +1,106 @@
-"""The explicit train state: everything that a step reads and writes, and all that a checkpoint must hold."""
+"""The train state: everything that a step reads and writes, and all that a checkpoint must hold."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import struct
 
 from c2f_jax.models.c2f import C2FModel
 from c2f_jax.models.parameters import merge_params, momentum_subset, split_params
-from c2f_jax.objectives.embedding_queue import EmbeddingQueue, create_queue
-from c2f_jax.objectives.keys import run_keys
+from c2f_jax.objectives import EmbeddingQueue, create_queue, run_keys
+
+_INPUTS = ("waveform", "speech_tokens", "speech_lengths", "image", "image_tokens")
 
 
 @struct.dataclass
 class C2FTrainState:
-    """State of one C2F training run. Nothing in it depends on the batch size or the number of devices."""
+    """State of a training run. Nothing in it depends on the batch size or the number of devices.
 
-    step: jax.Array  # int32 [], optimiser steps taken
-    params: Any  # online parameters that are trained, float32
-    frozen: Any  # parameters that are not: no gradient, optimiser state or momentum copy, not in checkpoints
-    momentum_params: (
-        Any  # moving average of both encoders and projections; {} without a momentum model
-    )
-    opt_state: Any  # optax state of ``params``
-    queue: EmbeddingQueue  # K momentum embeddings of each modality and their ids
-    token_queue: (
-        EmbeddingQueue  # the same and momentum token sequences, bf16, for ``queue`` negatives
-    )
-    rng: (
-        jax.Array
-    )  # raw key of the run; every draw folds in the step, so nothing replays and resume is exact
+    Attributes:
+      step: int32 scalar, optimizer steps taken.
+      params: online parameters that are trained, float32.
+      frozen: parameters that are not trained: no gradient, no optimizer state, no momentum copy, no
+        place in checkpoints.
+      momentum_params: moving average of both encoders and projections; {} without a momentum model.
+      opt_state: optax state of ``params``.
+      queue: K momentum embeddings of each modality and their image ids.
+      token_queue: the same with momentum token sequences in bfloat16, for negatives from the queue.
+      rng: raw key of the run. Every draw folds in the step, so that nothing repeats and a resumed
+        run draws what an unbroken one would have.
+    """
+
+    step: jax.Array
+    params: Any
+    frozen: Any
+    momentum_params: Any
+    opt_state: Any
+    queue: EmbeddingQueue
+    token_queue: EmbeddingQueue
+    rng: jax.Array
 
 
 def create_train_state(
     model: C2FModel,
-    optimizer,
-    batch,
+    optimizer: optax.GradientTransformation,
+    batch: Mapping[str, Any],
     *,
-    seed,
-    queue_size,
-    token_queue_size,
-    momentum_model=True,
-    weights=None,
-):
-    """Initialise the state; device-independent and deterministic in ``seed``.
+    seed: int,
+    queue_size: int,
+    token_queue_size: int,
+    momentum_model: bool = True,
+    weights: Mapping[str, Any] | None = None,
+) -> C2FTrainState:
+    """Initialize the state: the same for the same seed on any number of devices.
 
     Args:
-      model: the C2F model.
+      model: C2FModel.
       optimizer: optax transformation.
-      batch: host batch (see the loader) with the longest training shape; only shapes are used.
-      seed: int.
-      queue_size: K of the embedding queue, 0 for none.
-      token_queue_size: slots of the token queue, 0 unless negatives are mined from the queue.
-      momentum_model: whether momentum parameters are kept.
-      weights: published parameters in place of random ones, a part of the nested dict of all parameters.
+      batch: host batch as in ``train_step``, in the longest training shape; only shapes are read.
+      seed: seed of the run.
+      queue_size: K, slots of the embedding queue; 0 for none.
+      token_queue_size: slots of the token queue; 0 unless negatives are mined from the queue.
+      momentum_model: whether there is a momentum model.
+      weights: published parameters in place of random ones, a part of the nested dict of all.
+
+    Returns:
+      C2FTrainState.
     """
-    init_rng, run_rng = run_keys(seed)
-    names = ("waveform", "speech_tokens", "speech_lengths", "image", "image_tokens")
-    one = {name: jnp.asarray(batch[name][:1]) for name in names if name in batch}
-    given = _paths(weights or {})
-    params = jax.jit(lambda rng, b: split_params(model.init(rng, b)["params"], given)[0])(
-        init_rng, one
-    )
-    params = merge_params(params, jax.tree.map(jnp.asarray, weights or {}))
-    speech, image, _, _ = jax.eval_shape(lambda p, b: model.apply({"params": p}, b), params, one)
+    init_key, training_key = run_keys(seed)
+    one_row = {name: jnp.asarray(batch[name][:1]) for name in _INPUTS if name in batch}
+
+    # Published parameters are not drawn at random first: they may fill most of the memory.
+    weights = weights or {}
+    given = _paths(weights)
+    initialize = jax.jit(lambda key, row: split_params(model.init(key, row)["params"], given)[0])
+    params = merge_params(initialize(init_key, one_row), jax.tree.map(jnp.asarray, weights))
+
+    rows, token_rows = _queue_shapes(model, params, one_row)
     params, frozen = split_params(params, model.frozen)
+    momentum_params = {}
+    if momentum_model:
+        # A copy: the state is donated, and one buffer must not be given away twice.
+        momentum_params = jax.tree.map(jnp.copy, momentum_subset(params))
+
+    return C2FTrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        frozen=frozen,
+        momentum_params=momentum_params,
+        opt_state=optimizer.init(params),
+        queue=create_queue(queue_size, rows),
+        token_queue=create_queue(token_queue_size, token_rows),
+        rng=jax.random.key_data(training_key),
+    )
+
+
+def _queue_shapes(model: C2FModel, params: Any, one_row: Mapping[str, jax.Array]) -> tuple:
+    """Return the shapes and types of the rows of both queues, by name."""
+    speech, image, _, _ = jax.eval_shape(
+        lambda params, row: model.apply({"params": params}, row), params, one_row
+    )
     rows = {
         "id": jax.ShapeDtypeStruct((1,), jnp.int32),
         "speech": jax.ShapeDtypeStruct(speech.embedding.shape, jnp.float32),
@@ -76,22 +112,15 @@ def create_train_state(
         "image_tokens": jax.ShapeDtypeStruct(image.tokens.shape, jnp.bfloat16),
         "image_lengths": jax.ShapeDtypeStruct((1,), jnp.int32),
     }
-    return C2FTrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        frozen=frozen,
-        # A copy: the state is donated, and one buffer must not be given away twice.
-        momentum_params=jax.tree.map(jnp.copy, momentum_subset(params)) if momentum_model else {},
-        opt_state=optimizer.init(params),
-        queue=create_queue(queue_size, rows),
-        token_queue=create_queue(token_queue_size, token_rows),
-        rng=jax.random.key_data(run_rng),
-    )
+    return rows, token_rows
 
 
-def _paths(params, prefix=()):
-    """The paths of all leaves of nested dicts."""
+def _paths(params: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Return the paths of all leaves of nested dicts."""
     paths = []
     for name, value in params.items():
-        paths += _paths(value, (*prefix, name)) if isinstance(value, dict) else [(*prefix, name)]
+        if isinstance(value, dict):
+            paths += _paths(value, (*prefix, name))
+        else:
+            paths.append((*prefix, name))
     return paths

@@ -1,248 +1,456 @@
-"""One C2F training step, the algorithm in numbered stages. Nothing else composes the objectives."""
+"""One C2F training step: the paper's algorithm in nine steps.
+
+Nothing else composes the objectives.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from clu import metrics as clu_metrics
 
-from c2f_jax import objectives
-from c2f_jax.models.c2f import image_input, speech_input
+from c2f_jax.models.c2f import C2FModel, Encoded, image_input, speech_input
 from c2f_jax.models.parameters import clip_temperature, merge_params, momentum_subset
-from c2f_jax.objectives.collectives import all_gather, axis_index, masked_mean, pmean, psum
-from c2f_jax.objectives.embedding_queue import bank, bank_valid, enqueue
-from c2f_jax.objectives.keys import Site, fold_keys, step_key
-from c2f_jax.objectives.momentum import update_momentum
+from c2f_jax.objectives import (
+    EmbeddingQueue,
+    SimPairs,
+    Site,
+    all_gather,
+    alpha_at,
+    assemble_pairs,
+    axis_index,
+    bank,
+    bank_valid,
+    branch_logits,
+    distillation_targets,
+    enqueue,
+    fold_keys,
+    identity_targets,
+    masked_mean,
+    pmean,
+    psum,
+    row_keys,
+    sic_loss,
+    sim_loss,
+    similarity_logits,
+    step_key,
+    update_momentum,
+)
+from c2f_jax.objectives.collectives import AxisName
+from c2f_jax.training.average import Average
+from c2f_jax.training.method import MethodConfig
 from c2f_jax.training.negative_pool import (
-    Rows,
-    negative_pool,
+    MinedNegatives,
+    mine_negatives,
     pad_tokens,
     queue_rows,
-    replace_rows,
+    replace_first_rows,
     token_rows,
+    with_momentum_tokens,
     without_embedding,
 )
+from c2f_jax.training.pairs import Directions, Pair, Rows
+from c2f_jax.training.train_state import C2FTrainState
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, Average]
 
 
-def train_step(state, batch, *, model, optimizer, method, axis_name=None):
+def train_step(
+    state: C2FTrainState,
+    batch: Batch,
+    *,
+    model: C2FModel,
+    optimizer: optax.GradientTransformation,
+    method: MethodConfig,
+    axis_name: AxisName = None,
+) -> tuple[C2FTrainState, Metrics]:
     """Take one step of C2F on this device's share of the global batch.
 
-    With ``global`` and ``queue`` negatives the result depends on the global batch and the seed alone, not on the number
-    of devices: every draw is keyed by (seed, step, global row) and every mean is over the global batch.
+    With "global" and "queue" negatives the result depends on the global batch and the seed alone,
+    not on the number of devices: every draw is keyed by (seed, step, global row) and every mean is
+    over the global batch.
 
     Args:
       state: C2FTrainState, the same on all devices.
-      batch: waveform (n, S), speech_lengths (n,), image (n, H, W, 3) uint8, image_id (n,) int32; row r of device d is
-        row d n + r of the global batch. From a feature cache: speech_tokens (n, T, C), image_tokens (n, P, C).
+      batch: waveform (n, S), speech_lengths (n,), image (n, H, W, 3) uint8, image_id (n,) int32, or
+        speech_tokens (n, T, C), image_tokens (n, P, C) of a feature cache. Row r of device d is row
+        d n + r of the global batch.
       model: C2FModel.
       optimizer: optax transformation.
       method: MethodConfig.
       axis_name: device axis under pmap or shard_map; None on one device.
 
     Returns:
-      The next state, and metrics: name -> clu Average (sum and count, merged over steps by the caller).
+      The next state, and the metrics of the global batch by name.
 
-    Source: C2F, as specified in sections "SIC", "SIM" and "momentum distillation"; ALBEF, algorithm 1.
+    Reference:
+      Zhou and Li 2024 (C2F); Li et al. 2021 (ALBEF), algorithm 1.
     """
-    ids = batch["image_id"]
-    index = axis_index(axis_name) * ids.shape[0] + jnp.arange(ids.shape[0])
-    rows = Rows(ids, index, objectives.row_keys(step_key(state.rng, state.step), index))
-    alpha = objectives.alpha_at(
-        state.step - method.warm_up_steps, method.alpha, method.alpha_ramp_steps
-    )
+    rows = rows_of_this_device(state, batch["image_id"], axis_name)
 
-    # 1. Momentum forward: no gradient, no dropout.
+    # Step 1. Momentum forward pass: no gradient, no dropout.
     momentum = None
     if method.momentum is not None:
-        momentum = jax.lax.stop_gradient(
-            encode(model, merge_params(state.momentum_params, state.frozen), batch)
-        )
+        momentum_params = merge_params(state.momentum_params, state.frozen)
+        momentum = jax.lax.stop_gradient(encode(model, momentum_params, batch))
 
-    def loss_fn(trained):
-        params = merge_params(trained, state.frozen)
-        # 2. Online forward.
-        speech, image = encode(model, params, batch, fold_keys(rows.keys, Site.ENCODERS))
-        tau = model.apply({"params": params}, method="tau")
-
-        # 3. Banks: the global batch first, then the queue.
-        key_speech_z, key_image_z, bank_ids = all_gather(
-            (speech.embedding, image.embedding, ids)
-            if momentum is None
-            else (momentum[0].embedding, momentum[1].embedding, ids),
-            axis_name,
-        )
-        global_ids = bank_ids
-        valid = bank_valid(global_ids.shape[0], state.queue)
-        bank_speech = bank(key_speech_z, state.queue, "speech")
-        bank_image = bank(key_image_z, state.queue, "image")
-        bank_ids = bank(bank_ids, state.queue, "id")
-
-        # 4. SIC of each branch with identity targets, softened by momentum distillation, which takes all branches
-        # together for the teacher.
-        of_branches = [  # (M, n, N + K)
-            objectives.branch_logits(z, other, tau, model.branches)
-            for z, other in ((speech.embedding, bank_image), (image.embedding, bank_speech))
-        ]
-        logits_s2i, logits_i2s = (jnp.mean(logits, axis=0) for logits in of_branches)
-        hard, keep = objectives.identity_targets(ids, bank_ids, index, valid, method.id_policy)
-        targets_s2i = targets_i2s = hard
-        if momentum is not None and method.alpha:
-            soft = [
-                objectives.similarity_logits(z, other, tau)
-                for z, other in (
-                    (momentum[0].embedding, bank_image),
-                    (momentum[1].embedding, bank_speech),
-                )
-            ]
-            targets_s2i, targets_i2s = (
-                objectives.distillation_targets(s, hard, keep, alpha) for s in soft
-            )
-        branch_loss = jax.vmap(objectives.sic_loss, in_axes=(0, 0, None, None, None))
-        sic_rows = jnp.mean(branch_loss(*of_branches, targets_s2i, targets_i2s, keep), axis=0)
-        sic = pmean(jnp.mean(sic_rows), axis_name)
-        metrics = {"sic_loss": sic_rows, "tau": tau, "sic_accuracy": _hits(logits_s2i, hard, keep)}
-        if not method.sim_weight:
-            return sic, (metrics, momentum, global_ids)
-
-        # 5. and 6. Hard negatives and SIM.
-        sim, sim_metrics = sim_stage(
-            params,
-            state.token_queue,
-            rows,
-            (speech, image),
-            momentum,
-            (logits_s2i, logits_i2s),
-            tau,
-            model=model,
-            method=method,
-            axis_name=axis_name,
-        )
-        return sic + method.sim_weight * sim, (
-            metrics | sim_metrics,
-            momentum,
-            global_ids,
-        )
-
-    # 7. Gradients. The loss is averaged over the devices inside, the gradients outside: right for pmap and shard_map.
-    (loss, (metrics, momentum, global_ids)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-        state.params
+    # Steps 2 to 6 are in c2f_loss. Step 7. Gradients. The loss is averaged over the devices inside,
+    # the gradients outside: right for pmap and shard_map.
+    gradient_of_loss = jax.value_and_grad(c2f_loss, has_aux=True)
+    (loss, metrics), gradients = gradient_of_loss(
+        state.params, state, batch, rows, momentum, model=model, method=method, axis_name=axis_name
     )
-    grads = pmean(grads, axis_name)
+    gradients = pmean(gradients, axis_name)
 
-    # 8. Optimiser step; the temperature stays in its range.
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    # Step 8. Optimizer step; the temperature stays in its range.
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     params = clip_temperature(params, method.min_tau, method.max_tau)
+    state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
 
-    # 9. Momentum update, and the global batch's momentum embeddings enter the queue.
-    momentum_params, queue, token_queue = state.momentum_params, state.queue, state.token_queue
-    if momentum is not None:
-        momentum_params = update_momentum(momentum_params, momentum_subset(params), method.momentum)
-        queue = enqueue(queue, all_gather(queue_rows(momentum, ids), axis_name))
-        if token_queue.size:
-            token_queue = enqueue(
-                token_queue, all_gather(token_rows(momentum, ids, token_queue), axis_name)
-            )
-    elif momentum_params:
-        momentum_params = momentum_subset(
-            params
-        )  # warm-up: the momentum model will start from the online one
+    # Step 9. Momentum update; the momentum embeddings of the global batch enter the queues.
+    state = update_momentum_and_queues(state, momentum, rows.ids, method, axis_name)
 
-    metrics |= {"loss": loss, "gradient_norm": optax.global_norm(grads), "alpha": alpha}
-    state = state.replace(
-        step=state.step + 1,
-        params=params,
-        momentum_params=momentum_params,
-        opt_state=opt_state,
-        queue=queue,
-        token_queue=token_queue,
-    )
-    return state, {name: _average(value, axis_name) for name, value in metrics.items()}
+    metrics["loss"] = Average.of(loss)
+    metrics["gradient_norm"] = Average.of(optax.global_norm(gradients))
+    return state, psum(metrics, axis_name)
 
 
-def sim_stage(
-    params, token_queue, rows, online, momentum, logits, tau, *, model, method, axis_name
-):
-    """Stages 5 and 6: mine hard negatives, match 3n pairs.
+def c2f_loss(
+    trained_params: Any,
+    state: C2FTrainState,
+    batch: Batch,
+    rows: Rows,
+    momentum: Pair[Encoded] | None,
+    *,
+    model: C2FModel,
+    method: MethodConfig,
+    axis_name: AxisName,
+) -> tuple[jax.Array, Metrics]:
+    """Compute the loss of the global batch, L = L_SIC + w L_SIM: steps 2 to 6.
 
     Args:
-      params: of the whole model.
-      token_queue: EmbeddingQueue with token sequences; read for "queue" negatives alone.
+      trained_params: the parameters to differentiate with respect to.
+      state: C2FTrainState, for all others.
+      batch: as in ``train_step``.
       rows: Rows.
-      online, momentum: (speech, image), each Encoded of ``rows``; ``momentum`` is read for "queue" negatives alone.
-      logits: SIC logits (s2i, i2s) whose first N columns are the global batch.
-      tau: temperature.
-      model, method, axis_name: as in ``train_step``.
+      momentum: Pair of Encoded of the momentum model; None without one.
+      model: C2FModel.
+      method: MethodConfig.
+      axis_name: device axis.
 
     Returns:
-      L_SIM, and its metrics: name -> (values, valid).
+      The scalar loss, equal on all devices, and the metrics of this device's rows by name.
     """
-    n = rows.ids.shape[0]
-    speech, image = candidates = online
-    if method.negatives == "queue":
-        # The queue holds momentum tokens. With online tokens in the positives and in the batch's candidates, the
-        # matcher would learn which encoder made the tokens of a pair instead of what they say.
-        candidates = [o._replace(tokens=m.tokens) for o, m in zip(online, momentum, strict=True)]
-    # 5. Hard negatives, drawn with probability softmax(cosine / mining temperature), never of the same id.
-    pool_speech, pool_image, scores, pool_ids, pool_valid = negative_pool(
-        token_queue, rows, *candidates, logits, tau, method.negatives, axis_name
-    )
-    if method.mining_tau is not None:
-        scores = [s * (tau / method.mining_tau) for s in scores]
-    (image_index, image_valid), (speech_index, speech_valid) = (
-        objectives.sample_hard_negatives(
-            fold_keys(rows.keys, site), s, rows.ids, pool_ids, pool_valid
-        )
-        for site, s in zip((Site.IMAGE_NEGATIVES, Site.SPEECH_NEGATIVES), scores, strict=True)
-    )
+    params = merge_params(trained_params, state.frozen)
 
-    # 6. SIM over the 3n pairs.
-    pair_speech, pair_image, labels, valid = objectives.assemble_pairs(
-        pad_tokens(without_embedding(speech), pool_speech.tokens.shape[1]),
-        without_embedding(image),
-        jax.tree.map(lambda x: x[speech_index], pool_speech),
-        jax.tree.map(lambda x: x[image_index], pool_image),
-        speech_valid,
-        image_valid,
-    )
+    # Step 2. Online forward pass, with dropout.
+    online = encode(model, params, batch, fold_keys(rows.keys, Site.ENCODERS))
+    tau = model.apply({"params": params}, method="tau")
+
+    # Step 3. Banks: the momentum embeddings of the global batch, then the queue.
+    banks = make_banks(online if momentum is None else momentum, rows.ids, state.queue, axis_name)
+
+    # Step 4. SIC: identity targets, softened by momentum distillation.
+    alpha = alpha_at(state.step - method.warm_up_steps, method.alpha, method.alpha_ramp_steps)
+    targets = sic_targets(momentum, banks, rows, tau, alpha, method)
+    sic_rows, logits = sic_of_branches(online, banks, targets, tau, model.branches)
+    loss = pmean(jnp.mean(sic_rows), axis_name)
+    metrics = sic_metrics(sic_rows, logits, targets) | {"tau": Average.of(tau)}
+    metrics["alpha"] = Average.of(alpha)
+    if not method.sim_weight:
+        return loss, metrics
+
+    # Step 5. Hard negatives, mined by the similarities of SIC.
+    candidates = online
     if method.negatives == "queue":
-        # As in a negative pair, one side of a positive is the momentum encoder's: which one is drawn for each row.
-        from_momentum = jax.vmap(jax.random.bernoulli)(fold_keys(rows.keys, Site.POSITIVE_SIDES))
-        pair_speech = replace_rows(pair_speech, from_momentum, candidates[0])
-        pair_image = replace_rows(pair_image, ~from_momentum, candidates[1])
-    pair_keys = jnp.concatenate(
-        [
-            fold_keys(rows.keys, site)
-            for site in (Site.POSITIVE_PAIRS, Site.IMAGE_NEGATIVE_PAIRS, Site.SPEECH_NEGATIVE_PAIRS)
-        ]
-    )
-    sim_logits = model.apply({"params": params}, pair_speech, pair_image, pair_keys, method="match")
-    sim_rows = objectives.sim_loss(sim_logits, labels)
-    correct = (jnp.argmax(sim_logits, axis=-1) == labels).astype(jnp.float32)
-    from_queue = (image_index >= pool_ids.shape[0] - token_queue.size).astype(jnp.float32)
-    metrics = {
-        "sim_loss": (sim_rows, valid),
-        "sim_accuracy": (correct, valid),
-        "sim_positive_accuracy": (correct[:n], valid[:n]),
-    }
-    if method.negatives == "queue":
-        metrics["queue_negatives"] = (from_queue, image_valid)
-    return masked_mean(sim_rows, valid, axis_name), metrics
+        candidates = with_momentum_tokens(online, momentum)
+    negatives = mine_negatives(state.token_queue, rows, candidates, logits, tau, method, axis_name)
+
+    # Step 6. SIM over 3n pairs.
+    pairs = make_pairs(online, candidates, negatives, rows.keys, method)
+    sim_logits = match(model, params, pairs, rows.keys)
+    sim_rows = sim_loss(sim_logits, pairs.labels)
+    loss += method.sim_weight * masked_mean(sim_rows, pairs.valid, axis_name)
+    return loss, metrics | sim_metrics(sim_rows, sim_logits, pairs, negatives, method)
 
 
-def encode(model, params, batch, keys=None):
-    """Both modalities of a batch: (Encoded speech, Encoded image)."""
+class Banks(NamedTuple):
+    """What the queries are scored against: the global batch, then the queue; M = N + K columns.
+
+    Attributes:
+      speech: (M, D) momentum embeddings; online ones without a momentum model.
+      image: (M, D), likewise.
+      ids: (M,) int32 image ids.
+      valid: (M,) bool, False for slots never written.
+    """
+
+    speech: jax.Array
+    image: jax.Array
+    ids: jax.Array
+    valid: jax.Array
+
+
+class SicTargets(NamedTuple):
+    """Targets of SIC.
+
+    Attributes:
+      hard: (n, M) identity targets.
+      soft: Directions of (n, M) targets that the loss takes.
+      valid: (n, M) bool, the columns that stay in the softmax.
+    """
+
+    hard: jax.Array
+    soft: Directions[jax.Array]
+    valid: jax.Array
+
+
+def rows_of_this_device(state: C2FTrainState, ids: jax.Array, axis_name: AxisName) -> Rows:
+    """Number this device's rows in the global batch and make their keys."""
+    n = ids.shape[0]
+    index = axis_index(axis_name) * n + jnp.arange(n)
+    return Rows(ids, index, row_keys(step_key(state.rng, state.step), index))
+
+
+def encode(
+    model: C2FModel, params: Any, batch: Batch, keys: jax.Array | None = None
+) -> Pair[Encoded]:
+    """Encode both modalities of a batch.
+
+    Args:
+      model: C2FModel.
+      params: all parameters that the encoders need.
+      batch: as in ``train_step``.
+      keys: (n,) typed keys for dropout; None for no dropout.
+
+    Returns:
+      Pair of Encoded.
+    """
     variables = {"params": params}
     speech = model.apply(variables, *speech_input(batch), keys, method="encode_speech")
-    return speech, model.apply(variables, image_input(batch), keys, method="encode_image")
+    image = model.apply(variables, image_input(batch), keys, method="encode_image")
+    return Pair(speech=speech, image=image)
 
 
-def _hits(logits, targets, valid):
-    """(n,) 1.0 where the best valid column is a positive."""
-    best = jnp.argmax(jnp.where(valid, logits, -jnp.inf), axis=-1)
-    return (jnp.take_along_axis(targets, best[:, None], axis=-1)[:, 0] > 0).astype(jnp.float32)
+def make_banks(
+    keys: Pair[Encoded], ids: jax.Array, queue: EmbeddingQueue, axis_name: AxisName
+) -> Banks:
+    """Gather the keys of the global batch and append the queue.
+
+    Args:
+      keys: Pair of Encoded of this device's rows.
+      ids: (n,) int32 image ids.
+      queue: EmbeddingQueue.
+      axis_name: device axis.
+
+    Returns:
+      Banks.
+    """
+    speech, image, all_ids = all_gather(
+        (keys.speech.embedding, keys.image.embedding, ids), axis_name
+    )
+    return Banks(
+        speech=bank(speech, queue, "speech"),
+        image=bank(image, queue, "image"),
+        ids=bank(all_ids, queue, "id"),
+        valid=bank_valid(all_ids.shape[0], queue),
+    )
 
 
-def _average(value, axis_name):
-    """A value, an array of per-row values, or (values, valid) as a clu Average over all devices."""
-    values, mask = value if isinstance(value, tuple) else (value, None)
-    return psum(clu_metrics.Average.from_model_output(jnp.atleast_1d(values), mask), axis_name)
+def sic_targets(
+    momentum: Pair[Encoded] | None,
+    banks: Banks,
+    rows: Rows,
+    tau: jax.Array,
+    alpha: jax.Array,
+    method: MethodConfig,
+) -> SicTargets:
+    """Make the targets of SIC: by identity, then softened by the momentum model's similarities.
+
+    Args:
+      momentum: Pair of Encoded; None without a momentum model.
+      banks: Banks.
+      rows: Rows.
+      tau: temperature.
+      alpha: weight of distillation at this step.
+      method: MethodConfig.
+
+    Returns:
+      SicTargets.
+    """
+    hard, valid = identity_targets(rows.ids, banks.ids, rows.index, banks.valid, method.id_policy)
+    if momentum is None or not method.alpha:
+        return SicTargets(hard, Directions(s2i=hard, i2s=hard), valid)
+
+    # All branches together are the teacher.
+    momentum_s2i = similarity_logits(momentum.speech.embedding, banks.image, tau)
+    momentum_i2s = similarity_logits(momentum.image.embedding, banks.speech, tau)
+    soft = Directions(
+        s2i=distillation_targets(momentum_s2i, hard, valid, alpha),
+        i2s=distillation_targets(momentum_i2s, hard, valid, alpha),
+    )
+    return SicTargets(hard, soft, valid)
+
+
+def sic_of_branches(
+    online: Pair[Encoded], banks: Banks, targets: SicTargets, tau: jax.Array, branches: int
+) -> tuple[jax.Array, Directions[jax.Array]]:
+    """Compute SIC, each branch of the encoders with its own loss against the same targets.
+
+    With one branch, as in the paper, this is ``similarity_logits`` and ``sic_loss``.
+
+    Args:
+      online: Pair of Encoded.
+      banks: Banks.
+      targets: SicTargets.
+      tau: temperature.
+      branches: B.
+
+    Returns:
+      The loss of each row (n,), and Directions of the logits of whole embeddings (n, M): the means
+      over the branches.
+    """
+    logits_s2i = branch_logits(online.speech.embedding, banks.image, tau, branches)  # (B, n, M)
+    logits_i2s = branch_logits(online.image.embedding, banks.speech, tau, branches)
+    loss_of_each = jax.vmap(sic_loss, in_axes=(0, 0, None, None, None))
+    losses = loss_of_each(logits_s2i, logits_i2s, *targets.soft, targets.valid)  # (B, n)
+    logits = Directions(s2i=jnp.mean(logits_s2i, axis=0), i2s=jnp.mean(logits_i2s, axis=0))
+    return jnp.mean(losses, axis=0), logits
+
+
+def sic_metrics(sic_rows: jax.Array, logits: Directions, targets: SicTargets) -> Metrics:
+    """Average the SIC loss, and how often the best valid column of s2i is a positive."""
+    best = jnp.argmax(jnp.where(targets.valid, logits.s2i, -jnp.inf), axis=-1)
+    target_of_best = jnp.take_along_axis(targets.hard, best[:, None], axis=-1)[:, 0]
+    hits = (target_of_best > 0).astype(jnp.float32)
+    return {"sic_loss": Average.of(sic_rows), "sic_accuracy": Average.of(hits)}
+
+
+def make_pairs(
+    online: Pair[Encoded],
+    candidates: Pair[Encoded],
+    negatives: MinedNegatives,
+    keys: jax.Array,
+    method: MethodConfig,
+) -> SimPairs:
+    """Make the 3n pairs of SIM.
+
+    Args:
+      online: Pair of Encoded.
+      candidates: Pair of Encoded as in ``mine_negatives``.
+      negatives: MinedNegatives.
+      keys: (n,) typed keys.
+      method: MethodConfig.
+
+    Returns:
+      SimPairs of Encoded without embeddings.
+    """
+    pairs = assemble_pairs(
+        pad_tokens(without_embedding(online.speech), negatives.tokens.speech.tokens.shape[1]),
+        without_embedding(online.image),
+        negatives.tokens.speech,
+        negatives.tokens.image,
+        negatives.valid.speech,
+        negatives.valid.image,
+    )
+    if method.negatives != "queue":
+        return pairs
+
+    # A negative pair has momentum tokens on one side. The positive gets them on one randomly chosen
+    # side too, or the matcher would learn which encoder made the tokens.
+    speech_from_momentum = jax.vmap(jax.random.bernoulli)(fold_keys(keys, Site.POSITIVE_SIDES))
+    return pairs._replace(
+        speech=replace_first_rows(pairs.speech, speech_from_momentum, candidates.speech),
+        image=replace_first_rows(pairs.image, ~speech_from_momentum, candidates.image),
+    )
+
+
+def match(model: C2FModel, params: Any, pairs: SimPairs, keys: jax.Array) -> jax.Array:
+    """Score 3n pairs by the multimodal encoder, with dropout keyed by row.
+
+    Args:
+      model: C2FModel.
+      params: parameters of the whole model.
+      pairs: SimPairs.
+      keys: (n,) typed keys.
+
+    Returns:
+      (3n, 2) logits, "no match" and "match".
+    """
+    pair_keys = jnp.concatenate(
+        [
+            fold_keys(keys, Site.POSITIVE_PAIRS),
+            fold_keys(keys, Site.IMAGE_NEGATIVE_PAIRS),
+            fold_keys(keys, Site.SPEECH_NEGATIVE_PAIRS),
+        ]
+    )
+    return model.apply({"params": params}, pairs.speech, pairs.image, pair_keys, method="match")
+
+
+def sim_metrics(
+    sim_rows: jax.Array,
+    sim_logits: jax.Array,
+    pairs: SimPairs,
+    negatives: MinedNegatives,
+    method: MethodConfig,
+) -> Metrics:
+    """Average the SIM loss and its accuracies over the valid pairs.
+
+    Args:
+      sim_rows: (3n,) loss of each pair.
+      sim_logits: (3n, 2).
+      pairs: SimPairs.
+      negatives: MinedNegatives.
+      method: MethodConfig.
+
+    Returns:
+      Averages by name; ``queue_negatives`` is the share of negative images from the token queue.
+    """
+    n = pairs.labels.shape[0] // 3
+    correct = (jnp.argmax(sim_logits, axis=-1) == pairs.labels).astype(jnp.float32)
+    metrics = {
+        "sim_loss": Average.of(sim_rows, pairs.valid),
+        "sim_accuracy": Average.of(correct, pairs.valid),
+        "sim_positive_accuracy": Average.of(correct[:n], pairs.valid[:n]),
+    }
+    if method.negatives == "queue":
+        from_queue = negatives.image_from_queue.astype(jnp.float32)
+        metrics["queue_negatives"] = Average.of(from_queue, negatives.valid.image)
+    return metrics
+
+
+def update_momentum_and_queues(
+    state: C2FTrainState,
+    momentum: Pair[Encoded] | None,
+    ids: jax.Array,
+    method: MethodConfig,
+    axis_name: AxisName,
+) -> C2FTrainState:
+    """Let the momentum parameters follow the updated ones, and enqueue the momentum embeddings.
+
+    Args:
+      state: C2FTrainState with updated parameters.
+      momentum: Pair of Encoded of this device's rows; None without a momentum model.
+      ids: (n,) int32 image ids.
+      method: MethodConfig.
+      axis_name: device axis.
+
+    Returns:
+      The state for the next step.
+    """
+    online_params = momentum_subset(state.params)
+    if momentum is None:
+        if state.momentum_params:
+            # Warm-up: the momentum model will start from the online one.
+            state = state.replace(momentum_params=online_params)
+        return state
+
+    momentum_params = update_momentum(state.momentum_params, online_params, method.momentum)
+    queue = enqueue(state.queue, all_gather(queue_rows(momentum, ids), axis_name))
+    token_queue = state.token_queue
+    if token_queue.size:
+        newest = all_gather(token_rows(momentum, ids, token_queue), axis_name)
+        token_queue = enqueue(token_queue, newest)
+    return state.replace(momentum_params=momentum_params, queue=queue, token_queue=token_queue)

@@ -12,8 +12,11 @@ from c2f_jax.objectives import row_keys, sample_hard_negatives, similarity_logit
 from c2f_jax.objectives.collectives import all_gather, axis_index
 from c2f_jax.objectives.embedding_queue import create_queue, enqueue
 from c2f_jax.training.method import MethodConfig
-from c2f_jax.training.negative_pool import Rows, negative_pool
-from c2f_jax.training.train_step import sim_stage
+from c2f_jax.training.negative_pool import mine_negatives, negative_pool, with_momentum_tokens
+from c2f_jax.training.pairs import Directions, Pair, Rows
+from c2f_jax.training.train_step import make_pairs
+
+NO_LOGITS = Directions(jnp.zeros((8, 8)), jnp.zeros((8, 8)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -24,15 +27,14 @@ def mine(pool, devices, token_queue, speech, image, ids):
         axis = "devices"
         index = axis_index(axis) * ids.shape[0] + jnp.arange(ids.shape[0])
         rows = Rows(ids, index, row_keys(jax.random.key(5), index))
-        logits = (
-            similarity_logits(speech.embedding, all_gather(image.embedding, axis), 0.2),
-            similarity_logits(image.embedding, all_gather(speech.embedding, axis), 0.2),
+        logits = Directions(
+            s2i=similarity_logits(speech.embedding, all_gather(image.embedding, axis), 0.2),
+            i2s=similarity_logits(image.embedding, all_gather(speech.embedding, axis), 0.2),
         )
-        _, images, scores, pool_ids, valid = negative_pool(
-            token_queue, rows, speech, image, logits, 0.2, pool, axis
-        )
-        columns, legal = sample_hard_negatives(rows.keys, scores[0], ids, pool_ids, valid)
-        return columns, pool_ids[columns], images.tokens[columns], scores[0], legal
+        found = negative_pool(token_queue, rows, Pair(speech, image), logits, 0.2, pool, axis)
+        scores, images = found.logits.s2i, found.candidates.image
+        columns, legal = sample_hard_negatives(rows.keys, scores, ids, found.ids, found.valid)
+        return columns, found.ids[columns], images.tokens[columns], scores, legal
 
     split = lambda x: x.reshape(devices, x.shape[0] // devices, *x.shape[1:])  # noqa: E731
     found = jax.vmap(on_device, axis_name="devices")(*jax.tree.map(split, (speech, image, ids)))
@@ -96,35 +98,29 @@ def test_batch_pool_keeps_to_its_own_device(mining):
 
 def test_queue_pool_pads_a_shorter_bucket_to_the_length_of_the_queue(mining):
     token_queue, speech, image = mining
-    logits = (jnp.zeros((8, 8)),) * 2
-    speeches, images, *_ = negative_pool(
-        token_queue, eight_rows(), speech, image, logits, 0.2, "queue", None
+    pool = negative_pool(
+        token_queue, eight_rows(), Pair(speech, image), NO_LOGITS, 0.2, "queue", None
     )
+    speeches, images = pool.candidates
     assert speeches.tokens.shape == (19, 6, 3) and images.tokens.shape == (19, 5, 3)
     assert speeches.lengths.tolist() == [4] * 8 + [6] * 7 + [0] * 4
     np.testing.assert_array_equal(speeches.tokens[:8, :4], speech.tokens)
 
 
-def pairs_matched(token_queue, online, momentum, logits, method):
-    """The first token of the speech and of the image of each of the 24 pairs that ``sim_stage`` matches."""
-    seen = []
-
-    class Matcher:
-        def apply(self, variables, speech, image, keys, method):
-            seen.extend([np.asarray(speech.tokens), np.asarray(image.tokens)])
-            return jnp.zeros((24, 2))
-
-    sim_stage(
-        {}, token_queue, eight_rows(), online, momentum, logits, 0.2,
-        model=Matcher(), method=method, axis_name=None,
-    )  # fmt: skip
+def pairs_matched(token_queue, online, candidates, logits, method):
+    """The first token of the speech and of the image of each of the 24 pairs that are matched."""
+    rows = eight_rows()
+    negatives = mine_negatives(token_queue, rows, candidates, logits, 0.2, method, None)
+    pairs = make_pairs(online, candidates, negatives, rows.keys, method)
+    seen = np.asarray(pairs.speech.tokens), np.asarray(pairs.image.tokens)
     return [(a[0].tobytes(), b[0].tobytes()) for a, b in zip(*seen, strict=True)]
 
 
 def test_every_pair_with_queue_negatives_has_one_online_and_one_momentum_side(mining):
     token_queue, speech, image = mining
     rng = np.random.default_rng(10)
-    momentum = random_encoded(rng, 8, 4), random_encoded(rng, 8, 5)
+    online = Pair(speech, image)
+    momentum = Pair(random_encoded(rng, 8, 4), random_encoded(rng, 8, 5))
     entries = token_queue.entries
     known = {}  # the first token of every sequence there is -> the encoder that made it
     for name, sequences in (
@@ -135,9 +131,9 @@ def test_every_pair_with_queue_negatives_has_one_online_and_one_momentum_side(mi
         known |= {np.asarray(row)[0].tobytes(): name for tokens in sequences for row in tokens}
     pairs = pairs_matched(
         token_queue,
-        (speech, image),
-        momentum,
-        (jnp.zeros((8, 8)),) * 2,
+        online,
+        with_momentum_tokens(online, momentum),
+        NO_LOGITS,
         MethodConfig(negatives="queue"),
     )
     sides = [(known[a], known[b]) for a, b in pairs]
@@ -150,9 +146,8 @@ def test_a_high_temperature_of_mining_draws_easier_negatives(mining, mining_tau,
     token_queue, speech, image = mining
     likest = (np.arange(8) + 3) % 8  # by far, of each row in both directions
     logits = jnp.zeros((8, 8)).at[np.arange(8), likest].set(100.0)
-    pairs = pairs_matched(
-        token_queue, (speech, image), None, (logits, logits), MethodConfig(mining_tau=mining_tau)
-    )
+    online, method = Pair(speech, image), MethodConfig(mining_tau=mining_tau)
+    pairs = pairs_matched(token_queue, online, online, Directions(logits, logits), method)
     number = {
         np.asarray(row)[0].tobytes(): i for x in (speech, image) for i, row in enumerate(x.tokens)
     }

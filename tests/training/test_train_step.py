@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from clu import metrics as clu_metrics
 from helpers.faults import plant
 from helpers.rounding import EPSILON, assert_equal_but_for_rounding
 
@@ -17,6 +16,7 @@ from c2f_jax.models.factory import create_model
 from c2f_jax.models.parameters import momentum_subset
 from c2f_jax.objectives.collectives import masked_mean, pmean
 from c2f_jax.objectives.embedding_queue import create_queue
+from c2f_jax.training.average import Average
 from c2f_jax.training.method import MethodConfig
 from c2f_jax.training.parallel import DataParallel
 from c2f_jax.training.train_state import create_train_state
@@ -420,7 +420,7 @@ def test_rematerialisation_changes_neither_loss_nor_gradients():
 def test_metrics_are_sums_and_counts_over_the_global_batch():
     parallel, step = compiled("queue", "pmap", 2)
     _, metrics = step(parallel.place_state(start_of("queue")), parallel.place_batch(BATCHES[0]))
-    assert all(isinstance(value, clu_metrics.Average) for value in metrics.values())
+    assert all(isinstance(value, Average) for value in metrics.values())
     counts = {
         name: float(metrics[name].count)
         for name in ("sic_loss", "sic_accuracy", "sim_loss", "queue_negatives")

@@ -1,0 +1,50 @@
+"""Averages that merge exactly over devices and steps: a sum and a count, never a mean of means."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+@struct.dataclass
+class Average:
+    """The average of all values seen so far.
+
+    Attributes:
+      total: scalar, their sum.
+      count: int32 scalar, how many they are.
+    """
+
+    total: jax.Array
+    count: jax.Array
+
+    @classmethod
+    def of(cls, values: jax.Array, valid: jax.Array | None = None) -> "Average":
+        """Average an array.
+
+        Args:
+          values: scalar or (n,).
+          valid: (n,) bool, the values that count; None for all.
+
+        Returns:
+          Average.
+
+        >>> average = Average.of(jnp.array([1.0, 3.0, 9.0]), jnp.array([True, True, False]))
+        >>> float(average.total), int(average.count)
+        (4.0, 2)
+        """
+        values = jnp.atleast_1d(values)
+        valid = jnp.ones(values.shape, bool) if valid is None else valid
+        total = jnp.sum(jnp.where(valid, values, jnp.zeros_like(values)))
+        return cls(total, jnp.sum(valid.astype(jnp.int32)))
+
+    def merge(self, other: "Average") -> "Average":
+        """Return the average of the values of both.
+
+        >>> float(Average.of(jnp.array([1.0, 2.0])).merge(Average.of(jnp.array(6.0))).compute())
+        3.0
+        """
+        return Average(self.total + other.total, self.count + other.count)
+
+    def compute(self) -> jax.Array:
+        """Return total / count, a scalar; NaN where nothing was counted."""
+        return self.total / self.count
