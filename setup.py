@@ -15,6 +15,7 @@ setup(
     description="Speech-image retrieval, coarse to fine, in JAX and Flax",
     python_requires=">=3.11",
     packages=find_packages(include=["c2f_jax", "c2f_jax.*"]),
+    package_data={"c2f_jax": ["reports/*.css", "py.typed"]},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",

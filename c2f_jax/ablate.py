@@ -1,17 +1,24 @@
-"""The paper's claims as an experiment: each idea added to the one before, same budget, several seeds.
+"""The paper's claims as an experiment: each idea added to the one before, several seeds.
 
-The paper starts from pretrained encoders. Here ``method.warm_up_steps`` of plain in-batch contrastive learning take
-their place, once for each seed and kind of captions; every row of that seed starts from the same parameters.
+The paper starts from pretrained encoders. Here ``method.warm_up_steps`` of plain in-batch
+contrastive learning take their place, once for each seed and kind of captions; all rows of that
+seed start from the same parameters.
 """
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
 
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from c2f_jax.config.experiment import create_experiment
 from c2f_jax.config.files import save_config
 from c2f_jax.errors import UserError
+from c2f_jax.retrieval.result import DIRECTIONS, EvaluationResult, StageMetrics
 from c2f_jax.train import train_and_evaluate
 
 PLAIN = {
@@ -26,7 +33,8 @@ QUEUE = {k: v for k, v in PLAIN.items() if k not in ("method.momentum", "queue_s
 SIM = {k: v for k, v in QUEUE.items() if k != "method.sim_weight"}
 MINED = {"method.alpha": 0.0, "method.negatives": "queue"}
 FULL = {"method.negatives": "queue"}
-# Row -> what it sets on the configuration, which describes the whole method. Each adds one idea to the row above it.
+# Row -> what it sets on the configuration, which is that of the whole method. Each row adds one
+# idea to the row above.
 ROWS = {
     "in-batch contrastive": PLAIN,
     "+ embedding queue": QUEUE,
@@ -41,65 +49,83 @@ COMPARED_WITH = dict(zip(list(ROWS)[1:5], list(ROWS)[:4], strict=True)) | {
     "noisy, without distillation": "+ queue-mined negatives",
     "noisy, with distillation": "noisy, without distillation",
 }
-METRICS = [(d, m) for d in ("speech_to_image", "image_to_speech") for m in ("R@1", "R@10")]
+# (direction, metric) of each column.
+METRICS = [(direction, metric) for direction in DIRECTIONS for metric in ("R@1", "R@10")]
+STAGES = ("coarse", "fine")
+
+Results = Mapping[str, Sequence[EvaluationResult]]
 
 
-def ablate(config, workdir, *, seeds=3, noise=0.3, rows=None):
-    """Train and evaluate every row with every seed; finished runs of the same configuration are taken as they are.
+@dataclass(frozen=True)
+class SeedMean:
+    """The mean of a number over seeds.
+
+    Attributes:
+      mean: the mean.
+      half_width: of the 95 % Student interval; None with fewer than two seeds.
+      values: the number of each seed.
+    """
+
+    mean: float
+    half_width: float | None
+    values: Sequence[float]
+
+    def to_json(self) -> list[Any]:
+        """Return [mean, half width, values]."""
+        return [self.mean, self.half_width, list(self.values)]
+
+
+def ablate(
+    config: ConfigDict,
+    workdir: str | PathLike[str],
+    *,
+    seeds: int = 3,
+    noise: float = 0.3,
+    rows: Sequence[str] | None = None,
+) -> str:
+    """Train and evaluate each row with each seed; finished runs are reused.
 
     Args:
-      config: ConfigDict of the whole method with a queue and alpha > 0. ``token_queue_size`` 0 is replaced, in the rows
-        with queue-mined negatives, by the embedding queue's size.
+      config: configuration of the whole method, with a queue and alpha above 0. If
+        ``token_queue_size`` is 0, rows with queue-mined negatives use the embedding queue's size.
       workdir: directory for the runs, ``table.json`` and ``table.md``.
-      seeds: seeds of each row, from config.seed on.
+      seeds: seeds per row, from config.seed on.
       noise: share of shuffled captions in the noisy rows.
       rows: names of ``ROWS`` to run; None for all.
 
     Returns:
-      Two tables as Markdown, means over seeds with 95 % t intervals: every row, and its differences from the row that
-      it adds an idea to.
+      Two tables as Markdown, means over seeds with 95 % intervals: each row, and the difference
+      between each row and the one it adds an idea to.
+
+    Raises:
+      UserError: a row is unknown or cannot be trained, or a finished run has another configuration.
     """
-    unknown = sorted(set(rows or ()) - set(ROWS))
-    if unknown:
-        raise UserError(f"no row {unknown[0]!r}: the rows are {', '.join(ROWS)}")
-    if config.queue_size < 1 or not config.method.alpha or config.method.momentum is None:
-        raise UserError(
-            "ablate varies a configuration of the whole method: it needs queue_size, method.momentum and "
-            "method.alpha above 0"
-        )
-    if seeds < 2:
-        raise UserError(f"--seeds={seeds}: an interval needs at least 2")
-    for row in (
-        rows or ROWS
-    ):  # all before the first: a row that cannot be trained is not found hours later
+    rows = rows or tuple(ROWS)
+    _check(config, seeds, rows)
+    # All rows before the first run: a mistake in the last must not surface hours later.
+    for row in rows:
         create_experiment(row_config(config, row, config.seed, noise))
-    table = {}
+
+    results: dict[str, list[EvaluationResult]] = {}
+    markdown = ""
     for seed in range(config.seed, config.seed + seeds):
-        for row in rows or ROWS:
-            run = _directory(workdir, row, seed)
-            stored = run / "result.json"
-            row_values = row_config(config, row, seed, noise)
-            start = _directory(
-                workdir, "noisy start" if row_values.data.shuffled_share else "start", seed
-            )
-            if config.method.warm_up_steps:
-                row_values.init_from = str(start)
-            if stored.exists():
-                save_config(row_values, run)  # refuses the result of another configuration
-            else:
-                if config.method.warm_up_steps:
-                    train_and_evaluate(start_config(config, row_values), start, test=False)
-                _, _, result, _ = train_and_evaluate(row_values, run)
-                stored.write_text(json.dumps(result))
-            table.setdefault(row, []).append(json.loads(stored.read_text()))
-            markdown = f"{format_rows(table)}\n{format_differences(table)}"
+        for row in rows:
+            result = _run_row(config, row_config(config, row, seed, noise), row, workdir)
+            results.setdefault(row, []).append(result)
+            markdown = f"{format_rows(results)}\n{format_differences(results)}"
             (epath.Path(workdir) / "table.md").write_text(markdown)
-    (epath.Path(workdir) / "table.json").write_text(json.dumps(summarise(table), indent=2) + "\n")
+
+    summary = {}
+    for row, stages in summarize(results).items():
+        summary[row] = {}
+        for stage, means in stages.items():
+            summary[row][stage] = {name: mean.to_json() for name, mean in means.items()}
+    (epath.Path(workdir) / "table.json").write_text(json.dumps(summary, indent=2) + "\n")
     return markdown
 
 
-def row_config(config, row, seed, noise):
-    """The configuration of one row and seed, after the common start."""
+def row_config(config: ConfigDict, row: str, seed: int, noise: float) -> ConfigDict:
+    """Return the configuration of one row and seed, after the common start."""
     changes = ROWS[row]
     config = config.copy_and_resolve_references()
     config.seed = seed
@@ -113,8 +139,8 @@ def row_config(config, row, seed, noise):
     return config
 
 
-def start_config(config, row_values):
-    """The configuration of the plain in-batch steps that the rows of a seed start from."""
+def start_config(config: ConfigDict, row_values: ConfigDict) -> ConfigDict:
+    """Return the configuration of the plain steps that the rows of a seed start from."""
     start = row_values.copy_and_resolve_references()
     start.init_from = config.init_from
     start.steps = config.method.warm_up_steps
@@ -123,80 +149,134 @@ def start_config(config, row_values):
     return start
 
 
-def _directory(workdir, name, seed):
-    return (
-        epath.Path(workdir) / f"{name.replace(' ', '-').replace('+-', '').replace(',', '')}-{seed}"
-    )
+def summarize(results: Results) -> dict[str, dict[str, dict[str, SeedMean]]]:
+    """Average the results of each row over its seeds.
 
+    Args:
+      results: row -> one result per seed.
 
-def summarise(table):
-    """row -> stage -> direction -> metric -> [mean, half width of the 95 % t interval over seeds, values]."""
-    summary = {}
-    for row, results in table.items():
+    Returns:
+      row -> stage -> "speech_to_image/R@1" and so on -> mean. A stage that a row has not is left
+      out.
+    """
+    summary: dict[str, dict[str, dict[str, SeedMean]]] = {}
+    for row, evaluations in results.items():
         summary[row] = {}
-        for stage in ("coarse", "fine"):
-            if all(stage in result for result in results):
-                summary[row][stage] = {
-                    f"{direction}/{metric}": _interval(
-                        [r[stage][direction][metric] for r in results]
-                    )
-                    for direction, metric in METRICS
-                }
+        for stage in STAGES:
+            stages = [getattr(evaluation, stage) for evaluation in evaluations]
+            if all(metrics is not None for metrics in stages):
+                summary[row][stage] = _column_means([_columns(metrics) for metrics in stages])
     return summary
 
 
-def format_rows(table):
-    """Markdown: one line for each row and stage."""
+def format_rows(results: Results) -> str:
+    """Format the means: a Markdown table with one line per row and stage."""
     lines = [_header(), "|" + "---|" * (len(METRICS) + 2)]
-    for row, stages in summarise(table).items():
-        for stage, values in stages.items():
-            lines.append(
-                f"| {row} | {stage} | "
-                + " | ".join(_cell(value) for value in values.values())
-                + " |"
-            )
+    for row, stages in summarize(results).items():
+        for stage, means in stages.items():
+            cells = " | ".join(_cell(mean) for mean in means.values())
+            lines.append(f"| {row} | {stage} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
-def format_differences(table):
-    """Markdown: each row minus the one in ``COMPARED_WITH``, seed by seed, since rows of a seed start alike.
+def format_differences(results: Results) -> str:
+    """Format each row minus the one in ``COMPARED_WITH``, seed by seed, as a Markdown table.
 
-    A fine ranking is compared with the fine one of the other row, or with its coarse one where it has no other.
+    Rows of a seed start from the same parameters, so differences vary less than rows. A fine
+    ranking is compared with the fine one of the other row, or with its coarse one if that is all.
     """
-    lines = [_header("compared with")]
+    lines = [_header("compared with"), "|" + "---|" * (len(METRICS) + 3)]
     for row, other in COMPARED_WITH.items():
-        pairs = list(zip(table.get(row, ()), table.get(other, ()), strict=False))
-        for stage in ("coarse", "fine"):
-            if pairs and all(stage in result for result, _ in pairs):
-                cells = [
-                    _cell(
-                        _interval(
-                            [a[stage][d][m] - b.get(stage, b["coarse"])[d][m] for a, b in pairs]
-                        ),
-                        signed=True,
-                    )
-                    for d, m in METRICS
-                ]
-                lines.append(f"| {row} | {stage} | {other} | " + " | ".join(cells) + " |")
-    return "\n".join([lines[0], "|" + "---|" * (len(METRICS) + 3), *lines[1:]]) + "\n"
+        pairs = list(zip(results.get(row, ()), results.get(other, ()), strict=False))
+        for stage in STAGES:
+            if pairs and all(getattr(result, stage) is not None for result, _ in pairs):
+                means = _column_means(list(_differences(pairs, stage)))
+                cells = " | ".join(_cell(mean, signed=True) for mean in means.values())
+                lines.append(f"| {row} | {stage} | {other} | {cells} |")
+    return "\n".join(lines) + "\n"
 
 
-def _header(*columns):
-    names = [f"{'s2i' if d.startswith('s') else 'i2s'} {m}" for d, m in METRICS]
+def _check(config: ConfigDict, seeds: int, rows: Sequence[str]) -> None:
+    unknown = sorted(set(rows) - set(ROWS))
+    if unknown:
+        raise UserError(f"no row {unknown[0]!r}: the rows are {', '.join(ROWS)}")
+    if config.queue_size < 1 or not config.method.alpha or config.method.momentum is None:
+        raise UserError(
+            "ablate varies a configuration of the whole method: it needs queue_size, "
+            "method.momentum and method.alpha above 0"
+        )
+    if seeds < 2:
+        raise UserError(f"--seeds={seeds}: must be at least 2, for an interval")
+
+
+def _run_row(
+    config: ConfigDict, row_values: ConfigDict, row: str, workdir: str | PathLike[str]
+) -> EvaluationResult:
+    """Train and evaluate one row with one seed, or read its stored result."""
+    seed = row_values.seed
+    run = _directory(workdir, row, seed)
+    start_name = "noisy start" if row_values.data.shuffled_share else "start"
+    start = _directory(workdir, start_name, seed)
+    if config.method.warm_up_steps:
+        row_values.init_from = str(start)
+
+    stored = run / "result.json"
+    if stored.exists():
+        save_config(row_values, run)  # refuses the result of another configuration
+    else:
+        if config.method.warm_up_steps:
+            train_and_evaluate(start_config(config, row_values), start, test=False)
+        result = train_and_evaluate(row_values, run)
+        stored.write_text(json.dumps(result.evaluation.to_json()))
+    return EvaluationResult.from_json(json.loads(stored.read_text()))
+
+
+def _directory(workdir: str | PathLike[str], name: str, seed: int) -> epath.Path:
+    """Return the directory of a row and seed, such as "embedding-queue-0"."""
+    short = name.replace(" ", "-").replace("+-", "").replace(",", "")
+    return epath.Path(workdir) / f"{short}-{seed}"
+
+
+def _columns(metrics: StageMetrics) -> dict[str, float]:
+    """Return the value of each column, named like "speech_to_image/R@1"."""
+    columns = {}
+    for direction, metric in METRICS:
+        name = f"{DIRECTIONS[direction]}/{metric}"
+        columns[name] = metrics.direction(direction)[metric].value
+    return columns
+
+
+def _differences(
+    pairs: Sequence[tuple[EvaluationResult, EvaluationResult]], stage: str
+) -> Iterator[dict[str, float]]:
+    """Yield the difference of each pair of results, column by column."""
+    for result, other in pairs:
+        columns = _columns(getattr(result, stage))
+        other_columns = _columns(getattr(other, stage) or other.coarse)
+        yield {name: value - other_columns[name] for name, value in columns.items()}
+
+
+def _column_means(seeds: Sequence[Mapping[str, float]]) -> dict[str, SeedMean]:
+    """Average columns over seeds."""
+    return {name: _seed_mean([columns[name] for columns in seeds]) for name in seeds[0]}
+
+
+def _seed_mean(values: Sequence[float]) -> SeedMean:
+    """Average over seeds: half width = t(0.975, n - 1) s / sqrt(n)."""
+    from scipy import stats
+
+    mean, count = float(np.mean(values)), len(values)
+    if count < 2:
+        return SeedMean(mean, None, values)
+    half = stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / np.sqrt(count)
+    return SeedMean(mean, float(half), values)
+
+
+def _header(*columns: str) -> str:
+    names = [f"{direction} {metric}" for direction, metric in METRICS]
     return "| | stage | " + " | ".join([*columns, *names]) + " |"
 
 
-def _cell(interval, signed=False):
-    mean, half, _ = interval
-    text = f"{mean:+.1f}" if signed else f"{mean:.1f}"
-    return text if half is None else f"{text} ± {half:.1f}"
-
-
-def _interval(values):
-    """Mean and half width of the 95 % Student interval; None for fewer than two values."""
-    from scipy import stats
-
-    if len(values) < 2:
-        return float(np.mean(values)), None, values
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return float(np.mean(values)), float(half), values
+def _cell(mean: SeedMean, signed: bool = False) -> str:
+    text = f"{mean.mean:+.1f}" if signed else f"{mean.mean:.1f}"
+    return text if mean.half_width is None else f"{text} ± {mean.half_width:.1f}"

@@ -1,5 +1,6 @@
-"""Rank an encoded split coarse and fine, and write the numbers, the page and the pictures."""
+"""Evaluate a trained model on a split and write the numbers, the page and the figures."""
 
+import dataclasses
 import functools
 import json
 import logging
@@ -10,133 +11,117 @@ from etils import epath
 from c2f_jax.data.audio import decode_audio
 from c2f_jax.data.images import decode_image
 from c2f_jax.data.manifest import MANIFEST_SUFFIXES
-from c2f_jax.inference import LENGTH_BUCKETS, encode_split, matcher
-from c2f_jax.reports.examples import make_examples, random_queries, worst_queries
+from c2f_jax.data.source import PairSource
+from c2f_jax.inference import LENGTH_BUCKETS, TrainedModel
+from c2f_jax.reports.examples import Example, make_examples, random_queries, worst_queries
 from c2f_jax.reports.figures import learning_curves_png, results_png
-from c2f_jax.reports.html import picture, recording
-from c2f_jax.reports.results_page import write_results_page
+from c2f_jax.reports.html import Media, image_media, speech_media
+from c2f_jax.reports.results_page import PageExamples, write_results_page
+from c2f_jax.retrieval.encoded import EncodedSplit
 from c2f_jax.retrieval.evaluation import evaluate_retrieval
-from c2f_jax.retrieval.protocols import rank
+from c2f_jax.retrieval.protocols import Protocol, evaluate_protocol
+from c2f_jax.retrieval.result import EvaluationResult
 from c2f_jax.retrieval.voices import split_voices
-from c2f_jax.training.parallel import round_up_rows
+
+EXAMPLES = 8  # spoken queries on the page, drawn at random; half as many of the other groups
+SHEET_EXAMPLES = 5  # of them in the figure
+THUMBNAIL = 96  # pixels
 
 log = logging.getLogger(__name__)
 
 
-def retrieve(experiment, params, encoded, *, step):
-    """Coarse and, where SIM is trained at ``step``, fine retrieval of an encoded split.
+def evaluate_encoded(model: TrainedModel, encoded: EncodedSplit) -> EvaluationResult:
+    """Evaluate coarse and, if SIM is trained, fine retrieval of an encoded split.
+
+    Args:
+      model: the model that encoded it.
+      encoded: result of ``model.encode_split``.
 
     Returns:
-      The result for JSON and the ranked lists, see ``evaluate_retrieval``.
+      The result, with the step of the model.
     """
-    speech, image, options = encoded.speech, encoded.image, experiment.eval
-    return evaluate_retrieval(
-        speech.embedding,
-        image.embedding,
-        encoded.speech_ids,
-        encoded.image_ids,
-        speech.tokens,
-        speech.lengths,
-        image.tokens,
-        matcher(experiment.model, params) if experiment.method.has_sim(step) else None,
-        k=options.k,
-        tau=float(experiment.model.apply({"params": params}, method="tau")),
-        score=options.score,
-        pair_chunk=round_up_rows(params, options.pair_batch_size),
+    config = dataclasses.replace(model.experiment.eval, pair_batch_size=model.pair_batch_size)
+    result = evaluate_retrieval(
+        encoded,
+        config,
+        model.match if model.has_sim else None,
+        tau=model.tau,
         length_buckets=LENGTH_BUCKETS,
-        resamples=options.resamples,
     )
+    return dataclasses.replace(result, step=model.step)
 
 
 def evaluate_source(
-    experiment, params, source, workdir, *, step, history=None, progress=True, protocol=None
-):
-    """Evaluate a split and write ``eval/<data set>-<split>[-<protocol>].{json,html,png}`` below the workdir.
+    model: TrainedModel,
+    source: PairSource,
+    *,
+    protocol: Protocol | None = None,
+    progress: bool = True,
+) -> tuple[EvaluationResult, epath.Path]:
+    """Evaluate a split and write ``eval/<data set>-<split>[-<protocol>].{json,html,png}``.
 
     Args:
-      experiment, params, source: what is evaluated on what.
-      workdir: directory of the run.
-      step: of the parameters.
-      history: learning curves to show.
-      progress: show progress bars.
-      protocol: a `c2f_jax.retrieval.protocols.Protocol` to follow.
+      model: the model; the files are written below its workdir.
+      source: the split.
+      protocol: protocol to follow.
+      progress: whether to show progress bars.
 
     Returns:
-      The result, as it stands in the JSON file, and the path of the page.
+      The result, and the path of the page.
     """
-    if experiment.method.sim_weight and not experiment.method.has_sim(step):
+    if model.experiment.method.sim_weight and not model.has_sim:
         log.warning(
-            "step %d lies in the warm-up, before SIM: only the coarse ranking is reported", step
+            "step %d is in the warm-up, before SIM: only the coarse ranking is reported", model.step
         )
-    encoded = encode_split(experiment, params, source, progress)
-    rank_all = functools.partial(retrieve, experiment, params, step=step)
+    encoded = model.encode_split(source, progress)
     if protocol is None:
-        result, lists = rank_all(encoded)
+        result = evaluate_encoded(model, encoded)
     else:
-        result, lists, encoded = rank(protocol, encoded, rank_all)
-    result |= {
-        "data_set": source.name,
-        "split": source.split,
-        "trained_on": experiment.data.name,
-        "step": int(step),
-        "bad_items": source.bad_items.reasons,
-    }
-    folder, stem = epath.Path(workdir) / "eval", f"{data_set_label(source)}-{source.split}"
-    if protocol is not None:
-        stem += f"-{protocol.name}"
-    folder.mkdir(parents=True, exist_ok=True)
-    page = folder / f"{stem}.html"
-    (folder / f"{stem}.json").write_text(json.dumps(result, indent=2) + "\n")
-    curves = (
-        learning_curves_png(epath.Path(workdir) / "learning_curves.png", history)
-        if history
-        else None
+        evaluate = functools.partial(evaluate_encoded, model)
+        result, encoded = evaluate_protocol(protocol, encoded, evaluate)
+    result = dataclasses.replace(
+        result,
+        data_set=source.name,
+        split=source.split,
+        trained_on=model.experiment.data.name,
+        step=int(model.step),
+        bad_items=source.bad_items.reasons,
     )
-    speech_examples, failures, image_examples = choose_examples(source, encoded, lists)
-    write_results_page(
-        page,
-        title="Speech-image retrieval, coarse to fine",
-        result=result,
-        data_set=f"{source.name}, {source.split} split"
-        + (f", protocol {protocol.name}" if protocol else ""),
-        step=int(step),
-        speech_examples=speech_examples,
-        failures=failures,
-        image_examples=image_examples,
-        curves_png=curves,
-    )
-    results_png(
-        folder / f"{stem}.png",
-        speech_examples[:5],
-        title=f"{source.name}, {source.split}: spoken query, coarse and fine top five",
-    )
-    return result, page
+    return result, _write_files(model, source, encoded, result)
 
 
-def evaluate_by_voice(experiment, params, source, workdir, *, step):
-    """Evaluate a split with the voices of the training split and with others apart.
+def evaluate_by_voice(model: TrainedModel, source: PairSource) -> dict[str, EvaluationResult]:
+    """Evaluate voices that training heard and other voices separately, each on all images.
+
+    Writes ``eval/<data set>-<split>-voices.json`` below the workdir.
+
+    Args:
+      model: the model.
+      source: the split, whose data set names its speakers.
 
     Returns:
-      {"heard": result, "unheard": result}, as it stands in ``eval/<data set>-<split>-voices.json`` below the workdir;
-      the gallery of speech -> image holds all pictures in both.
+      "heard" and "unheard".
+
+    Raises:
+      UserError: the data set does not name its speakers.
     """
-    train = experiment.data.load(experiment.data.train_split)
+    data = model.experiment.data
+    train = data.load(data.train_split)
     heard = {train.recording(row)["speaker"] for row in range(len(train))}
-    groups = split_voices(encode_split(experiment, params, source, progress=True), source, heard)
-    results = {
-        name: retrieve(experiment, params, encoded, step=step)[0] | {"step": int(step)}
-        for name, encoded in groups.items()
-    }
-    path = epath.Path(workdir) / "eval" / f"{data_set_label(source)}-{source.split}-voices.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n")
+    groups = split_voices(model.encode_split(source, progress=True), source, heard)
+    results = {name: evaluate_encoded(model, encoded) for name, encoded in groups.items()}
+
+    values = {name: result.to_json() for name, result in results.items()}
+    path = _eval_folder(model) / f"{data_set_label(source)}-{source.split}-voices.json"
+    path.write_text(json.dumps(values, indent=2) + "\n")
     return results
 
 
-def data_set_label(source):
-    """A data set's name as it stands in file and metric names: "spoken_scenes-tiny", or a manifest's folder.
+def data_set_label(source: PairSource) -> str:
+    """Return a data set's name for files and metrics, such as "spoken_scenes-tiny".
 
-    For the directory of a prepared manifest, manifest_pairs/<name>/<version>, it is that name.
+    A manifest is named after its folder; a prepared manifest, manifest_pairs/<name>/<version>,
+    after its name.
     """
     path = epath.Path(source.name)
     if path.suffix in MANIFEST_SUFFIXES or path.parent.parent.name == "manifest_pairs":
@@ -144,25 +129,77 @@ def data_set_label(source):
     return source.name.replace("/", "-")
 
 
-def choose_examples(source, encoded, lists, count=8):
-    """Examples for the page, as report.Example: random speech queries, the worst of them, random image queries."""
-    pictures = functools.cache(
-        lambda row: picture(decode_image(source.image(int(encoded.images[row])), 96))
-    )
+def choose_examples(
+    source: PairSource, encoded: EncodedSplit, result: EvaluationResult, count: int = EXAMPLES
+) -> PageExamples:
+    """Choose examples for the page and decode their images and recordings.
+
+    Args:
+      source: the split.
+      encoded: its encoded items.
+      result: the evaluation, with its lists.
+      count: spoken queries to draw at random; half as many of the other groups.
+    """
 
     @functools.cache
-    def sounds(row):
+    def show_image(row: int) -> Media:
+        return image_media(decode_image(source.image(int(encoded.images[row])), THUMBNAIL))
+
+    @functools.cache
+    def show_speech(row: int) -> Media:
         item = source.recording(int(encoded.recordings[row]))
-        return recording(
-            decode_audio(item["audio"]), caption=item["caption"], speaker=item["speaker"]
-        )
+        waveform = decode_audio(item["audio"])
+        return speech_media(waveform, caption=item["caption"], speaker=item["speaker"])
 
-    def right_picture(row):
-        return pictures(int(np.flatnonzero(encoded.image_ids == encoded.speech_ids[row])[0]))
+    def right_image(row: int) -> Media:
+        return show_image(int(np.flatnonzero(encoded.image_ids == encoded.speech_ids[row])[0]))
 
-    s2i, i2s = lists["s2i"], lists["i2s"]
-    return (
-        make_examples(s2i, random_queries(s2i, count), sounds, pictures, right_picture),
-        make_examples(s2i, worst_queries(s2i, count // 2), sounds, pictures, right_picture),
-        make_examples(i2s, random_queries(i2s, count // 2), pictures, sounds),
+    def spoken(places: np.ndarray) -> list[Example]:
+        return make_examples(s2i, places, show_speech, show_image, right_image)
+
+    s2i, i2s = result.lists["s2i"], result.lists["i2s"]
+    return PageExamples(
+        speech=spoken(random_queries(s2i, count)),
+        failures=spoken(worst_queries(s2i, count // 2)),
+        image=make_examples(i2s, random_queries(i2s, count // 2), show_image, show_speech),
     )
+
+
+def _eval_folder(model: TrainedModel) -> epath.Path:
+    folder = epath.Path(model.workdir) / "eval"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _write_files(
+    model: TrainedModel, source: PairSource, encoded: EncodedSplit, result: EvaluationResult
+) -> epath.Path:
+    """Write the JSON, the page and the figure of an evaluation; return the path of the page."""
+    folder = _eval_folder(model)
+    stem, title = f"{data_set_label(source)}-{source.split}", f"{source.name}, {source.split}"
+    where = f"{title} split"
+    if result.protocol is not None:
+        stem += f"-{result.protocol.name}"
+        where += f", protocol {result.protocol.name}"
+
+    (folder / f"{stem}.json").write_text(json.dumps(result.to_json(), indent=2) + "\n")
+    curves = None
+    if model.history:
+        curves_path = epath.Path(model.workdir) / "learning_curves.png"
+        curves = learning_curves_png(curves_path, model.history)
+    examples = choose_examples(source, encoded, result)
+    page = folder / f"{stem}.html"
+    write_results_page(
+        page,
+        title="Speech-image retrieval, coarse to fine",
+        data_set=where,
+        result=result,
+        examples=examples,
+        curves_png=curves,
+    )
+    results_png(
+        folder / f"{stem}.png",
+        examples.speech[:SHEET_EXAMPLES],
+        title=f"{title}: spoken query, coarse and fine top five",
+    )
+    return page

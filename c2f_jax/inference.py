@@ -1,16 +1,24 @@
-"""A trained model at work: its parameters read back, what it encodes, and the pairs that SIM matches."""
+"""A trained model at work: load it, encode a split or a few items, match pairs with SIM."""
 
-import functools
+from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from os import PathLike
+from typing import Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from c2f_jax.config.caches import check_features
-from c2f_jax.config.experiment import create_experiment, example_batch
+from c2f_jax.config.experiment import Experiment, create_experiment, example_batch
 from c2f_jax.config.files import load_saved_config
 from c2f_jax.data import loader
+from c2f_jax.data.source import SAMPLE_RATE, PairSource
 from c2f_jax.errors import UserError
 from c2f_jax.models.c2f import Encoded, image_input, speech_input
 from c2f_jax.models.parameters import merge_params, split_params
@@ -21,110 +29,256 @@ from c2f_jax.training.parallel import replicate, round_up_rows, split_rows
 
 LENGTH_BUCKETS = 4  # numbers of speech tokens that pairs are matched at
 
+Params = Mapping[str, Any]
 
-def load_trained(workdir, *, step="best", experiment=None):
-    """A trained run: (experiment, parameters on all local devices, step, learning curves).
+
+@dataclass(frozen=True, repr=False)
+class TrainedModel:
+    """The parameters of a run at one step, and what can be done with them.
+
+    Attributes:
+      experiment: the checked configuration, with the model.
+      params: its parameters, replicated on the devices to use (``parallel.replicate``).
+      step: step of the parameters.
+      workdir: directory of the run.
+      history: learning curves, metric name -> [[step, value], ...].
+    """
+
+    experiment: Experiment
+    params: Params
+    step: int
+    workdir: str | PathLike[str]
+    history: Mapping[str, Sequence]
+
+    @classmethod
+    def load(
+        cls,
+        workdir: str | PathLike[str],
+        step: str | int = "best",
+        experiment: Experiment | None = None,
+    ) -> TrainedModel:
+        """Load a run of ``c2f train`` onto all local devices.
+
+        Args:
+          workdir: directory of the run.
+          step: "best", "latest" or the number of a checkpoint.
+          experiment: experiment to use in place of the one saved with the run, such as one with
+            other evaluation options.
+
+        Raises:
+          UserError: there is no such run or checkpoint, or it does not fit the experiment.
+        """
+        experiment = experiment or create_experiment(load_saved_config(workdir))
+        checkpoints = Checkpoints(workdir, read_only=True)
+        number = _step_number(checkpoints, step)
+
+        # Training from a feature cache needs no network; new recordings and images do.
+        model, raw = experiment.model, []
+        for kind, encoder in (("speech", model.speech_encoder), ("image", model.image_encoder)):
+            if getattr(encoder, "tower", None) is not None:
+                raw.append(kind)
+        batch = example_batch(experiment.data, raw=raw)
+
+        # Onto one local device, whatever devices the checkpoint was written from.
+        shapes = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+        )
+        trained, _ = split_params(shapes, model.frozen)
+        params, progress = checkpoints.restore_params(number, trained)
+
+        # Frozen parameters are not in the checkpoint: they are read from the published weights.
+        check_weights(workdir, experiment.weights)
+        check_features(experiment)
+        _, frozen = split_params(load_published(model, experiment.weights, batch), model.frozen)
+        params = replicate(merge_params(params, frozen))
+        return cls(experiment, params, number, workdir, progress["history"])
+
+    @property
+    def name(self) -> str:
+        """The run and step, such as "runs/scenes@1000"."""
+        return f"{self.workdir}@{self.step}"
+
+    @property
+    def has_sim(self) -> bool:
+        """Whether SIM is trained at this step; if not, only the coarse ranking is of use."""
+        return self.experiment.method.has_sim(self.step)
+
+    @property
+    def tau(self) -> float:
+        """The learned temperature."""
+        return float(self.experiment.model.apply({"params": self.params}, method="tau"))
+
+    @property
+    def pair_batch_size(self) -> int:
+        """Pairs to match at once: ``eval.pair_batch_size``, rounded up to fill the devices."""
+        return round_up_rows(self.params, self.experiment.eval.pair_batch_size)
+
+    def encode_split(self, source: PairSource, progress: bool = False) -> EncodedSplit:
+        """Encode each recording and each image of a split once, in batches over all devices.
+
+        Args:
+          source: the split.
+          progress: whether to show a progress bar.
+
+        Returns:
+          The encoded items, unreadable ones left out and recorded in ``source.bad_items``.
+        """
+        experiment, params = self.experiment, self.params
+        batch_size = round_up_rows(params, experiment.eval.batch_size)
+        speech, recordings = _encode_all(
+            lambda batch: encode_speech(
+                experiment.model, params, *split_rows(params, speech_input(batch))
+            ),
+            loader.speech_batches(
+                source, batch_size=batch_size, seconds_max=experiment.data.max_seconds
+            ),
+            total=len(source),
+            label="recordings" if progress else None,
+        )
+        image, images = _encode_all(
+            lambda batch: encode_image(
+                experiment.model, params, split_rows(params, image_input(batch))
+            ),
+            loader.image_batches(
+                source, batch_size=batch_size, image_size=experiment.data.image_size
+            ),
+            total=source.num_images,
+            label="images" if progress else None,
+        )
+        speech_ids = source.image_ids[source.image_index[recordings]]
+        return EncodedSplit(speech, image, speech_ids, source.image_ids[images], recordings, images)
+
+    def encode_items(self, kind: str, items: Sequence[np.ndarray]) -> Encoded:
+        """Encode a few recordings or images.
+
+        Args:
+          kind: "speech" or "image".
+          items: n waveforms (S,) float32 at 16 kHz, at most ``data.max_seconds`` long, or n images
+            (side, side, 3) uint8.
+
+        Returns:
+          Encoded, n rows, with numpy leaves.
+        """
+        size = round_up_rows(self.params, min(self.experiment.eval.batch_size, len(items)))
+        encode = self._encode_waveforms if kind == "speech" else self._encode_images
+        parts = []
+        for start in range(0, len(items), size):
+            chunk = list(items[start : start + size])
+            # Copies of the last item fill the batch, so that each batch has the same shape.
+            count = len(chunk)
+            encoded = encode(chunk + [chunk[-1]] * (size - count))
+            parts.append(jax.tree.map(lambda x, n=count: np.asarray(x)[:n], encoded))
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+    def match(
+        self, speech_tokens: np.ndarray, speech_lengths: np.ndarray, image_tokens: np.ndarray
+    ) -> jax.Array:
+        """Compute the SIM logits of pairs, as ``retrieval.ranking.match_candidates`` asks for them.
+
+        Args:
+          speech_tokens: (b, T, W), b a multiple of the number of devices.
+          speech_lengths: (b,) valid tokens.
+          image_tokens: (b, P, W).
+
+        Returns:
+          (b, 2) float32, [no match, match].
+        """
+        rows = split_rows(self.params, (speech_tokens, speech_lengths, image_tokens))
+        return match(self.experiment.model, self.params, *rows)
+
+    def _encode_waveforms(self, waveforms: Sequence[np.ndarray]) -> Encoded:
+        samples = round(self.experiment.data.max_seconds * SAMPLE_RATE)
+        padded = np.stack([np.pad(wave, (0, samples - len(wave))) for wave in waveforms])
+        lengths = np.array([len(wave) for wave in waveforms], np.int32)
+        rows = split_rows(self.params, (padded, lengths))
+        return encode_speech(self.experiment.model, self.params, *rows)
+
+    def _encode_images(self, images: Sequence[np.ndarray]) -> Encoded:
+        rows = split_rows(self.params, np.stack(images))
+        return encode_image(self.experiment.model, self.params, rows)
+
+    def __repr__(self) -> str:
+        return f"TrainedModel({self.name}, trained on {self.experiment.data.name})"
+
+
+@partial(jax.jit, static_argnames="model")
+def encode_speech(
+    model: nn.Module, params: Params, waveform: jax.Array, lengths: jax.Array
+) -> Encoded:
+    """Encode recordings, without dropout.
 
     Args:
-      workdir: directory of ``c2f train``.
-      step: "best", "latest" or a number.
-      experiment: Experiment to use instead of the one saved with the run (evaluation values overridden).
+      model: C2FModel.
+      params: its parameters.
+      waveform: (n, S) float32 at 16 kHz, or cached tokens (n, T, C).
+      lengths: (n,) valid samples or tokens.
     """
-    experiment = experiment or create_experiment(load_saved_config(workdir))
-    checkpoints = Checkpoints(workdir, read_only=True)
-    named = {"best": checkpoints.best_step, "latest": checkpoints.latest_step}
-    if step not in named and not str(step).isdigit():
-        raise UserError(f"--step={step}: best, latest or the number of a saved step is expected")
-    number = named[step] if step in named else int(step)
-    # On one local device, whatever devices the checkpoint was written from.
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    model = experiment.model
-    # Also where training reads a cache the network is wanted, for recordings and pictures that are in no cache.
-    encoders = {"speech": model.speech_encoder, "image": model.image_encoder}
-    batch = example_batch(
-        experiment.data,
-        raw=[p for p, e in encoders.items() if getattr(e, "tower", None) is not None],
-    )
-    shapes = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
-    )
-    trained, _ = split_params(shapes, model.frozen)
-    params, progress = checkpoints.restore_params(number, trained)
-    check_weights(workdir, experiment.weights)
-    check_features(experiment)
-    _, frozen = split_params(load_published(model, experiment.weights, batch), model.frozen)
-    return experiment, replicate(merge_params(params, frozen)), number, progress["history"]
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def encode_speech(model, params, waveform, lengths):
-    """Recordings, or their cached tokens -> Encoded, deterministic."""
     return model.apply({"params": params}, waveform, lengths, method="encode_speech")
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def encode_image(model, params, image):
-    """Images, or their cached tokens -> Encoded, deterministic."""
+@partial(jax.jit, static_argnames="model")
+def encode_image(model: nn.Module, params: Params, image: jax.Array) -> Encoded:
+    """Encode images, without dropout.
+
+    Args:
+      model: C2FModel.
+      params: its parameters.
+      image: (n, side, side, 3) uint8, or cached tokens (n, P, C).
+    """
     return model.apply({"params": params}, image, method="encode_image")
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def match(model, params, speech_tokens, speech_lengths, image_tokens):
-    """SIM logits (b, 2) of b pairs of token sequences."""
+@partial(jax.jit, static_argnames="model")
+def match(
+    model: nn.Module,
+    params: Params,
+    speech_tokens: jax.Array,
+    speech_lengths: jax.Array,
+    image_tokens: jax.Array,
+) -> jax.Array:
+    """Compute the SIM logits (b, 2) of b pairs of token sequences.
+
+    Args:
+      model: C2FModel.
+      params: its parameters.
+      speech_tokens: (b, T, W).
+      speech_lengths: (b,) valid tokens.
+      image_tokens: (b, P, W), all valid.
+    """
     image_lengths = jnp.full((image_tokens.shape[0],), image_tokens.shape[1], jnp.int32)
-    speech, image = (
-        Encoded(None, speech_tokens, speech_lengths),
-        Encoded(None, image_tokens, image_lengths),
-    )
+    # The embeddings are not used.
+    speech = Encoded(None, speech_tokens, speech_lengths)
+    image = Encoded(None, image_tokens, image_lengths)
     return model.apply({"params": params}, speech, image, method="match")
 
 
-def matcher(model, params):
-    """``match`` as re-ranking calls it, on the devices that ``params`` are replicated on."""
+def _step_number(checkpoints: Checkpoints, step: str | int) -> int | None:
+    """Return the number of the checkpoint that ``step`` names; None if there is none at all."""
+    if step == "best":
+        return checkpoints.best_step
+    if step == "latest":
+        return checkpoints.latest_step
+    if not str(step).isdigit():
+        raise UserError(f"--step={step}: must be best, latest or the number of a saved step")
+    return int(step)
 
-    def match_fn(speech_tokens, speech_lengths, image_tokens):
-        return match(
-            model, params, *split_rows(params, (speech_tokens, speech_lengths, image_tokens))
-        )
 
-    return match_fn
-
-
-def encode_split(experiment, params, source, progress=False):
-    """Encode all recordings and all images of a PairSource once, each device a share of every batch.
+def _encode_all(
+    encode: Callable[[dict], Encoded], batches: Iterable[dict], *, total: int, label: str | None
+) -> tuple[Encoded, np.ndarray]:
+    """Encode all batches and put the valid rows in order.
 
     Args:
-      experiment: Experiment.
-      params: model parameters, replicated on the devices to use (``parallel.replicate``).
-      source: PairSource.
-      progress: show a progress bar.
+      encode: encodes a batch.
+      batches: batches with "index", row of each item in the split, and "valid".
+      total: number of items, for the progress bar.
+      label: of the progress bar; None for no bar.
+
+    Returns:
+      Encoded of n host arrays, and their rows (n,).
     """
-    data, batch_size = experiment.data, round_up_rows(params, experiment.eval.batch_size)
-    speech, recordings = _encode_all(
-        lambda b: encode_speech(experiment.model, params, *split_rows(params, speech_input(b))),
-        loader.speech_batches(source, batch_size=batch_size, seconds_max=data.max_seconds),
-        len(source),
-        "recordings" if progress else None,
-    )
-    image, images = _encode_all(
-        lambda b: encode_image(experiment.model, params, split_rows(params, image_input(b))),
-        loader.image_batches(source, batch_size=batch_size, image_size=data.image_size),
-        source.num_images,
-        "images" if progress else None,
-    )
-    return EncodedSplit(
-        speech,
-        image,
-        recordings,
-        images,
-        source.image_ids[source.image_index[recordings]],
-        source.image_ids[images],
-    )
-
-
-def _encode_all(encode, batches, total, label):
-    """Run ``encode`` over batches, keep the valid rows: (Encoded of host arrays, their row numbers), in row order."""
     parts, rows = [], []
     with tqdm(total=total, desc=label, disable=label is None, unit="", leave=False) as bar:
         for batch in batches:
@@ -133,13 +287,15 @@ def _encode_all(encode, batches, total, label):
             parts.append(jax.tree.map(lambda x, keep=valid: np.asarray(x)[keep], encoded))
             rows.append(batch["index"][valid])
             bar.update(int(valid.sum()))
+
+    # Batches of short recordings have fewer tokens.
     longest = max(part.tokens.shape[1] for part in parts)
-    parts = [part._replace(tokens=_padded(part.tokens, longest)) for part in parts]
-    rows = np.concatenate(rows)
-    order = np.argsort(rows)
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[order], *parts), rows[order]
+    parts = [part._replace(tokens=_pad_tokens(part.tokens, longest)) for part in parts]
+    order = np.argsort(np.concatenate(rows))
+    encoded = jax.tree.map(lambda *leaves: np.concatenate(leaves)[order], *parts)
+    return encoded, np.concatenate(rows)[order]
 
 
-def _padded(tokens, longest):
-    """Tokens (n, T, W) as (n, longest, W)."""
-    return np.pad(tokens, ((0, 0), (0, longest - tokens.shape[1]), (0, 0)))
+def _pad_tokens(tokens: np.ndarray, length: int) -> np.ndarray:
+    """Pad tokens (n, T, W) with zeros to (n, length, W)."""
+    return np.pad(tokens, ((0, 0), (0, length - tokens.shape[1]), (0, 0)))

@@ -1,190 +1,254 @@
-"""Search a gallery: pictures by voice, recordings by a picture."""
+"""Search a gallery: images by voice, recordings by an image."""
 
+import dataclasses
 import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
 from pathlib import PurePath
 
-import jax
 import numpy as np
 from etils import epath
 
+from c2f_jax.config.experiment import Experiment
 from c2f_jax.data.audio import decode_audio
 from c2f_jax.data.images import decode_image
 from c2f_jax.data.source import SAMPLE_RATE
 from c2f_jax.datasets.registry import is_data_set, load_pairs
 from c2f_jax.errors import UserError
-from c2f_jax.inference import LENGTH_BUCKETS, encode_image, encode_speech, load_trained, matcher
+from c2f_jax.inference import LENGTH_BUCKETS, TrainedModel
 from c2f_jax.models.c2f import Encoded
 from c2f_jax.reports.examples import Example
 from c2f_jax.reports.figures import results_png
-from c2f_jax.reports.html import picture, recording
+from c2f_jax.reports.html import Media, image_media, speech_media
 from c2f_jax.reports.results_page import write_search_page
 from c2f_jax.retrieval.index import AUDIO_SUFFIXES, IMAGE_SUFFIXES, GalleryIndex, list_media
-from c2f_jax.retrieval.ranking import coarse_top_k, fine_scores, rerank
-from c2f_jax.training.parallel import round_up_rows, split_rows
+from c2f_jax.retrieval.ranking import coarse_top_k, fine_scores, match_candidates, rerank
+
+ANSWER_SIDE = 128  # pixels of an image on the page
+
+File = str | bytes  # path or content
 
 
-def build_index(workdir, gallery=None, *, kind="image", split=None, step="best", trained=None):
-    """Encode a gallery with a trained run.
+@dataclass(frozen=True)
+class Query:
+    """What to look for, and where. Give one of audio, say and images.
+
+    Attributes:
+      audio: recordings that describe images, as paths.
+      say: sentences, which espeak-ng speaks as recordings.
+      images: images whose spoken descriptions are wanted, as paths.
+      gallery: folder of files, data set or manifest to search; None for the run's data set.
+      split: split of a data set or manifest; None for the run's test split.
+      index: path of a saved GalleryIndex to search instead.
+      k: number of candidates that SIM reranks; None for the run's eval.k.
+      top: answers to show for each query.
+      output: page of answers (.html); None for ``<workdir>/search.html``.
+    """
+
+    audio: Sequence[str] = ()
+    say: Sequence[str] = ()
+    images: Sequence[str] = ()
+    gallery: str | None = None
+    split: str | None = None
+    index: str | PathLike[str] | None = None
+    k: int | None = None
+    top: int = 5
+    output: str | PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+          UserError: naming the option.
+        """
+        if sum(bool(names) for names in (self.audio, self.say, self.images)) != 1:
+            raise UserError("a query needs one of audio, say and images")
+        for name, value in (("top", self.top), ("k", self.k)):
+            if value is not None and value < 1:
+                raise UserError(f"--{name}={value}: must be at least 1")
+        if self.output is not None and epath.Path(self.output).suffix != ".html":
+            raise UserError(f"--output={self.output}: must be a file that ends in .html")
+        if self.index and (self.gallery or self.split):
+            raise UserError("--index replaces the gallery: leave out --gallery and --split")
+
+    @property
+    def kind(self) -> str:
+        """What the queries are: "speech" or "image"."""
+        return "image" if self.images else "speech"
+
+    @property
+    def names(self) -> list[str]:
+        """The name of each query: a path or a sentence."""
+        return list(self.images or self.audio or self.say)
+
+    def files(self) -> list[File]:
+        """Return the queries as files; sentences are spoken."""
+        if self.say:
+            return [_speak(text) for text in self.say]
+        return list(self.images or self.audio)
+
+
+def build_index(
+    model: TrainedModel,
+    gallery: str | None = None,
+    *,
+    kind: str = "image",
+    split: str | None = None,
+) -> GalleryIndex:
+    """Encode a gallery with a trained model.
+
+    Files that cannot be read are named on standard output and left out.
 
     Args:
-      workdir: directory of the run.
-      gallery: folder of files, data set name or manifest; None for the run's own data set.
+      model: the model.
+      gallery: folder of files, data set or manifest; None for the run's data set.
       kind: "image" or "speech".
-      split: of a data set or manifest; None for the run's test split.
-      step: "best", "latest" or a number.
-      trained: what ``load_trained`` returned, where it is at hand.
+      split: split of a data set or manifest; None for the run's test split.
 
     Returns:
-      GalleryIndex. Files that cannot be read are named on standard output and left out.
+      The index, which ``save`` writes to a file.
+
+    Raises:
+      UserError: no file can be read, or there is no such gallery.
     """
-    experiment, params, number, _ = trained or load_trained(workdir, step=step)
-    names, files = _gallery_files(experiment, gallery, kind, split)
+    names, files = _gallery_files(model.experiment, gallery, kind, split)
     decoded, kept = [], []
     for position, (name, file) in enumerate(zip(names, files, strict=True)):
         try:
-            decoded.append(_decode(experiment, kind, file))
+            decoded.append(_decode(model.experiment, kind, file))
             kept.append(position)
         except UserError as error:
             print(f"left out: {name}: {error}")
     if not kept:
         raise UserError(f"{gallery}: none of the {len(files)} files can be read")
-    encoded = _encode(experiment, params, kind, decoded)
-    media = [
-        files[p] if isinstance(files[p], bytes) else epath.Path(files[p]).read_bytes() for p in kept
-    ]
+
+    encoded = model.encode_items(kind, decoded)
     return GalleryIndex(
-        kind,
-        f"{workdir}@{number}",
-        [names[p] for p in kept],
-        media,
-        encoded.embedding,
-        encoded.tokens,
-        encoded.lengths,
+        kind=kind,
+        model=model.name,
+        names=[names[position] for position in kept],
+        media=[_read(files[position]) for position in kept],
+        embeddings=encoded.embedding,
+        tokens=encoded.tokens,
+        lengths=encoded.lengths,
     )
 
 
-def search(
-    workdir,
-    *,
-    audio=(),
-    say=(),
-    images=(),
-    gallery=None,
-    split=None,
-    index=None,
-    step="best",
-    k=None,
-    top=5,
-    output=None,
-):
-    """Answer queries and write a page and, for spoken queries, a picture of the answers.
+def search(model: TrainedModel, query: Query) -> epath.Path:
+    """Answer queries: print the answers, write a page and, for spoken queries, a figure beside it.
 
     Args:
-      workdir: directory of a training run.
-      audio: recordings as queries; or
-      say: sentences, spoken by espeak-ng; or
-      images: pictures as queries.
-      gallery, split: what to search, as in ``build_index``; or
-      index: path of a saved GalleryIndex.
-      step: "best", "latest" or a number.
-      k: candidates that SIM re-ranks; None for the run's value.
-      top: answers of each query.
-      output: path of the page; None for ``<workdir>/search.html``.
+      model: the model.
+      query: what to look for, and where.
 
     Returns:
-      The path of the page. Answers are printed as they are found.
-    """
-    for name, value in (("top", top), ("k", k)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name}={value}: at least 1 is expected")
-    page = epath.Path(output or epath.Path(workdir) / "search.html")
-    if page.suffix != ".html":
-        raise UserError(f"--output={output}: the page's file is expected, which ends in .html")
-    if index and (gallery or split):
-        raise UserError("--index is searched as it is: leave out --gallery and --split")
-    trained = load_trained(workdir, step=step)
-    experiment, params, number, _ = trained
-    query_kind, kind = ("image", "speech") if images else ("speech", "image")
-    names, files = list(images or audio or say), list(images or audio)
-    if say:
-        files = [_spoken(text) for text in say]
-    decoded = [_decode(experiment, query_kind, file) for file in files]
-    items = (
-        GalleryIndex.load(index)
-        if index
-        else build_index(workdir, gallery, kind=kind, split=split, trained=trained)
-    )
-    if items.kind != kind:
-        raise UserError(
-            f"{index} holds {items.kind} items, but these queries look for {kind} items: "
-            f"make one with `c2f index --kind={kind}`"
-        )
-    if items.embeddings.shape[1] != experiment.model.embedding_size or not items.model.endswith(
-        f"@{number}"
-    ):
-        raise UserError(
-            f"{index} was encoded by {items.model}, the queries by {workdir}@{number}: make the index again"
-        )
-    queries = _encode(experiment, params, query_kind, decoded)
+      The path of the page.
 
-    coarse, fine = _rank(experiment, params, number, queries, items, k or experiment.eval.k, top)
-    show = functools.cache(lambda row: _media(kind, items.media[row], items.names[row]))
+    Raises:
+      UserError: a query cannot be read, or the index does not fit the query or the model.
+    """
+    page = epath.Path(query.output or epath.Path(model.workdir) / "search.html")
+    # Queries first: they are quickly read, a gallery is not.
+    decoded = [_decode(model.experiment, query.kind, file) for file in query.files()]
+    items = _open_gallery(model, query)
+    encoded = model.encode_items(query.kind, decoded)
+    coarse, fine = _rank(model, query, encoded, items)
+
+    show = functools.cache(lambda row: _media(items.kind, items.media[row], items.names[row]))
+    unknown = [False] * min(query.top, len(items.names))  # nobody knows the right answers
     examples = []
-    for row, name in enumerate(names):
-        lists = [coarse[row, :top].tolist(), None if fine is None else fine[row, :top].tolist()]
+    for row, name in enumerate(query.names):
+        best = (coarse if fine is None else fine)[row, : query.top].tolist()
         print(f"\n{name}")
-        for place, item in enumerate(lists[1] or lists[0], 1):
+        for place, item in enumerate(best, 1):
             print(f"  {place}. {items.names[item]}")
-        shown = [[show(item) for item in best] if best else None for best in lists]
-        unknown = [False] * top
-        asked = _media(query_kind, decoded[row], name)
-        examples.append(
-            Example(
-                asked,
-                shown[0],
-                unknown[: len(shown[0])],
-                fine=shown[1],
-                fine_hits=unknown[: len(shown[0])],
-            )
+
+        example = Example(
+            _media(query.kind, decoded[row], name),
+            coarse=[show(item) for item in coarse[row, : query.top].tolist()],
+            coarse_hits=unknown,
         )
-    what = "pictures" if kind == "image" else "recordings"
-    searched = f"{len(items.names):,} {what} of {index or gallery or experiment.data.name}"
-    write_search_page(page, examples, way="s2i" if kind == "image" else "i2s", gallery=searched)
-    if kind == "image":
-        results_png(page.with_suffix(".png"), examples, top=top)
+        if fine is not None:
+            shown = [show(item) for item in best]
+            example = dataclasses.replace(example, fine=shown, fine_hits=unknown)
+        examples.append(example)
+
+    _write_answers(page, examples, items, query, model.experiment.data.name)
     return page
 
 
-def _rank(experiment, params, step, queries, items, k, top):
-    """At least ``top`` rows of the items for each query, best first: coarse, and fine (None before SIM is trained)."""
-    k = min(k, len(items.names))
-    cosine, coarse = coarse_top_k(queries.embedding, items.embeddings, max(k, top))
-    if not experiment.method.has_sim(step):
+def _write_answers(
+    page: epath.Path, examples: Sequence[Example], items: GalleryIndex, query: Query, own: str
+) -> None:
+    """Write the page of answers and, for spoken queries, the figure."""
+    what = {"image": "images", "speech": "recordings"}[items.kind]
+    searched = f"{len(items.names):,} {what} of {query.index or query.gallery or own}"
+    direction = "s2i" if items.kind == "image" else "i2s"
+    write_search_page(page, examples, direction=direction, gallery=searched)
+    if items.kind == "image":
+        results_png(page.with_suffix(".png"), examples, top=query.top)
+
+
+def _open_gallery(model: TrainedModel, query: Query) -> GalleryIndex:
+    """Load the index of a query, or encode its gallery; raise UserError unless the index fits."""
+    kind = "speech" if query.kind == "image" else "image"
+    if not query.index:
+        return build_index(model, query.gallery, kind=kind, split=query.split)
+
+    items = GalleryIndex.load(query.index)
+    if items.kind != kind:
+        raise UserError(
+            f"{query.index} contains {items.kind} items, but these queries look for {kind} items: "
+            f"make one with `c2f index --kind={kind}`"
+        )
+    # The workdir may have moved, so only the step and the size of the embeddings are compared.
+    same_size = items.embeddings.shape[1] == model.experiment.model.embedding_size
+    if not same_size or not items.model.endswith(f"@{model.step}"):
+        raise UserError(
+            f"{query.index} was encoded by {items.model}, the queries by {model.name}: make the "
+            "index again"
+        )
+    return items
+
+
+def _rank(
+    model: TrainedModel, query: Query, queries: Encoded, items: GalleryIndex
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Rank the gallery for each query.
+
+    Returns:
+      Rows of the gallery, best first, at least ``query.top`` of them: (Q, L) coarse, and (Q, L)
+      fine; None before SIM is trained.
+    """
+    k = min(query.k or model.experiment.eval.k, len(items.names))
+    cosine, coarse = coarse_top_k(queries.embedding, items.embeddings, max(k, query.top))
+    if not model.has_sim:
         return coarse, None
-    by_voice = items.kind == "image"
-    logits = rerank(
-        matcher(experiment.model, params),
+
+    spoken = query.kind == "speech"
+    logits = match_candidates(
+        model.match,
         queries.tokens,
         items.tokens,
         coarse[:, :k],
-        direction="s2i" if by_voice else "i2s",
-        speech_lengths=queries.lengths if by_voice else items.lengths,
-        pair_chunk=round_up_rows(params, experiment.eval.pair_batch_size),
+        direction="s2i" if spoken else "i2s",
+        speech_lengths=queries.lengths if spoken else items.lengths,
+        pair_chunk=model.pair_batch_size,
         length_buckets=LENGTH_BUCKETS,
     )
-    tau = float(experiment.model.apply({"params": params}, method="tau"))
-    scores = fine_scores(cosine[:, :k], logits, tau)[experiment.eval.score]
-    order = np.argsort(-scores, axis=1, kind="stable")
-    return coarse, np.concatenate(
-        [np.take_along_axis(coarse[:, :k], order, axis=1), coarse[:, k:]], axis=1
-    )
+    scores = fine_scores(cosine[:, :k], logits, model.tau)[model.experiment.eval.score]
+    return coarse, rerank(coarse, scores)
 
 
-def _gallery_files(experiment, gallery, kind, split):
-    """Names and files (paths or bytes) of a gallery."""
+def _gallery_files(
+    experiment: Experiment, gallery: str | None, kind: str, split: str | None
+) -> tuple[list[str], list[File]]:
+    """Return the names and the files of a gallery."""
     if gallery is not None and not is_data_set(gallery):
-        files = list_media(gallery, IMAGE_SUFFIXES if kind == "image" else AUDIO_SUFFIXES)
-        return files, files
+        paths = list_media(gallery, IMAGE_SUFFIXES if kind == "image" else AUDIO_SUFFIXES)
+        return paths, list(paths)
+
     data = experiment.data
     source = load_pairs(
         gallery or data.name,
@@ -192,49 +256,35 @@ def _gallery_files(experiment, gallery, kind, split):
         data.data_dir,
         max_bad_share=data.max_bad_share,
     )
+    names, files = [], []
     if kind == "image":
-        rows = range(source.num_images)
-        return [source.image_id(row) for row in rows], [source.image(row) for row in rows]
-    items = [source.recording(row) for row in range(len(source))]
-    return [item["caption"] or f"recording {row}" for row, item in enumerate(items)], [
-        item["audio"] for item in items
-    ]
+        for row in range(source.num_images):
+            names.append(source.image_id(row))
+            files.append(source.image(row))
+    else:
+        for index in range(len(source)):
+            item = source.recording(index)
+            names.append(item["caption"] or f"recording {index}")
+            files.append(item["audio"])
+    return names, files
 
 
-def _decode(experiment, kind, file):
-    """A waveform (S,) float32 cut to the longest evaluation length, or an image (side, side, 3) uint8."""
+def _read(file: File) -> bytes:
+    return file if isinstance(file, bytes) else epath.Path(file).read_bytes()
+
+
+def _decode(experiment: Experiment, kind: str, file: File) -> np.ndarray:
+    """Decode an image to (side, side, 3) uint8, or a recording to (S,) float32, cut if too long."""
+    data = experiment.data
     if kind == "image":
-        data = experiment.data
         return decode_image(
             file, data.image_size, resize=data.image_resize, resize_side=data.image_resize_side
         )
-    return decode_audio(file)[: round(experiment.data.max_seconds * SAMPLE_RATE)]
+    return decode_audio(file)[: round(data.max_seconds * SAMPLE_RATE)]
 
 
-def _encode(experiment, params, kind, decoded):
-    """Encode items in fixed-size batches: Encoded with numpy leaves."""
-    size, parts = round_up_rows(params, min(experiment.eval.batch_size, len(decoded))), []
-    samples = round(experiment.data.max_seconds * SAMPLE_RATE)
-    for start in range(0, len(decoded), size):
-        chunk = decoded[start : start + size]
-        filled = chunk + [chunk[-1]] * (size - len(chunk))
-        if kind == "image":
-            encoded = encode_image(experiment.model, params, split_rows(params, np.stack(filled)))
-        else:
-            waveform = np.stack([np.pad(wave, (0, samples - len(wave))) for wave in filled])
-            lengths = np.array([len(wave) for wave in filled], np.int32)
-            encoded = encode_speech(
-                experiment.model, params, *split_rows(params, (waveform, lengths))
-            )
-        kept = len(chunk)
-        parts.append(jax.tree.map(lambda x, kept=kept: np.asarray(x)[:kept], encoded))
-    return Encoded(
-        *(np.concatenate(leaves).astype(leaves[0].dtype) for leaves in zip(*parts, strict=True))
-    )
-
-
-def _spoken(text):
-    """A sentence as FLAC bytes in a voice that no training split of spoken_scenes uses."""
+def _speak(text: str) -> bytes:
+    """Speak a sentence, as FLAC, in a voice that no training split of spoken_scenes uses."""
     from c2f_jax.datasets.spoken_scenes.speech import check_installed, draw_voice, speak
 
     check_installed()
@@ -248,9 +298,11 @@ def _spoken(text):
         ) from error
 
 
-def _media(kind, item, name):
-    """What a page shows of an item: encoded bytes, a path, or what ``_decode`` returned."""
+def _media(kind: str, item: File | np.ndarray, name: str) -> Media:
+    """Return what a page shows of an item: a file, or what ``_decode`` returned."""
     label = PurePath(name).name
     if kind == "image":
-        return picture(item if isinstance(item, np.ndarray) else decode_image(item, 128), label)
-    return recording(item if isinstance(item, np.ndarray) else decode_audio(item), caption=label)
+        image = item if isinstance(item, np.ndarray) else decode_image(item, ANSWER_SIDE)
+        return image_media(image, label)
+    waveform = item if isinstance(item, np.ndarray) else decode_audio(item)
+    return speech_media(waveform, caption=label)

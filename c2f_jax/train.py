@@ -1,4 +1,4 @@
-"""The training loop: batches in, steps, logs, evaluations and checkpoints out."""
+"""Train a model: batches in; steps, logs, evaluations and checkpoints out."""
 
 import contextlib
 import dataclasses
@@ -6,75 +6,115 @@ import functools
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
 
 import jax
 import numpy as np
+import optax
+from etils import epath
+from ml_collections import ConfigDict
 
 from c2f_jax.config.caches import prepare_features
-from c2f_jax.config.experiment import create_experiment, example_batch
+from c2f_jax.config.experiment import Experiment, create_experiment, example_batch
 from c2f_jax.config.files import load_saved_config, save_config
 from c2f_jax.data import batch_plan, loader
+from c2f_jax.data.source import PairSource
 from c2f_jax.datasets.registry import make_data_set
-from c2f_jax.evaluate import data_set_label, evaluate_source, retrieve
-from c2f_jax.inference import encode_split
+from c2f_jax.evaluate import data_set_label, evaluate_encoded, evaluate_source
+from c2f_jax.inference import TrainedModel
 from c2f_jax.models.parameters import merge_params, momentum_subset
 from c2f_jax.objectives.keys import Stream, host_rng
 from c2f_jax.pretrained.weights import check_weights, load_published
+from c2f_jax.retrieval.result import EvaluationResult
 from c2f_jax.training.checkpoints import Checkpoints, abstract
 from c2f_jax.training.distributed import first_process_first, wait_for_all
+from c2f_jax.training.method import MethodConfig
 from c2f_jax.training.optimizer import create_optimizer
 from c2f_jax.training.parallel import DataParallel
 from c2f_jax.training.recorder import Recorder
-from c2f_jax.training.train_state import create_train_state
+from c2f_jax.training.train_state import C2FTrainState, create_train_state
 from c2f_jax.training.train_step import train_step
 
 PREEMPTED_EXIT_CODE = 42
 
 
 class Preempted(Exception):  # noqa: N818 - an event, not an error
-    """The run was asked to stop and has saved a checkpoint to go on from."""
+    """The run was asked to stop, and has saved a checkpoint to resume from."""
 
 
-def train_and_evaluate(config, workdir, *, devices=None, test=True):
-    """Train, resuming from the latest checkpoint in ``workdir``, then evaluate the best one on the test split.
+@dataclass(frozen=True, repr=False)
+class TrainResult:
+    """The outcome of a training run.
+
+    Attributes:
+      state: the final train state.
+      history: learning curves, metric name -> [[step, value], ...].
+      evaluation: the best checkpoint on the test split; None if it was not evaluated, or on
+        processes other than the first.
+      page: path of the page of that evaluation; None like it.
+    """
+
+    state: C2FTrainState
+    history: Mapping[str, Sequence]
+    evaluation: EvaluationResult | None = None
+    page: epath.Path | None = None
+
+    def table(self) -> str:
+        """Return the console table of the evaluation; empty without one."""
+        return "" if self.evaluation is None else self.evaluation.table()
+
+    def __repr__(self) -> str:
+        return f"TrainResult(evaluation={self.evaluation!r}, page={str(self.page)!r})"
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Everything that the training loop needs beside the state."""
+
+    experiment: Experiment
+    workdir: str | PathLike[str]
+    parallel: DataParallel
+    optimizer: optax.GradientTransformation
+    source: PairSource  # the training split
+    validation: PairSource
+    checkpoints: Checkpoints
+    recorder: Recorder
+
+
+def train_and_evaluate(
+    config: ConfigDict,
+    workdir: str | PathLike[str],
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    test: bool = True,
+) -> TrainResult:
+    """Train, or resume from the latest checkpoint; then evaluate the best on the test split.
 
     Args:
-      config: ConfigDict; see ``configs/spoken_scenes.py``.
-      workdir: local directory or gs://; gets config.json, checkpoints, TensorBoard events, eval results.
+      config: configuration; see ``configs/spoken_scenes.py``.
+      workdir: local directory or gs://; gets config.json, checkpoints, TensorBoard events and the
+        results of the evaluation.
       devices: devices to use; None for all of all processes.
       test: whether to evaluate the test split at the end.
 
     Returns:
-      The final train state, the learning curves, and the test result with the path of its page (None without ``test``
-      and on processes other than the first).
+      The final state, the learning curves, the evaluation and its page.
 
     Raises:
-      UserError: for anything wrong with the configuration, the data or the workdir, before the first step where it can
-        be known.
-      Preempted: SIGTERM or the platform's notice; a checkpoint was saved.
+      UserError: the configuration, the data or the workdir is wrong; found before the first step
+        wherever possible.
+      Preempted: the run was stopped by SIGTERM or by the platform, and has saved a checkpoint.
     """
     experiment = create_experiment(config)
-    data = experiment.data
     parallel = DataParallel(experiment.parallel, devices)
     parallel.check_batch_size(experiment.batch_size)
     if experiment.init_from:
-        load_saved_config(
-            experiment.init_from
-        )  # that there is a run, before data are made and read
-    first_process_first(lambda: make_data_set(data.name, data.data_dir))
-    prepare_features(
-        experiment, (data.train_split, data.validation_split, *((data.test_split,) if test else ()))
-    )
-    source = data.load(data.train_split, copies=True)
-    validation = data.load(data.validation_split)
-    batch_plan.check_plan(
-        len(source),
-        batch_size=experiment.batch_size,
-        bucket_seconds=data.bucket_seconds,
-        process_count=jax.process_count(),
-    )
-    # The test split is opened before the training, so that a misspelt one is not found hours later.
-    test_source = data.load(data.test_split) if test else None
+        load_saved_config(experiment.init_from)  # fails early if there is no such run
+    # The test split is opened before training, so that a typo does not surface hours later.
+    source, validation, test_source = _open_splits(experiment, test)
+
     is_main = jax.process_index() == 0
     if is_main:
         save_config(config, workdir)
@@ -86,160 +126,77 @@ def train_and_evaluate(config, workdir, *, devices=None, test=True):
         sim_from=_alarm_from(experiment),
     )
     experiment = fit_to_data(experiment, source, recorder.say)
-    source.image_index = shuffled_images(source.image_index, data.shuffled_share, experiment.seed)
+    source.image_index = shuffled_images(
+        source.image_index, experiment.data.shuffled_share, experiment.seed
+    )
 
     optimizer = create_optimizer(experiment.optimizer, experiment.steps)
-    state = create_train_state(
-        experiment.model,
-        optimizer,
-        example_batch(data),
-        seed=experiment.seed,
-        queue_size=experiment.queue_size,
-        token_queue_size=experiment.token_queue_size,
-        momentum_model=experiment.method.momentum is not None,
-        weights=load_published(experiment.model, experiment.weights, example_batch(data)),
+    state = parallel.place_state(_new_state(experiment, optimizer))
+    run = _Run(
+        experiment=experiment,
+        workdir=workdir,
+        parallel=parallel,
+        optimizer=optimizer,
+        source=source,
+        validation=validation,
+        checkpoints=Checkpoints(workdir),
+        recorder=recorder,
     )
-    state = parallel.place_state(state)
-    frozen = state.frozen
-    checkpoints = Checkpoints(workdir)
-    start = checkpoints.latest_step or 0
-    if experiment.init_from and not start:
-        other = Checkpoints(experiment.init_from, read_only=True)
-        params, _ = other.restore_params(
-            other.best_step, abstract(parallel.global_state(state.params))
-        )
-        other.close()
-        params = parallel.host_copy(params)
-        copy = jax.tree.map(np.copy, momentum_subset(params)) if state.momentum_params else {}
-        state = parallel.place_state(
-            parallel.host_copy(state).replace(params=params, momentum_params=copy)
-        )
-        recorder.say(f"starting from the parameters of {experiment.init_from}")
-    if start:
-        state, progress = checkpoints.restore(
-            start, abstract(parallel.global_state(state.replace(frozen={})))
-        )
-        state = parallel.place_state(parallel.host_copy(state)).replace(frozen=frozen)
-        recorder.restore(progress)
-        recorder.say(f"resuming at step {start} of {experiment.steps}")
+    state, start = _resume_or_start(run, state)
     if start < experiment.steps:
-        state = _train(
-            experiment, state, start, optimizer, source, validation, parallel, checkpoints, recorder
-        )
-
-    result = page = None
-    if test:
-        # All processes restore, since Orbax waits for all of them; one evaluates and the others wait for it.
-        best = checkpoints.best_step
-        params, _ = checkpoints.restore_params(best, abstract(parallel.global_state(state.params)))
-        if is_main:
-            result, page = evaluate_source(
-                experiment,
-                parallel.local_copy(merge_params(params, state.frozen)),
-                test_source,
-                workdir,
-                step=best,
-                history=recorder.history,
-            )
-    checkpoints.close()
+        state = _train(run, state, start)
+    evaluation = page = None
+    if test_source is not None:
+        best = _best_model(run, state)
+        if is_main:  # the other processes wait
+            evaluation, page = evaluate_source(best, test_source)
+    run.checkpoints.close()
     wait_for_all()
     recorder.close()
-    return state, recorder.history, result, page
+    return TrainResult(state, recorder.history, evaluation, page)
 
 
-def _train(
-    experiment, state, start, optimizer, source, validation, parallel, checkpoints, recorder
-):
-    """Steps ``start`` + 1 to the last; returns the final state."""
-    data = experiment.data
-    method = experiment.method
-    warm_up_step, full_step = (
-        parallel.compile_step(
-            functools.partial(train_step, model=experiment.model, optimizer=optimizer, method=m)
-        )
-        for m in (method.warm_up(), method)
-    )
-    options = data.batch_options(
-        source,
-        batch_size=experiment.batch_size,
-        seed=experiment.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    batches = loader.train_batches(source, options, start_step=start)
-    recorder.start(start)
-    with _stop_request() as stop_requested:
-        for step in range(start + 1, experiment.steps + 1):
-            began = time.perf_counter()
-            _, batch = next(batches)
-            waited = time.perf_counter() - began
-            step_fn = full_step if step > method.warm_up_steps else warm_up_step
-            state, metrics = step_fn(state, parallel.place_batch(batch))
-            recorder.add(metrics, waited)
+def fit_to_data(
+    experiment: Experiment, source: PairSource, say: Callable[[str], None]
+) -> Experiment:
+    """Set what depends on the size of the training split: the ramp of alpha and the queue sizes.
 
-            last = step == experiment.steps
-            if last or step % experiment.log_every == 0:
-                recorder.log(step)
-            score = None
-            if last or _due(step, experiment.eval_every):
-                params = parallel.local_copy(merge_params(state.params, state.frozen))
-                result, _ = retrieve(
-                    experiment, params, encode_split(experiment, params, validation), step=step
-                )
-                score = recorder.log_evaluation(step, data_set_label(validation), result)
-                if method.sim_weight and not method.has_sim(step):
-                    recorder.say(
-                        f"step {step} lies in the warm-up: ranked by SIC alone, no candidate for the best"
-                    )
-                    score = None
-            stopping = not last and (
-                stop_requested.is_set() or checkpoints.reached_preemption(step)
-            )
-            if last or stopping or score is not None or _due(step, experiment.checkpoint_every):
-                checkpoints.save(
-                    step,
-                    parallel.global_state(state.replace(frozen={})),
-                    recorder.progress(),
-                    score,
-                    wait=stopping,
-                )
-            if stopping:
-                recorder.close()
-                raise Preempted(f"stopped at step {step}; the same command goes on from there")
-    for bad in (source.bad_items, validation.bad_items):
-        if len(bad):
-            names = "\n".join(f"  {name}: {reason}" for name, reason in bad.reasons.items())
-            recorder.say(f"left out of {bad.where}: {len(bad)} of {bad.total} items\n{names}")
-    return state
+    A queue longer than the data set would keep a stale copy of each recording beside the fresh one.
 
+    Args:
+      experiment: the experiment.
+      source: the training split.
+      say: prints a line.
 
-def fit_to_data(experiment, source, say):
-    """Values that depend on the size of the training split: the ramp of alpha, and a bound on the queues.
-
-    A queue longer than the data set would hold stale copies of every recording beside the fresh ones.
+    Returns:
+      The experiment, with ``alpha_ramp_steps`` set and the queues at most as long as the split.
     """
-    method, epoch = experiment.method, loader.steps_per_epoch(source, experiment.batch_size)
+    method = experiment.method
     if method.alpha_ramp_steps is None:
-        experiment = dataclasses.replace(
-            experiment, method=dataclasses.replace(method, alpha_ramp_steps=epoch)
-        )
+        epoch = loader.steps_per_epoch(source, experiment.batch_size)
+        method = dataclasses.replace(method, alpha_ramp_steps=epoch)
+        experiment = dataclasses.replace(experiment, method=method)
     for name in ("queue_size", "token_queue_size"):
         size = getattr(experiment, name)
         if size > len(source):
             say(
-                f"{name} {size} is cut to the {len(source)} recordings of {source.name}, split {source.split}"
+                f"{name} {size} is reduced to the {len(source)} recordings of {source.name}, split "
+                f"{source.split}"
             )
             experiment = dataclasses.replace(experiment, **{name: len(source)})
     return experiment
 
 
-def shuffled_images(image_index, share, seed):
-    """Noisy supervision: a share of the recordings exchange their images among themselves.
+def shuffled_images(image_index: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Make supervision noisy: a share of the recordings swap their images among themselves.
 
     Args:
-      image_index: (M,) int32 image of each recording.
-      share: in [0, 1].
-      seed: int.
+      image_index: (M,) int32, image of each recording.
+      share: share of the recordings, in [0, 1].
+      seed: seed of the run.
+
+    Returns:
+      (M,) int32.
     """
     if not share:
         return image_index
@@ -250,23 +207,188 @@ def shuffled_images(image_index, share, seed):
     return shuffled
 
 
-def _alarm_from(experiment):
-    """Step from which a SIM loss at its collapse value is worth a warning; None without SIM."""
-    if not experiment.method.sim_weight:
-        return None
-    return (
-        max(experiment.method.warm_up_steps, experiment.optimizer.warmup_steps)
-        + experiment.steps // 4
+def _open_splits(
+    experiment: Experiment, test: bool
+) -> tuple[PairSource, PairSource, PairSource | None]:
+    """Prepare the data set and its feature caches; open the training, validation and test split."""
+    data = experiment.data
+    first_process_first(lambda: make_data_set(data.name, data.data_dir))
+    splits = [data.train_split, data.validation_split]
+    if test:
+        splits.append(data.test_split)
+    prepare_features(experiment, tuple(splits))
+
+    source = data.load(data.train_split, copies=True)
+    validation = data.load(data.validation_split)
+    batch_plan.check_plan(
+        len(source),
+        batch_size=experiment.batch_size,
+        bucket_seconds=data.bucket_seconds,
+        process_count=jax.process_count(),
+    )
+    return source, validation, data.load(data.test_split) if test else None
+
+
+def _new_state(experiment: Experiment, optimizer: optax.GradientTransformation) -> C2FTrainState:
+    """Initialize the parameters, published ones excepted, and the queues."""
+    batch = example_batch(experiment.data)
+    return create_train_state(
+        experiment.model,
+        optimizer,
+        batch,
+        seed=experiment.seed,
+        queue_size=experiment.queue_size,
+        token_queue_size=experiment.token_queue_size,
+        momentum_model=experiment.method.momentum is not None,
+        weights=load_published(experiment.model, experiment.weights, batch),
     )
 
 
-def _due(step, every):
+def _resume_or_start(run: _Run, state: C2FTrainState) -> tuple[C2FTrainState, int]:
+    """Return the state to start from and its step: of the latest checkpoint, if there is one.
+
+    Without a checkpoint the run starts from ``state``, or from the parameters of ``init_from``.
+    """
+    start = run.checkpoints.latest_step
+    if start:
+        return _resume(run, state, start), start
+    if run.experiment.init_from:
+        state = _start_from_run(run, state, run.experiment.init_from)
+    return state, 0
+
+
+def _resume(run: _Run, state: C2FTrainState, step: int) -> C2FTrainState:
+    """Restore the state and the learning curves of a checkpoint."""
+    parallel, frozen = run.parallel, state.frozen
+    # Frozen parameters are not in checkpoints.
+    target = abstract(parallel.global_state(state.replace(frozen={})))
+    restored, progress = run.checkpoints.restore(step, target)
+    run.recorder.restore(progress)
+    run.recorder.say(f"resuming at step {step} of {run.experiment.steps}")
+    return parallel.place_state(parallel.host_copy(restored)).replace(frozen=frozen)
+
+
+def _start_from_run(run: _Run, state: C2FTrainState, workdir: str) -> C2FTrainState:
+    """Take the parameters of another run's best checkpoint, and a momentum copy of them."""
+    parallel = run.parallel
+    other = Checkpoints(workdir, read_only=True)
+    target = abstract(parallel.global_state(state.params))
+    params, _ = other.restore_params(other.best_step, target)
+    other.close()
+
+    params, momentum_params = parallel.host_copy(params), {}
+    if state.momentum_params:
+        # A copy: the state is donated, and one buffer must not be given away twice.
+        momentum_params = jax.tree.map(np.copy, momentum_subset(params))
+    run.recorder.say(f"starting from the parameters of {workdir}")
+    started = parallel.host_copy(state).replace(params=params, momentum_params=momentum_params)
+    return parallel.place_state(started)
+
+
+def _train(run: _Run, state: C2FTrainState, start: int) -> C2FTrainState:
+    """Run steps ``start`` + 1 to the last; return the final state."""
+    experiment, parallel, recorder = run.experiment, run.parallel, run.recorder
+    method = experiment.method
+    warm_up_step, full_step = _compile_step(run, method.warm_up()), _compile_step(run, method)
+    batches = _training_batches(run, start)
+    recorder.start(start)
+    with _stop_request() as stop_requested:
+        for step in range(start + 1, experiment.steps + 1):
+            began = time.perf_counter()
+            _, batch = next(batches)
+            waited = time.perf_counter() - began
+            step_fn = full_step if step > method.warm_up_steps else warm_up_step
+            state, metrics = step_fn(state, parallel.place_batch(batch))
+            recorder.add(metrics, waited)
+
+            # What is due after this step: a line of the log, an evaluation, a checkpoint.
+            last = step == experiment.steps
+            if last or _due(step, experiment.log_every):
+                recorder.log(step)
+            score = None
+            if last or _due(step, experiment.eval_every):
+                score = _evaluate_validation(run, state, step)
+            stopping = not last and (
+                stop_requested.is_set() or run.checkpoints.reached_preemption(step)
+            )
+            if last or stopping or score is not None or _due(step, experiment.checkpoint_every):
+                saved = parallel.global_state(state.replace(frozen={}))
+                run.checkpoints.save(step, saved, recorder.progress(), score, wait=stopping)
+            if stopping:
+                recorder.close()
+                raise Preempted(f"stopped at step {step}; repeat the command to resume from there")
+    _report_bad_items(run)
+    return state
+
+
+def _compile_step(run: _Run, method: MethodConfig) -> Callable:
+    step = functools.partial(
+        train_step, model=run.experiment.model, optimizer=run.optimizer, method=method
+    )
+    return run.parallel.compile_step(step)
+
+
+def _training_batches(run: _Run, start: int) -> Iterator[tuple[int, dict]]:
+    """Return this process's share of the batches after step ``start``."""
+    options = run.experiment.data.batch_options(
+        run.source,
+        batch_size=run.experiment.batch_size,
+        seed=run.experiment.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return loader.train_batches(run.source, options, start_step=start)
+
+
+def _evaluate_validation(run: _Run, state: C2FTrainState, step: int) -> float | None:
+    """Evaluate the validation split; return the score that chooses the best checkpoint.
+
+    The score is None during the warm-up: rankings by SIC alone do not compare with those by SIM.
+    """
+    method, recorder = run.experiment.method, run.recorder
+    params = run.parallel.local_copy(merge_params(state.params, state.frozen))
+    model = TrainedModel(run.experiment, params, step, run.workdir, recorder.history)
+    result = evaluate_encoded(model, model.encode_split(run.validation))
+    score = recorder.log_evaluation(step, data_set_label(run.validation), result.to_json())
+    if method.sim_weight and not method.has_sim(step):
+        recorder.say(
+            f"step {step} is in the warm-up: ranked by SIC alone, not a candidate for the best"
+        )
+        return None
+    return score
+
+
+def _best_model(run: _Run, state: C2FTrainState) -> TrainedModel:
+    """Restore the best checkpoint; all processes must call this, since Orbax waits for all."""
+    step = run.checkpoints.best_step
+    target = abstract(run.parallel.global_state(state.params))
+    params, _ = run.checkpoints.restore_params(step, target)
+    params = run.parallel.local_copy(merge_params(params, state.frozen))
+    return TrainedModel(run.experiment, params, step, run.workdir, run.recorder.history)
+
+
+def _report_bad_items(run: _Run) -> None:
+    for bad in (run.source.bad_items, run.validation.bad_items):
+        if len(bad):
+            names = "\n".join(f"  {name}: {reason}" for name, reason in bad.reasons.items())
+            run.recorder.say(f"left out of {bad.where}: {len(bad)} of {bad.total} items\n{names}")
+
+
+def _alarm_from(experiment: Experiment) -> int | None:
+    """Return the step from which a SIM loss at its collapse value is alarming; None without SIM."""
+    if not experiment.method.sim_weight:
+        return None
+    warm_up = max(experiment.method.warm_up_steps, experiment.optimizer.warmup_steps)
+    return warm_up + experiment.steps // 4
+
+
+def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
 @contextlib.contextmanager
-def _stop_request():
-    """An event that SIGTERM sets, so that the loop ends at the end of a step with a checkpoint."""
+def _stop_request() -> Iterator[threading.Event]:
+    """Give an event that SIGTERM sets, so that the loop can end after a step with a checkpoint."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event

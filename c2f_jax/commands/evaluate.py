@@ -109,16 +109,12 @@ def evaluate_on(
 ) -> None:
     """Evaluate a checkpoint on a target (see ``open_target``), print the table, write the page."""
     from c2f_jax.evaluate import evaluate_source
-    from c2f_jax.inference import load_trained
-    from c2f_jax.retrieval.evaluation import format_table
-    from c2f_jax.retrieval.protocols import format_protocol
+    from c2f_jax.inference import TrainedModel
 
     source, followed = open_target(experiment, target, split, protocol)
-    _, params, number, history = load_trained(workdir, step=step, experiment=experiment)
-    result, page = evaluate_source(
-        experiment, params, source, workdir, step=number, history=history, protocol=followed
-    )
-    print(format_protocol(result) + format_table(result))
+    model = TrainedModel.load(workdir, step, experiment)
+    result, page = evaluate_source(model, source, protocol=followed)
+    print(result.table())
     print(f"\nresults page: {page}")
 
 
@@ -132,12 +128,10 @@ def evaluate_by_voice(
 ) -> None:
     """Evaluate the voices heard in training and the other voices separately, print both tables."""
     from c2f_jax import evaluate
-    from c2f_jax.inference import load_trained
-    from c2f_jax.retrieval.evaluation import format_table
+    from c2f_jax.inference import TrainedModel
 
     source, _ = open_target(experiment, target, split)
-    _, params, number, _ = load_trained(workdir, step=step, experiment=experiment)
-    results = evaluate.evaluate_by_voice(experiment, params, source, workdir, step=number)
-    for name, result in results.items():
-        print(f"voices {name} in training, {result['queries']['gallery_recordings']} recordings")
-        print(format_table(result))
+    model = TrainedModel.load(workdir, step, experiment)
+    for name, result in evaluate.evaluate_by_voice(model, source).items():
+        print(f"voices {name} in training, {result.queries.gallery_recordings} recordings")
+        print(result.table())

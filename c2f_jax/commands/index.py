@@ -25,11 +25,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Encode the gallery and save the index."""
+    from c2f_jax.inference import TrainedModel
     from c2f_jax.search import build_index
 
-    index = build_index(
-        args.workdir, args.gallery, kind=args.kind, split=args.split, step=args.step
-    )
+    model = TrainedModel.load(args.workdir, args.step)
+    index = build_index(model, args.gallery, kind=args.kind, split=args.split)
     index.save(args.output)
     print(f"{len(index.names)} items indexed: {args.output}")
     return 0

@@ -40,20 +40,20 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Search, print the answers and write the page."""
-    from c2f_jax.search import search
+    from c2f_jax.inference import TrainedModel
+    from c2f_jax.search import Query, search
 
-    page = search(
-        args.workdir,
+    query = Query(
         audio=args.audio or (),
         say=args.say or (),
         images=args.image or (),
         gallery=args.gallery,
         split=args.split,
         index=args.index,
-        step=args.step,
         k=args.k,
         top=args.top,
         output=args.output,
     )
+    page = search(TrainedModel.load(args.workdir, args.step), query)
     print(f"\nanswers: {page}")
     return 0

@@ -42,7 +42,6 @@ def run(args: Namespace) -> int:
     several = arguments.join_processes(args)
 
     from c2f_jax.commands.evaluate import evaluate_by_voice, evaluate_on, open_target
-    from c2f_jax.retrieval.evaluation import format_table
     from c2f_jax.retrieval.voices import check_voices
     from c2f_jax.train import PREEMPTED_EXIT_CODE, Preempted, train_and_evaluate
 
@@ -58,14 +57,14 @@ def run(args: Namespace) -> int:
         check_voices(data.load(data.test_split, features=False))
 
     try:
-        _, _, result, page = train_and_evaluate(config, args.workdir)
+        result = train_and_evaluate(config, args.workdir)
     except Preempted as event:
         print(f"c2f train: {event}", file=sys.stderr)
         return PREEMPTED_EXIT_CODE
 
-    if result is not None:  # only the first process evaluates
-        print(format_table(result))
-        print(f"\nresults page: {page}")
+    if result.evaluation is not None:  # only the first process evaluates
+        print(result.table())
+        print(f"\nresults page: {result.page}")
         if args.by_voice:
             evaluate_by_voice(create_experiment(config), args.workdir)
         for target in args.zero_shot:

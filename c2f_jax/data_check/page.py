@@ -15,8 +15,8 @@ from c2f_jax.reports.html import (
     Media,
     data_uri,
     page_header,
-    picture,
-    recording,
+    image_media,
+    speech_media,
     section,
     sound,
     write_page,
@@ -105,7 +105,7 @@ def _article(picture: str, player: str, told: str) -> str:
 
 def _picture(source: PairSource, row: int) -> str:
     try:
-        shown = picture(np.asarray(open_rgb(source.image(int(row)), 128)), max_side=160)
+        shown = image_media(np.asarray(open_rgb(source.image(int(row)), 128)), max_side=160)
     except BadFileError:
         return '<p class="speaker">the picture cannot be read</p>'
     return f'<img class="asked" alt="{escape(source.image_id(int(row)))}" src="{data_uri(shown)}">'
@@ -114,4 +114,4 @@ def _picture(source: PairSource, row: int) -> str:
 def _player(source: PairSource, index: int) -> str:
     item = source.recording(index)
     wave = decode_audio(item["audio"])[: round(MOST_PLAYED * 16_000)]
-    return sound(recording(wave, caption=item["caption"], speaker=item["speaker"]))
+    return sound(speech_media(wave, caption=item["caption"], speaker=item["speaker"]))

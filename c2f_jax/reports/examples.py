@@ -1,20 +1,33 @@
 """Queries with their answers, chosen for a page."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from c2f_jax.objectives.keys import Stream, host_rng
 from c2f_jax.reports.html import Media
-from c2f_jax.retrieval.evaluation import RankedLists
+from c2f_jax.retrieval.result import RankedLists
+
+SHOWN = 5  # answers to a query on a page
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Example:
-    """One query with its best gallery items before and after re-ranking; hits mark the right ones.
+    """One query with its best gallery items.
 
-    fine is None when there was no fine stage; ranks are None for a query whose right answer nobody knows.
+    Attributes:
+      query: the query.
+      coarse: best items of the coarse ranking.
+      coarse_hits: which of them are right.
+      coarse_rank: rank of the first right item, from 1; None if nobody knows the right items.
+      fine: the same after reranking; None without a fine stage.
+      fine_hits: see coarse_hits.
+      fine_rank: see coarse_rank.
+      answer: a right item, shown beside the query.
     """
 
     query: Media
@@ -24,11 +37,35 @@ class Example:
     fine: Sequence[Media] | None = None
     fine_hits: Sequence[bool] | None = None
     fine_rank: int | None = None
-    answer: Media | None = None  # a right item, shown beside the query
+    answer: Media | None = None
+
+
+@dataclass(frozen=True)
+class PageExamples:
+    """The examples on the page of an evaluation.
+
+    Attributes:
+      speech: spoken queries drawn at random.
+      failures: the spoken queries that did worst.
+      image: image queries drawn at random.
+    """
+
+    speech: Sequence[Example] = ()
+    failures: Sequence[Example] = ()
+    image: Sequence[Example] = ()
 
 
 def random_queries(ranked: RankedLists, count: int, seed: int = 0) -> np.ndarray:
-    """Places in `ranked` of queries drawn at random, without a look at how they did."""
+    """Draw queries at random, without looking at how well they did.
+
+    Args:
+      ranked: lists of q queries.
+      count: queries to draw; at most q are.
+      seed: seed of the draw.
+
+    Returns:
+      (n,) int, places in ``ranked``, sorted.
+    """
     total = len(ranked.queries)
     return np.sort(
         host_rng(seed, Stream.EXAMPLE_QUERIES).choice(total, min(count, total), replace=False)
@@ -36,7 +73,15 @@ def random_queries(ranked: RankedLists, count: int, seed: int = 0) -> np.ndarray
 
 
 def worst_queries(ranked: RankedLists, count: int) -> np.ndarray:
-    """Places in `ranked` of the queries whose right item ends furthest down, the worst first, none that ends first."""
+    """Choose the queries whose right item ends up furthest down.
+
+    Args:
+      ranked: lists of q queries.
+      count: most queries to choose; a query whose right item comes first is never chosen.
+
+    Returns:
+      (n,) int, places in ``ranked``, the worst first.
+    """
     final = ranked.coarse_rank if ranked.fine_rank is None else ranked.fine_rank
     worst = np.argsort(-final, kind="stable")[:count]
     return worst[final[worst] > 1]
@@ -48,29 +93,34 @@ def make_examples(
     query_media: Callable[[int], Media],
     gallery_media: Callable[[int], Media],
     answer: Callable[[int], Media] | None = None,
-    top: int = 5,
+    top: int = SHOWN,
 ) -> list[Example]:
-    """Examples for the page. query_media and gallery_media turn a row of their table into Media; answer a query row."""
+    """Make the examples of some queries.
+
+    Args:
+      ranked: lists of q queries.
+      places: places in ``ranked``.
+      query_media: returns the media of a row among the queries.
+      gallery_media: returns the media of a row of the gallery.
+      answer: returns a right item of a row among the queries; None to show none.
+      top: answers per query.
+    """
     examples = []
     for place in places:
         query = int(ranked.queries[place])
-        fine = (
-            {}
-            if ranked.fine is None
-            else {
-                "fine": [gallery_media(int(row)) for row in ranked.fine[place, :top]],
-                "fine_hits": ranked.fine_hits[place, :top].tolist(),
-                "fine_rank": int(ranked.fine_rank[place]),
-            }
+        example = Example(
+            query=query_media(query),
+            coarse=[gallery_media(int(row)) for row in ranked.coarse[place, :top]],
+            coarse_hits=ranked.coarse_hits[place, :top].tolist(),
+            coarse_rank=int(ranked.coarse_rank[place]),
+            answer=answer(query) if answer else None,
         )
-        examples.append(
-            Example(
-                query_media(query),
-                [gallery_media(int(row)) for row in ranked.coarse[place, :top]],
-                ranked.coarse_hits[place, :top].tolist(),
-                int(ranked.coarse_rank[place]),
-                **fine,
-                answer=answer(query) if answer else None,
+        if ranked.fine is not None:
+            example = dataclasses.replace(
+                example,
+                fine=[gallery_media(int(row)) for row in ranked.fine[place, :top]],
+                fine_hits=ranked.fine_hits[place, :top].tolist(),
+                fine_rank=int(ranked.fine_rank[place]),
             )
-        )
+        examples.append(example)
     return examples

@@ -1,181 +1,240 @@
-"""Pictures: learning curves of a run, a contact sheet of spoken queries with what they found, histograms."""
+"""Figures: learning curves, a contact sheet of spoken queries with their answers, histograms."""
+
+from __future__ import annotations
 
 import io
 import textwrap
 from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING
 
-from c2f_jax.reports.examples import Example
+import numpy as np
 
-COLOURS = {"s2i": "#2f5bd0", "i2s": "#c2571a"}
+from c2f_jax.objectives import COLLAPSE_VALUE
+from c2f_jax.reports.examples import SHOWN, Example
+from c2f_jax.reports.html import Media
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Path = str | PathLike[str]
+Curve = Sequence[tuple[int, float]]
+
+INK, SOFT, GRAY, LIGHT = "#1b1f27", "#5c6675", "#9aa4b2", "#edf0f4"
+COLORS = {"s2i": "#2f5bd0", "i2s": "#c2571a"}
 PLAIN = ("#2f5bd0", "#c2571a", "#5b3a9e", "#0a7d3c", "#8a6d00")
 HIT = "#0a7d3c"
-SIM_COLLAPSE = 0.636514  # ln 3 - (2/3) ln 2: the matcher answers 1/3 to everything
+BOLD = {"fontweight": "bold", "color": INK}
+SMALL = {"fontsize": 9, "color": SOFT}
+
+# Layout of the contact sheet, in inches.
+MARGIN = 0.15
+CAPTION = 2.7  # width of the captions
+GAP = 0.35  # between the coarse and the fine images
+CELL, IMAGE = 1.0, 0.92  # a place for an image, and the image in it
+ROW = 1.12
+HEAD, TITLE = 0.42, 0.4
+PIXELS = 180  # of an image
 
 
-def learning_curves_png(path, history: Mapping[str, Sequence[tuple[int, float]]]) -> bytes:
-    """Panels of losses, tau, SIM accuracy, R@1 coarse and fine: PNG bytes, also written to path unless it is None.
+def learning_curves_png(path: Path | None, history: Mapping[str, Curve]) -> bytes:
+    """Draw panels of losses, tau, SIM accuracy and R@1.
 
-    history: metric name -> [(step, value), ...]. Panels take the names that hold "loss", end in "tau", hold both "sim"
-    and "acc", or end in "R@1"; a name with "coarse" is dashed. Other names and empty panels are left out.
+    A panel takes the metrics whose names contain "loss", end in "tau", contain "sim" and "acc", or
+    end in "R@1"; curves with "coarse" in their name are dashed. Empty panels are left out.
+
+    Args:
+      path: file to write; None for none.
+      history: metric name -> [(step, value), ...].
+
+    Returns:
+      The PNG.
     """
-    panels = {
+    names = {
         "loss": [name for name in history if "loss" in name],
         "tau": [name for name in history if name.endswith("tau")],
         "SIM accuracy": [name for name in history if "sim" in name and "acc" in name],
         "R@1 (%)": [name for name in history if name.endswith("R@1")],
     }
-    panels = {
-        title: names for title, names in panels.items() if any(len(history[name]) for name in names)
-    }
+    panels = {}
+    for title, group in names.items():
+        if any(len(history[name]) for name in group):
+            panels[title] = group
+
     columns, rows = (2, -(-len(panels) // 2)) if len(panels) > 1 else (1, 1)
     figure = _figure(4.4 * columns, 3.1 * rows)
     figure.set_layout_engine("constrained", w_pad=0.14, h_pad=0.12)
     if not panels:
-        figure.text(0.5, 0.5, "nothing was recorded", ha="center", va="center", color="#5c6675")
-    for place, (title, names) in enumerate(panels.items(), 1):
+        figure.text(0.5, 0.5, "nothing was recorded", ha="center", va="center", color=SOFT)
+    for place, (title, group) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(rows, columns, place)
-        for number, name in enumerate(names):
-            steps, values = zip(*history[name], strict=True) if len(history[name]) else ((), ())
-            direction = next((way for way in COLOURS if way in name), None)
-            axes.plot(
-                steps,
-                values,
-                lw=1.8,
-                color=COLOURS.get(direction, PLAIN[number % len(PLAIN)]),
-                ls="--" if "coarse" in name else "-",
-                label=name.removeprefix("train/").removeprefix("eval/").removesuffix("/R@1"),
-                marker="o" if len(steps) < 12 else None,
-                ms=3.5,
-            )
-        if title == "loss" and any("sim" in name for name in names):
-            axes.axhline(SIM_COLLAPSE, color="#9aa4b2", lw=1, ls=":", label="SIM collapse")
-        axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color="#1b1f27")
-        axes.set_xlabel("step", color="#5c6675", fontsize=9)
-        axes.tick_params(colors="#5c6675", labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color("#c9d0da")
-        axes.grid(axis="y", color="#edf0f4", lw=0.8)
-        if len(axes.lines) > 1:
-            axes.legend(frameon=False, fontsize=8, handlelength=3.4)
+        for number, name in enumerate(group):
+            _draw_curve(axes, name, history[name], PLAIN[number % len(PLAIN)])
+        if title == "loss" and any("sim" in name for name in group):
+            axes.axhline(COLLAPSE_VALUE, color=GRAY, lw=1, ls=":", label="SIM collapse")
+        _style_panel(axes, title)
     return _png(figure, path)
 
 
 def histogram_png(
-    path, values: Mapping[str, Sequence[float]], *, label: str, bins: int = 40
+    path: Path | None, values: Mapping[str, Sequence[float]], *, label: str, bins: int = 40
 ) -> bytes:
-    """One histogram a name, one below the other on a shared axis: PNG bytes, also written to path unless it is None.
+    """Draw one histogram per name, one below the other on a shared axis.
 
-    The axis ends at the 99.5th percentile of all values; what lies beyond is counted in the last bar.
+    The axis ends at the 99.5th percentile of all values; larger ones are in the last bar.
+
+    Args:
+      path: file to write; None for none.
+      values: name -> numbers; a name without numbers is left out.
+      label: of the axis.
+      bins: number of bars.
+
+    Returns:
+      The PNG.
     """
-    import numpy as np
-
     drawn = {name: np.asarray(numbers, float) for name, numbers in values.items() if len(numbers)}
     figure = _figure(6.4, 1.0 + 1.35 * max(len(drawn), 1))
     figure.set_layout_engine("constrained")
-    end = float(np.percentile(np.concatenate(list(drawn.values())), 99.5)) if drawn else 1.0
+    end = 1.0
+    if drawn:
+        end = float(np.percentile(np.concatenate(list(drawn.values())), 99.5))
     edges = np.linspace(0, max(end, 1e-6), bins + 1)
+
     for place, (name, numbers) in enumerate(drawn.items(), 1):
         axes = figure.add_subplot(len(drawn), 1, place)
         axes.hist(np.minimum(numbers, edges[-1]), edges, color=PLAIN[0])
-        axes.set_title(
-            f"{name}: {len(numbers):,}", loc="left", fontsize=10, fontweight="bold", color="#1b1f27"
-        )
-        axes.tick_params(colors="#5c6675", labelsize=8)
+        axes.set_title(f"{name}: {len(numbers):,}", loc="left", fontsize=10, **BOLD)
+        axes.tick_params(colors=SOFT, labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlim(0, edges[-1])
     if drawn:
-        axes.set_xlabel(label, color="#5c6675", fontsize=9)
+        axes.set_xlabel(label, **SMALL)
     return _png(figure, path)
 
 
-def results_png(path, examples: Sequence[Example], *, title: str = "", top: int = 5) -> bytes:
-    """A contact sheet of spoken queries: caption, then the top pictures coarse and fine, right ones framed, ticked.
+def results_png(
+    path: Path | None, examples: Sequence[Example], *, title: str = "", top: int = SHOWN
+) -> bytes:
+    """Draw a contact sheet of spoken queries: the caption, then the best images coarse and fine.
 
-    examples: speech queries with pictures as candidates. PNG bytes, also written to path unless that is None.
+    Right images have a frame and a check mark.
+
+    Args:
+      path: file to write; None for none.
+      examples: spoken queries with images as answers.
+      title: heading; may be empty.
+      top: images per query and stage.
+
+    Returns:
+      The PNG.
     """
-    from matplotlib.patches import Rectangle
-    from PIL import Image
+    starts = {"coarse": CAPTION}
+    if any(example.fine is not None for example in examples):
+        starts["fine"] = CAPTION + top * CELL + GAP
+    first_row = HEAD + (TITLE if title else 0.1)
+    width = max(starts.values()) + top * CELL + MARGIN
+    height = first_row + len(examples) * ROW
 
-    fine = any(example.fine is not None for example in examples)
-    label, gap, side = 2.7, 0.35, 1.0  # widths of caption, gap and one picture, in inches
-    width = label + top * side + fine * (gap + top * side) + 0.15
-    height = len(examples) * 1.12 + 0.42 + (0.4 if title else 0.1)
     figure = _figure(width, height)
     canvas = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     canvas.axis("off")
     if title:
-        canvas.text(
-            0.15,
-            0.3,
-            title,
-            fontsize=13,
-            fontweight="bold",
-            color="#1b1f27",
-            va="center",
-            parse_math=False,
-        )
-    first_row = 0.42 + (0.4 if title else 0.1)
-    starts = {"coarse": label, "fine": label + top * side + gap}
-    for stage, name in (("coarse", "coarse (SIC)"), ("fine", "fine (SIM)"))[: 1 + fine]:
-        canvas.text(
-            starts[stage] + 0.04,
-            first_row - 0.17,
-            name,
-            fontsize=10.5,
-            fontweight="bold",
-            color="#5c6675",
-            va="center",
-        )
+        canvas.text(MARGIN, 0.3, title, fontsize=13, va="center", parse_math=False, **BOLD)
+    heads = {"coarse": "coarse (SIC)", "fine": "fine (SIM)"}
+    style = {"fontsize": 10.5, "fontweight": "bold", "color": SOFT, "va": "center"}
+    for stage, x in starts.items():
+        canvas.text(x + 0.04, first_row - 0.17, heads[stage], **style)
+
     for row, example in enumerate(examples):
-        y = first_row + 1.12 * row
-        caption = textwrap.shorten(example.query.caption or "spoken query", 90, placeholder=" …")
-        canvas.text(
-            0.15,
-            y + 0.05,
-            textwrap.fill(caption, 32),
-            fontsize=9,
-            color="#1b1f27",
-            va="top",
-            parse_math=False,
-        )
-        ranks = [f"{rank}" for rank in (example.coarse_rank, example.fine_rank) if rank is not None]
-        speaker = textwrap.shorten(example.query.speaker, 38, placeholder=" …")
-        notes = "\n".join(filter(None, [speaker, "rank " + " → ".join(ranks) if ranks else ""]))
-        canvas.text(
-            0.15, y + 0.94, notes, fontsize=8, color="#5c6675", va="bottom", parse_math=False
-        )
-        for stage, items, hits in (
-            ("coarse", example.coarse, example.coarse_hits),
-            ("fine", example.fine or (), example.fine_hits or ()),
-        ):
-            for place, (media, hit) in enumerate(zip(items[:top], hits[:top], strict=True)):
-                x = starts[stage] + place * side + 0.04
-                image = Image.open(io.BytesIO(media.data)).convert("RGB")
-                image.thumbnail((180, 180))
-                wide, tall = (0.92 * edge / max(image.size) for edge in image.size)
-                left, upper = x + (0.92 - wide) / 2, y + (0.92 - tall) / 2
-                canvas.imshow(
-                    image, extent=(left, left + wide, upper + tall, upper), interpolation="lanczos"
-                )
-                if hit:
-                    canvas.add_patch(Rectangle((left, upper), wide, tall, fill=False, ec=HIT, lw=3))
-                    canvas.text(
-                        left + wide - 0.03,
-                        upper + 0.03,
-                        "✓",
-                        fontsize=10,
-                        fontweight="bold",
-                        color="white",
-                        ha="right",
-                        va="top",
-                        bbox={"boxstyle": "circle,pad=0.18", "fc": HIT, "ec": "white"},
-                    )
+        y = first_row + ROW * row
+        _draw_query(canvas, example, y)
+        _draw_images(canvas, example.coarse[:top], example.coarse_hits[:top], starts["coarse"], y)
+        if example.fine is not None:
+            _draw_images(canvas, example.fine[:top], example.fine_hits[:top], starts["fine"], y)
+    # Drawing images has changed the limits.
     canvas.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
     return _png(figure, path)
 
 
-def _figure(width: float, height: float):
-    # A Figure with its own Agg canvas: pyplot would keep global state and might look for a display.
+def _draw_curve(axes: Axes, name: str, curve: Curve, plain: str) -> None:
+    """Draw one metric; a direction has its own color, everything else ``plain``."""
+    color = plain
+    for direction, own in COLORS.items():
+        if direction in name:
+            color = own
+    axes.plot(
+        [step for step, _ in curve],
+        [value for _, value in curve],
+        lw=1.8,
+        color=color,
+        ls="--" if "coarse" in name else "-",
+        label=name.removeprefix("train/").removeprefix("eval/").removesuffix("/R@1"),
+        marker="o" if len(curve) < 12 else None,
+        ms=3.5,
+    )
+
+
+def _style_panel(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, **BOLD)
+    axes.set_xlabel("step", **SMALL)
+    axes.tick_params(colors=SOFT, labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#c9d0da")
+    axes.grid(axis="y", color=LIGHT, lw=0.8)
+    if len(axes.lines) > 1:
+        axes.legend(frameon=False, fontsize=8, handlelength=3.4)
+
+
+def _draw_query(canvas: Axes, example: Example, y: float) -> None:
+    """Write caption, speaker and ranks of a query."""
+    caption = textwrap.shorten(example.query.caption or "spoken query", 90, placeholder=" …")
+    lines = textwrap.fill(caption, 32)
+    canvas.text(MARGIN, y + 0.05, lines, fontsize=9, color=INK, va="top", parse_math=False)
+
+    notes = []
+    if example.query.speaker:
+        notes.append(textwrap.shorten(example.query.speaker, 38, placeholder=" …"))
+    ranks = [str(rank) for rank in (example.coarse_rank, example.fine_rank) if rank is not None]
+    if ranks:
+        notes.append("rank " + " → ".join(ranks))
+    style = {"fontsize": 8, "color": SOFT, "va": "bottom", "parse_math": False}
+    canvas.text(MARGIN, y + 0.94, "\n".join(notes), **style)
+
+
+def _draw_images(
+    canvas: Axes, items: Sequence[Media], hits: Sequence[bool], start: float, y: float
+) -> None:
+    """Draw images side by side from ``start``, right ones with a frame and a check mark."""
+    from matplotlib.patches import Rectangle
+    from PIL import Image
+
+    for place, (media, hit) in enumerate(zip(items, hits, strict=True)):
+        image = Image.open(io.BytesIO(media.data)).convert("RGB")
+        image.thumbnail((PIXELS, PIXELS))
+        width, height = (IMAGE * edge / max(image.size) for edge in image.size)
+        # Centered in its cell.
+        left = start + place * CELL + 0.04 + (IMAGE - width) / 2
+        top = y + (IMAGE - height) / 2
+        extent = (left, left + width, top + height, top)
+        canvas.imshow(image, extent=extent, interpolation="lanczos")
+        if hit:
+            canvas.add_patch(Rectangle((left, top), width, height, fill=False, ec=HIT, lw=3))
+            canvas.text(
+                left + width - 0.03,
+                top + 0.03,
+                "✓",
+                fontsize=10,
+                fontweight="bold",
+                color="white",
+                ha="right",
+                va="top",
+                bbox={"boxstyle": "circle,pad=0.18", "fc": HIT, "ec": "white"},
+            )
+
+
+def _figure(width: float, height: float) -> Figure:
+    """Make a figure with its own canvas; pyplot has global state and may look for a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -184,13 +243,14 @@ def _figure(width: float, height: float):
     return figure
 
 
-def _png(figure, path) -> bytes:
+def _png(figure: Figure, path: Path | None) -> bytes:
+    """Return the figure as PNG, and write it to ``path`` unless that is None."""
     data = io.BytesIO()
     figure.savefig(data, format="png", facecolor="white")
     if path is not None:
         from etils import epath
 
-        path = epath.Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data.getvalue())
+        file = epath.Path(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data.getvalue())
     return data.getvalue()

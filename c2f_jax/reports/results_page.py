@@ -2,187 +2,248 @@
 
 from collections.abc import Sequence
 from html import escape
+from os import PathLike
 
-from c2f_jax.reports.examples import Example
+from c2f_jax.reports.examples import Example, PageExamples
 from c2f_jax.reports.html import (
     BRAND,
     Media,
     data_uri,
-    page_footer,
     page_header,
     section,
     sound,
     write_page,
 )
-from c2f_jax.retrieval.evaluation import DIRECTIONS, SCORES
+from c2f_jax.retrieval.ranking import SCORES
+from c2f_jax.retrieval.recall import Metric
+from c2f_jax.retrieval.result import DIRECTIONS, TABLE_METRICS, EvaluationResult
 
-METRICS = (("R@1", 1), ("R@5", 1), ("R@10", 1), ("median_rank", 1), ("MRR", 3))
 ARROWS = {"s2i": "Speech → image", "i2s": "Image → speech"}
+HEADS = {"coarse": "coarse", "fine": "fine", "difference": "fine − coarse"}
 
 
 def write_results_page(
-    path,
+    path: str | PathLike[str],
     *,
     title: str,
     data_set: str,
-    result: dict,
-    step: int | None = None,
-    speech_examples: Sequence[Example] = (),
-    failures: Sequence[Example] = (),
-    image_examples: Sequence[Example] = (),
+    result: EvaluationResult,
+    examples: PageExamples | None = None,
     curves_png: bytes | None = None,
 ) -> None:
-    """Writes the page of evaluate_retrieval's result to path, local or gs://; the folder is made."""
-    sections = [
-        _header(title, data_set, step, result),
-        section(
-            "Metrics",
-            "Coarse ranks by cosine (SIC); fine re-ranks the best candidates with the multimodal "
-            "encoder (SIM). 95 % intervals in small print.",
-            _metrics(result),
-        ),
-    ]
+    """Write the page of an evaluation.
+
+    Args:
+      path: file to write, local or gs://; its folder is made.
+      title: heading of the page.
+      data_set: what was evaluated, in words.
+      result: its numbers.
+      examples: queries to show with their answers.
+      curves_png: learning curves, as PNG.
+    """
+    body = _header(title, data_set, result)
+    body += section(
+        "Metrics",
+        "Coarse ranks by cosine (SIC); fine reranks the best candidates with the multimodal "
+        "encoder (SIM). 95 % intervals in small print.",
+        _metrics(result),
+    )
     if curves_png:
-        curves = f'<img class="curves" alt="learning curves" src="{data_uri(Media(curves_png, "image/png"))}">'
-        sections.append(section("Learning curves", "", curves))
-    for heading, note, examples, way in (
+        source = data_uri(Media(curves_png, "image/png"))
+        curves = f'<img class="curves" alt="learning curves" src="{source}">'
+        body += section("Learning curves", "", curves)
+
+    examples = examples or PageExamples()
+    groups = (
         (
             "Speech → image",
-            "Queries drawn at random. Right pictures carry a frame and a check mark.",
-            speech_examples,
+            "Queries drawn at random. Right images have a frame and a check mark.",
+            examples.speech,
             "s2i",
         ),
         (
             "Worst failures",
-            "The spoken queries whose right picture ended furthest down.",
-            failures,
+            "The spoken queries whose right image ended up furthest down.",
+            examples.failures,
             "s2i",
         ),
         (
             "Image → speech",
-            "The query is a picture, the answers are recordings.",
-            image_examples,
+            "The query is an image, the answers are recordings.",
+            examples.image,
             "i2s",
         ),
-    ):
-        if examples:
-            sections.append(
-                section(heading, note, "".join(_example(example, way) for example in examples))
-            )
-    write_page(path, title, "".join(sections) + page_footer(result))
+    )
+    for heading, note, group, direction in groups:
+        if group:
+            articles = "".join(_example(example, direction) for example in group)
+            body += section(heading, note, articles)
+    write_page(path, title, body + _footer(result))
 
 
-def write_search_page(path, examples: Sequence[Example], *, way: str, gallery: str) -> None:
-    """Writes the answers of a search to path, local or gs://; way is "s2i" or "i2s", gallery says what was searched."""
-    title = "Search pictures by voice" if way == "s2i" else "Search recordings by a picture"
-    header = f'<header><p class="brand">{BRAND}</p><h1>{title}</h1><p class="note">{escape(gallery)}</p></header>'
-    write_page(path, title, header + "".join(_example(example, way) for example in examples))
+def write_search_page(
+    path: str | PathLike[str], examples: Sequence[Example], *, direction: str, gallery: str
+) -> None:
+    """Write the page of a search.
+
+    Args:
+      path: file to write, local or gs://; its folder is made.
+      examples: queries with their answers.
+      direction: "s2i" for spoken queries, "i2s" for images.
+      gallery: what was searched, in words.
+    """
+    title = "Search images by voice" if direction == "s2i" else "Search recordings by an image"
+    body = f'<header><p class="brand">{BRAND}</p><h1>{title}</h1>'
+    body += f'<p class="note">{escape(gallery)}</p></header>'
+    for example in examples:
+        body += _example(example, direction)
+    write_page(path, title, body)
 
 
-def _header(title: str, data_set: str, step: int | None, result: dict) -> str:
-    counts, final = result["queries"], result.get("fine", result["coarse"])
+def _header(title: str, data_set: str, result: EvaluationResult) -> str:
+    """Return the head of the page: what was evaluated, and the three numbers that matter most."""
+    fine = result.fine is not None
     facts = [
         ("data set", data_set),
-        ("step", f"{step:,}" if step is not None else None),
-        ("pictures", f"{counts['gallery_images']:,}"),
-        ("recordings", f"{counts['gallery_recordings']:,}"),
-        ("re-ranked", f"top {result['k']} by {result['score']}" if "fine" in result else "no"),
+        ("step", None if result.step is None else f"{result.step:,}"),
+        ("images", f"{result.queries.gallery_images:,}"),
+        ("recordings", f"{result.queries.gallery_recordings:,}"),
+        ("reranked", f"top {result.k} by {result.score}" if fine else "no"),
     ]
+    coarse, final = result.coarse, result.final
+    numbers = (
+        (f"{ARROWS['s2i']} R@1", coarse.speech_to_image["R@1"], final.speech_to_image["R@1"]),
+        (f"{ARROWS['i2s']} R@1", coarse.image_to_speech["R@1"], final.image_to_speech["R@1"]),
+        ("Mean of the six R@K", coarse.mean_recall, final.mean_recall),
+    )
     tiles = []
-    for name, pick in (
-        (f"{ARROWS['s2i']} R@1", lambda stage: stage["speech_to_image"]["R@1"]),
-        (f"{ARROWS['i2s']} R@1", lambda stage: stage["image_to_speech"]["R@1"]),
-        ("Mean of the six R@K", lambda stage: stage["mean_recall"]),
-    ):
-        before = f"coarse {pick(result['coarse']):.1f}" if "fine" in result else "coarse"
-        tiles.append((name, f"{pick(final):.1f}", "%", before))
+    for name, before, after in numbers:
+        note = f"coarse {before.value:.1f}" if fine else "coarse"
+        tiles.append((name, f"{after.value:.1f}", "%", note))
     return page_header(title, facts, tiles)
 
 
-def _metrics(result: dict) -> str:
-    stages = [("coarse", "coarse")]
-    if "fine" in result:
-        stages += [("fine", "fine"), ("difference", "fine − coarse")]
-    heads = "".join(f'<th scope="col">{name}</th>' for _, name in stages)
+def _metrics(result: EvaluationResult) -> str:
+    """Return the tables of metrics."""
     tables = ""
-    for way, key in DIRECTIONS.items():
-        rows = ""
-        for metric, digits in METRICS:
-            cells = "".join(
-                _cell(result[stage][key], metric, digits, stage == "difference")
-                for stage, _ in stages
-            )
-            rows += f'<tr><th scope="row">{metric.replace("_", " ")}</th>{cells}</tr>'
-        times = "".join(
-            f"<td>{result['seconds'][f'{stage}_{way}']:.1f} s</td>" for stage, _ in stages[:2]
-        )
-        rows += f'<tr class="time"><th scope="row">time</th>{times}{"<td></td>" * (len(stages) - 2)}</tr>'
-        tables += (
-            f"<table><caption>{ARROWS[way]} · {result['queries'][key]:,} queries</caption>"
-            f"<thead><tr><td></td>{heads}</tr></thead><tbody>{rows}</tbody></table>"
-        )
-    if "fine_scores" in result:
-        heads = "".join(f'<th scope="col">{name}</th>' for name in SCORES)
-        rows = ""
-        for way, key in DIRECTIONS.items():
-            cells = "".join(
-                f"<td>{result['fine_scores'][name][key]['R@1']:.1f}</td>" for name in SCORES
-            )
-            rows += f'<tr><th scope="row">{ARROWS[way]}</th>{cells}</tr>'
-        tables += (
-            f'<table class="wide"><caption>R@1 by the score that re-ranks</caption><thead><tr><td></td>{heads}'
-            f"</tr></thead><tbody>{rows}</tbody></table>"
-        )
+    for direction in DIRECTIONS:
+        tables += _direction_table(result, direction)
+    if result.fine_scores is not None:
+        tables += _score_table(result)
     return f'<div class="tables">{tables}</div>'
 
 
-def _cell(values: dict, metric: str, digits: int, signed: bool) -> str:
-    sign, style = ("+" if signed else ""), ""
-    low, high = values[f"{metric}_interval"]
+def _direction_table(result: EvaluationResult, direction: str) -> str:
+    stages = result.stages()
+    rows = ""
+    for name, digits in TABLE_METRICS.items():
+        cells = ""
+        for stage, metrics in stages.items():
+            metric = metrics.direction(direction)[name]
+            cells += _cell(metric, name, digits, signed=stage == "difference")
+        rows += _table_row(name.replace("_", " "), cells)
+
+    times = ""
+    for stage in stages:
+        seconds = result.seconds.get(f"{stage}_{direction}")
+        times += "<td></td>" if seconds is None else f"<td>{seconds:.1f} s</td>"
+    rows += _table_row("time", times, ' class="time"')
+
+    queries = getattr(result.queries, DIRECTIONS[direction])
+    caption = f"{ARROWS[direction]} · {queries:,} queries"
+    return _table(caption, [HEADS[stage] for stage in stages], rows)
+
+
+def _score_table(result: EvaluationResult) -> str:
+    rows = ""
+    for direction, arrow in ARROWS.items():
+        cells = ""
+        for score in SCORES:
+            metrics = result.fine_scores[score].direction(direction)
+            cells += f"<td>{metrics['R@1'].value:.1f}</td>"
+        rows += _table_row(arrow, cells)
+    return _table("R@1 by the score that reranks", SCORES, rows, ' class="wide"')
+
+
+def _table(caption: str, heads: Sequence[str], rows: str, attributes: str = "") -> str:
+    cells = "".join(f'<th scope="col">{head}</th>' for head in heads)
+    return (
+        f"<table{attributes}><caption>{caption}</caption>"
+        f"<thead><tr><td></td>{cells}</tr></thead><tbody>{rows}</tbody></table>"
+    )
+
+
+def _table_row(head: str, cells: str, attributes: str = "") -> str:
+    return f'<tr{attributes}><th scope="row">{head}</th>{cells}</tr>'
+
+
+def _cell(metric: Metric, name: str, digits: int, signed: bool) -> str:
+    """Return a metric with its interval; a difference that excludes 0 is colored."""
+    number = f"{'+' if signed else ''}.{digits}f"
+    low, high = metric.interval
+    style = ""
     if signed and (low > 0 or high < 0):
-        style = ' class="better"' if (low > 0) != (metric == "median_rank") else ' class="worse"'
-    text = f"{values[metric]:{sign}.{digits}f}<small>{low:{sign}.{digits}f}\u2009…\u2009{high:{sign}.{digits}f}</small>"
+        # A smaller median rank is better, of all other metrics a larger value.
+        better = (low > 0) != (name == "median_rank")
+        style = ' class="better"' if better else ' class="worse"'
+    text = f"{metric.value:{number}}<small>{low:{number}}\u2009…\u2009{high:{number}}</small>"
     return f"<td{style}>{text.replace('-', '−')}</td>"
 
 
-def _example(example: Example, way: str) -> str:
-    query = (
-        sound(example.query)
-        if way == "s2i"
-        else f'<img class="asked" alt="query" src="{data_uri(example.query)}">'
+def _footer(result: EvaluationResult) -> str:
+    counts, bootstrap = result.queries, result.bootstrap
+    left_out = counts.recordings_without_image + counts.images_without_recording
+    dropped = ""
+    if left_out:
+        dropped = f" {left_out:,} queries without a right answer in the gallery were left out."
+    return (
+        "<footer><p>R@K: share of queries with a right item among the first K, in percent; image → "
+        "speech counts any of the image's own recordings. Equal scores: the item that comes first "
+        "in the gallery ranks first; in the fine stage, the item with the better coarse place. "
+        f"Intervals: {bootstrap.resamples:,} bootstrap resamples of {bootstrap.units:,} images, "
+        f"each with all its queries.{dropped}</p></footer>"
     )
-    ranks = [
-        f"{stage} rank <b>{rank:,}</b>"
-        for stage, rank in (("coarse", example.coarse_rank), ("fine", example.fine_rank))
-        if rank is not None
-    ]
-    query += f'<p class="ranks">{" → ".join(ranks)}</p>' if ranks else ""
+
+
+def _example(example: Example, direction: str) -> str:
+    """Return an article: the query on the left, its answers on the right."""
+    ranks = []
+    for stage, rank in (("coarse", example.coarse_rank), ("fine", example.fine_rank)):
+        if rank is not None:
+            ranks.append(f"{stage} rank <b>{rank:,}</b>")
+
+    if direction == "s2i":
+        query = sound(example.query)
+    else:
+        query = f'<img class="asked" alt="query" src="{data_uri(example.query)}">'
+    if ranks:
+        query += f'<p class="ranks">{" → ".join(ranks)}</p>'
     if example.answer is not None:
-        shown = (
-            f'<img alt="right picture" src="{data_uri(example.answer)}">'
-            if way == "s2i"
-            else sound(example.answer)
-        )
+        shown = sound(example.answer)
+        if direction == "s2i":
+            shown = f'<img alt="right image" src="{data_uri(example.answer)}">'
         query += f'<div class="answer"><span>right answer</span>{shown}</div>'
-    lists = _list("Coarse (SIC)", example.coarse, example.coarse_hits, way)
+
+    lists = _list("Coarse (SIC)", example.coarse, example.coarse_hits, direction)
     if example.fine is not None:
-        lists += _list("Fine (SIM)", example.fine, example.fine_hits, way)
-    return f'\n<article class="{way}"><div class="query">{query}</div><div class="lists">{lists}</div></article>'
+        lists += _list("Fine (SIM)", example.fine, example.fine_hits, direction)
+    return (
+        f'\n<article class="{direction}"><div class="query">{query}</div>'
+        f'<div class="lists">{lists}</div></article>'
+    )
 
 
-def _list(name: str, items: Sequence[Media], hits: Sequence[bool], way: str) -> str:
+def _list(name: str, items: Sequence[Media], hits: Sequence[bool], direction: str) -> str:
+    """Return a ranked list of answers, right ones marked."""
     entries = ""
     for place, (media, hit) in enumerate(zip(items, hits, strict=True), 1):
-        mark = (
-            '<span class="mark" title="right">✓</span>'
-            if hit
-            else f'<span class="mark">{place}</span>'
-        )
-        alt = escape(f"place {place}{', right' if hit else ''} {media.caption}".strip())
-        body = (
-            f'<img alt="{alt}" title="{alt}" src="{data_uri(media)}">'
-            if way == "s2i"
-            else sound(media)
-        )
-        entries += f"<li{' class=hit' if hit else ''}>{mark}{body}</li>"
+        mark, frame, label = f'<span class="mark">{place}</span>', "", f"place {place}"
+        if hit:
+            mark, frame = '<span class="mark" title="right">✓</span>', " class=hit"
+            label += ", right"
+        body = sound(media)
+        if direction == "s2i":
+            alt = escape(f"{label} {media.caption}".strip())
+            body = f'<img alt="{alt}" title="{alt}" src="{data_uri(media)}">'
+        entries += f"<li{frame}>{mark}{body}</li>"
     return f"<div><h3>{name}</h3><ol>{entries}</ol></div>"

@@ -1,18 +1,29 @@
-"""Coarse and fine evaluation of one test set in both directions: from embeddings and tokens to numbers and a table."""
+"""Coarse and fine evaluation of one split in both directions, from embeddings and tokens."""
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from c2f_jax.errors import UserError
 from c2f_jax.retrieval import ranking, recall
+from c2f_jax.retrieval.checks import check_finite
+from c2f_jax.retrieval.encoded import EncodedSplit
+from c2f_jax.retrieval.ranking import SCORES, MatchFunction
+from c2f_jax.retrieval.recall import Metric
+from c2f_jax.retrieval.result import (
+    Bootstrap,
+    EvaluationResult,
+    QueryCounts,
+    RankedLists,
+    StageMetrics,
+)
 
-SCORES = ("sic", "sim", "sum", "prob", "joint")
-DIRECTIONS = {"s2i": "speech_to_image", "i2s": "image_to_speech"}
-NAMES = {"s2i": "speech -> image", "i2s": "image -> speech"}
+LEAST_DEPTH = 10  # items of a ranked list that metrics and pages look at
+MOST_NORM_ERROR = 0.02  # of an L2-normalized embedding, as bfloat16 rounds it
 
 
 @dataclass(frozen=True)
@@ -34,277 +45,305 @@ class EvalConfig:
     resamples: int = field(default=1000, metadata={"min": 1})
 
 
-@dataclasses.dataclass(frozen=True)
-class RankedLists:
-    """The rankings of one direction, for pages and analysis: q queries, L = min(max(k, 10), gallery size) items."""
-
-    queries: (
-        np.ndarray
-    )  # (q,) row of each query in its own table; queries without a right item are left out
-    coarse: np.ndarray  # (q, L) gallery rows, best first
-    coarse_hits: np.ndarray  # (q, L) bool, the right ones among them
-    coarse_rank: np.ndarray  # (q,) 1-based rank of the first right item in the whole gallery
-    fine: np.ndarray | None = (
-        None  # the same after re-ranking by the chosen score; None without a matcher
-    )
-    fine_hits: np.ndarray | None = None
-    fine_rank: np.ndarray | None = None
-
-
 def evaluate_retrieval(
-    speech_embeddings,
-    image_embeddings,
-    speech_ids,
-    image_ids,
-    speech_tokens=None,
-    speech_lengths=None,
-    image_tokens=None,
-    match_fn: Callable | None = None,
+    encoded: EncodedSplit,
+    config: EvalConfig,
+    match_fn: MatchFunction | None = None,
     *,
-    k: int,
     tau: float,
-    score: str = "joint",
-    pair_chunk: int = ranking.PAIR_CHUNK,
     length_buckets: int = 1,
-    resamples: int = recall.RESAMPLES,
     seed: int = 0,
-) -> tuple[dict, dict[str, RankedLists]]:
-    """All retrieval numbers of one test set, JSON-ready, and the ranked lists of "s2i" and "i2s".
+) -> EvaluationResult:
+    """Compute all retrieval numbers of one split.
 
-    speech_embeddings (R, D), image_embeddings (M, D): L2-normalised. speech_ids (R,), image_ids (M,): equal ids are
-    right answers, any number for a query; a query with none is left out and counted.
-    speech_tokens (R, T, W), speech_lengths (R,), image_tokens (M, P, W): host arrays for the fine stage, and
-    match_fn(speech_tokens, speech_lengths, image_tokens) -> (b, 2). Without match_fn only the coarse stage is reported.
-    k candidates are re-ranked by `score`, one of ranking.fine_scores; all five are reported.
+    Queries are the recordings, ranked against all images, and the images, ranked against all
+    recordings. A query without a right item is left out and counted. SIM reranks the k best
+    candidates; ``result.fine`` is by ``config.score``, and ``result.fine_scores`` has all five.
 
-    Result: "coarse" and "fine", each {"speech_to_image": {"R@1": %, "R@1_interval": [lo, hi], ...}, "image_to_speech":
-    {...}, "mean_recall": %}; "fine_scores", the same for each score; "difference", fine - coarse with paired intervals;
-    "k", "score", "tau", "queries" (counts), "bootstrap", "seconds" (wall time of each stage, compilation included).
-    Raises UserError on NaN or infinity (naming where), embeddings not normalised, sizes or options out of range.
+    Args:
+      encoded: the split; tokens and lengths are needed only with match_fn.
+      config: k, score, pair_batch_size and resamples.
+      match_fn: SIM logits of pairs; None to report the coarse stage alone.
+      tau: temperature that divides the cosine in the score "joint".
+      length_buckets: numbers of speech tokens that pairs are matched at, see
+        ``ranking.match_candidates``.
+      seed: seed of the bootstrap.
+
+    Returns:
+      The result with its ranked lists.
+
+    Raises:
+      UserError: NaN or infinity (naming where), embeddings that are not normalized, shapes that do
+        not fit, or an option out of range.
     """
-    tables = {
-        "s2i": (np.asarray(speech_embeddings, np.float32), np.asarray(speech_ids)),
-        "i2s": (np.asarray(image_embeddings, np.float32), np.asarray(image_ids)),
+    _check_config(config)
+    sides = {
+        "s2i": _Side(
+            "speech", np.asarray(encoded.speech.embedding, np.float32), encoded.speech_ids
+        ),
+        "i2s": _Side("image", np.asarray(encoded.image.embedding, np.float32), encoded.image_ids),
     }
-    _check(tables, k, score, match_fn, speech_tokens, speech_lengths, image_tokens)
-    tokens = {"s2i": speech_tokens, "i2s": image_tokens}
+    _check_sides(sides)
+    matcher = None
+    if match_fn is not None:
+        _check_tokens(encoded)
+        matcher = _Matcher(encoded, match_fn, config.pair_batch_size, length_buckets)
 
-    seconds, lists, metrics, samples = {}, {}, {}, {}
+    seconds: dict[str, float] = {}
+    lists, measured = {}, {}
     for direction, other in (("s2i", "i2s"), ("i2s", "s2i")):
-        (queries, query_ids), (gallery, gallery_ids) = tables[direction], tables[other]
-        answered = np.flatnonzero(np.isin(query_ids, gallery_ids))
-        rows = (
-            slice(None) if len(answered) == len(queries) else answered
-        )  # a slice copies no tokens
-        queries, query_ids = queries[rows], query_ids[rows]
+        gallery = sides[other]
+        answered = np.flatnonzero(np.isin(sides[direction].ids, gallery.ids))
+        queries = sides[direction].select(answered)
 
         start = time.perf_counter()
-        cosine, coarse = ranking.coarse_top_k(queries, gallery, max(k, 10))
-        hits = gallery_ids[coarse] == query_ids[:, None]
-        rank = ranking.first_relevant_rank(queries, gallery, query_ids, gallery_ids)
-        # The list decides wherever it reaches, so that ranks and lists never differ by a rounding.
-        rank = np.where(hits.any(1), hits.argmax(1) + 1, np.maximum(rank, hits.shape[1] + 1))
+        cosine, coarse = _rank_coarse(queries, gallery, max(config.k, LEAST_DEPTH))
         seconds[f"coarse_{direction}"] = time.perf_counter() - start
-        ranked = {"coarse": (coarse, hits, rank)}
-
-        if match_fn is not None:
+        rankings = {"coarse": coarse}
+        if matcher is not None:
             start = time.perf_counter()
-            lengths = np.asarray(speech_lengths)[rows] if direction == "s2i" else speech_lengths
-            match_logits = ranking.rerank(
-                match_fn,
-                tokens[direction][rows],
-                tokens[other],
-                coarse[:, :k],
-                direction=direction,
-                speech_lengths=lengths,
-                pair_chunk=pair_chunk,
-                length_buckets=length_buckets,
-            )
-            for name, values in ranking.fine_scores(cosine[:, :k], match_logits, tau).items():
-                ranked[name] = _reordered(coarse, hits, rank, values)
+            logits = matcher.match(direction, answered, coarse.items[:, : config.k])
+            rankings |= _rerank_by_each_score(coarse, cosine[:, : config.k], logits, tau)
             seconds[f"fine_{direction}"] = time.perf_counter() - start
 
-        names, counts = np.unique(gallery_ids, return_counts=True)
-        relevant_counts = counts[np.searchsorted(names, query_ids)]
-        for name, (_, name_hits, ranks) in ranked.items():
-            metrics[name, direction] = recall.rank_metrics(ranks) | recall.list_metrics(
-                name_hits, relevant_counts
-            )
-            samples[name, direction] = recall.bootstrap_metrics(
-                ranks, query_ids, resamples=resamples, seed=seed
-            )
-        lists[direction] = RankedLists(answered, *ranked["coarse"], *ranked.get(score, ()))
+        lists[direction] = _ranked_lists(answered, coarse, rankings.get(config.score))
+        measured[direction] = _measure(rankings, queries, gallery, config.resamples, seed)
 
-    result = {"coarse": _both_directions("coarse", metrics, samples)}
-    if match_fn is not None:
-        result["fine"] = _both_directions(score, metrics, samples)
-        result["fine_scores"] = {name: _both_directions(name, metrics, samples) for name in SCORES}
-        result["difference"] = _differences(score, metrics, samples)
-    recordings, images = len(tables["s2i"][0]), len(tables["i2s"][0])
+    return EvaluationResult(
+        **_stages(measured, config.score),
+        k=config.k,
+        score=config.score,
+        tau=float(tau),
+        seconds=seconds,
+        queries=_count_queries(sides, lists),
+        bootstrap=_describe_bootstrap(sides, config.resamples, seed),
+        lists=lists,
+    )
+
+
+@dataclass(frozen=True)
+class _Side:
+    """The rows of one modality, as queries or as gallery."""
+
+    kind: str
+    embeddings: np.ndarray  # (n, D)
+    ids: np.ndarray  # (n,)
+
+    def select(self, rows: np.ndarray) -> "_Side":
+        return _Side(self.kind, self.embeddings[rows], self.ids[rows])
+
+
+@dataclass(frozen=True)
+class _Ranking:
+    """The ranked lists of q queries."""
+
+    items: np.ndarray  # (q, L) gallery rows, best first
+    hits: np.ndarray  # (q, L) bool
+    ranks: np.ndarray  # (q,) of the first right item in the whole gallery
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The metrics of one ranking and their bootstrap samples."""
+
+    metrics: dict[str, float]
+    samples: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class _Matcher:
+    """The pairs of one split, and what SIM says of them."""
+
+    encoded: EncodedSplit
+    match_fn: MatchFunction
+    pair_chunk: int
+    length_buckets: int
+
+    def match(self, direction: str, answered: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        """Return the match logits (q, k) of the answered queries and their candidates."""
+        speech, image = self.encoded.speech, self.encoded.image
+        queries, gallery = (speech, image) if direction == "s2i" else (image, speech)
+        rows: np.ndarray | slice = answered
+        if len(answered) == len(queries.tokens):
+            rows = slice(None)  # copies no tokens
+        return ranking.match_candidates(
+            self.match_fn,
+            np.asarray(queries.tokens)[rows],
+            np.asarray(gallery.tokens),
+            candidates,
+            direction=direction,
+            speech_lengths=speech.lengths[rows] if direction == "s2i" else speech.lengths,
+            pair_chunk=self.pair_chunk,
+            length_buckets=self.length_buckets,
+        )
+
+
+def _rank_coarse(queries: _Side, gallery: _Side, depth: int) -> tuple[np.ndarray, _Ranking]:
+    """Rank by cosine: the cosines (q, L) of the best L = depth items, and their ranking."""
+    cosine, items = ranking.coarse_top_k(queries.embeddings, gallery.embeddings, depth)
+    hits = gallery.ids[items] == queries.ids[:, None]
+    ranks = ranking.first_relevant_rank(
+        queries.embeddings, gallery.embeddings, queries.ids, gallery.ids
+    )
+    # Within its reach the list decides, so that ranks and lists never differ by a rounding.
+    beyond = np.maximum(ranks, hits.shape[1] + 1)
+    ranks = np.where(hits.any(1), hits.argmax(1) + 1, beyond)
+    return cosine, _Ranking(items, hits, ranks)
+
+
+def _rerank_by_each_score(
+    coarse: _Ranking, cosine: np.ndarray, logits: np.ndarray, tau: float
+) -> dict[str, _Ranking]:
+    """Rerank the k candidates of each query by each of the five scores."""
+    rankings = {}
+    for name, scores in ranking.fine_scores(cosine, logits, tau).items():
+        candidate_hits = coarse.hits[:, : scores.shape[1]]
+        rankings[name] = _Ranking(
+            ranking.rerank(coarse.items, scores),
+            ranking.rerank(coarse.hits, scores),
+            ranking.fine_ranks(coarse.ranks, scores, candidate_hits),
+        )
+    return rankings
+
+
+def _measure(
+    rankings: Mapping[str, _Ranking], queries: _Side, gallery: _Side, resamples: int, seed: int
+) -> dict[str, _Measured]:
+    """Compute the metrics of each ranking of the same queries."""
+    ids, counts = np.unique(gallery.ids, return_counts=True)
+    relevant_counts = counts[np.searchsorted(ids, queries.ids)]
+    measured = {}
+    for name, ranked in rankings.items():
+        metrics = recall.rank_metrics(ranked.ranks)
+        metrics |= recall.list_metrics(ranked.hits, relevant_counts)
+        samples = recall.bootstrap_metrics(
+            ranked.ranks, queries.ids, resamples=resamples, seed=seed
+        )
+        measured[name] = _Measured(metrics, samples)
+    return measured
+
+
+def _ranked_lists(answered: np.ndarray, coarse: _Ranking, fine: _Ranking | None) -> RankedLists:
+    lists = RankedLists(answered, coarse.items, coarse.hits, coarse.ranks)
+    if fine is None:
+        return lists
+    return dataclasses.replace(lists, fine=fine.items, fine_hits=fine.hits, fine_rank=fine.ranks)
+
+
+def _stages(measured: Mapping[str, Mapping[str, _Measured]], score: str) -> dict[str, Any]:
+    """Collect direction -> ranking -> metrics into the stages of an EvaluationResult."""
+    s2i, i2s = measured["s2i"], measured["i2s"]
+    stages: dict[str, Any] = {"coarse": _stage(s2i["coarse"], i2s["coarse"])}
+    if score in s2i:
+        stages["fine"] = _stage(s2i[score], i2s[score])
+        stages["fine_scores"] = {name: _stage(s2i[name], i2s[name]) for name in SCORES}
+        stages["difference"] = _difference(s2i, i2s, score)
+    return stages
+
+
+def _stage(s2i: _Measured, i2s: _Measured) -> StageMetrics:
+    """Give the metrics of both directions, and their mean, their intervals."""
+    mean, samples = _mean_recall(s2i, i2s)
+    return StageMetrics(
+        recall.with_intervals(s2i.metrics, s2i.samples),
+        recall.with_intervals(i2s.metrics, i2s.samples),
+        _mean_metric(mean, samples),
+    )
+
+
+def _difference(
+    s2i: Mapping[str, _Measured], i2s: Mapping[str, _Measured], score: str
+) -> StageMetrics:
+    """Compute fine - coarse with paired intervals."""
+    gains = []
+    for measured in (s2i, i2s):
+        fine, coarse = measured[score], measured["coarse"]
+        gain = recall.difference_with_intervals(
+            fine.metrics, coarse.metrics, fine.samples, coarse.samples
+        )
+        gains.append(gain)
+    fine_mean, fine_samples = _mean_recall(s2i[score], i2s[score])
+    coarse_mean, coarse_samples = _mean_recall(s2i["coarse"], i2s["coarse"])
+    mean = _mean_metric(fine_mean - coarse_mean, fine_samples - coarse_samples)
+    return StageMetrics(gains[0], gains[1], mean)
+
+
+def _mean_recall(s2i: _Measured, i2s: _Measured) -> tuple[float, np.ndarray]:
+    """Average the six R@K: the value, and its bootstrap samples.
+
+    Both directions draw the same images (same ids, same seed), so samples are averaged one by one.
+    """
+    value = recall.mean_recall(s2i.metrics, i2s.metrics)
+    return value, recall.mean_recall(s2i.samples, i2s.samples)
+
+
+def _mean_metric(value: float, samples: np.ndarray) -> Metric:
+    return recall.with_intervals({"mean_recall": value}, {"mean_recall": samples})["mean_recall"]
+
+
+def _count_queries(sides: Mapping[str, _Side], lists: Mapping[str, RankedLists]) -> QueryCounts:
+    recordings, images = len(sides["s2i"].ids), len(sides["i2s"].ids)
     s2i, i2s = len(lists["s2i"].queries), len(lists["i2s"].queries)
-    result |= {
-        "k": k,
-        "score": score,
-        "tau": float(tau),
-        "seconds": seconds,
-        "queries": {
-            "speech_to_image": s2i,
-            "image_to_speech": i2s,
-            "gallery_images": images,
-            "gallery_recordings": recordings,
-            "recordings_without_image": recordings - s2i,
-            "images_without_recording": images - i2s,
-        },
-        "bootstrap": {
-            "resamples": resamples,
-            "seed": seed,
-            "percentiles": list(recall.INTERVAL),
-            "unit": "image id",
-            "units": len(np.intersect1d(tables["s2i"][1], tables["i2s"][1])),
-        },
-    }
-    return result, lists
-
-
-def format_table(result: dict) -> str:
-    """The console table: coarse and fine side by side with 95 % intervals, both directions, time of each stage."""
-    fine = "fine" in result
-    lines = []
-    for direction, key in DIRECTIONS.items():
-        gallery = result["queries"][
-            "gallery_images" if direction == "s2i" else "gallery_recordings"
-        ]
-        lines.append(f"{NAMES[direction]}: {result['queries'][key]} queries, gallery of {gallery}")
-        stages = [("coarse (SIC)", result["coarse"][key])]
-        if fine:
-            stages += [
-                (f"fine (k={result['k']}, {result['score']})", result["fine"][key]),
-                ("fine - coarse", result["difference"][key]),
-            ]
-        lines.append(f"  {'':12}" + "".join(f"{name:>27}" for name, _ in stages))
-        for name, digits in (("R@1", 1), ("R@5", 1), ("R@10", 1), ("median_rank", 1), ("MRR", 3)):
-            cells = (
-                _cell(values, name, digits, signed=number == 2)
-                for number, (_, values) in enumerate(stages)
-            )
-            lines.append(
-                f"  {name.replace('_', ' '):12}" + "".join(f"{cell:>27}" for cell in cells)
-            )
-        times = [
-            f"{result['seconds'][f'{stage}_{direction}']:.1f} s"
-            for stage in (["coarse", "fine"][: 1 + fine])
-        ]
-        lines.append(f"  {'time':12}" + "".join(f"{cell:>27}" for cell in times) + "\n")
-    stages = ["coarse"] + ["fine", "difference"] * fine
-    cells = (
-        _cell(result[stage], "mean_recall", 1, signed=stage == "difference") for stage in stages
+    return QueryCounts(
+        speech_to_image=s2i,
+        image_to_speech=i2s,
+        gallery_images=images,
+        gallery_recordings=recordings,
+        recordings_without_image=recordings - s2i,
+        images_without_recording=images - i2s,
     )
-    lines.append(f"{'mean R@K':14}" + "".join(f"{cell:>27}" for cell in cells))
-    if fine:
-        lines.append("\nR@1 by score " + "".join(f"{name:>8}" for name in SCORES))
-        for direction, key in DIRECTIONS.items():
-            values = (result["fine_scores"][name][key]["R@1"] for name in SCORES)
-            lines.append(f"{NAMES[direction]:13}" + "".join(f"{value:8.1f}" for value in values))
-    bootstrap = result["bootstrap"]
-    lines.append(
-        f"\nR@K in %. [95 % intervals]: {bootstrap['resamples']} bootstrap resamples of {bootstrap['units']} "
-        "image ids, all queries of an image together" + (", fine - coarse paired." if fine else ".")
-    )
-    return "\n".join(lines)
 
 
-def _check(tables, k, score, match_fn, speech_tokens, speech_lengths, image_tokens) -> None:
-    if score not in SCORES:
-        raise UserError(f"score must be one of {', '.join(SCORES)}; got {score!r}.")
-    if k < 1:
-        raise UserError(f"k must be at least 1, the number of candidates to re-rank; got {k}.")
-    for (embeddings, ids), kind in zip(tables.values(), ("speech", "image"), strict=True):
-        if embeddings.ndim != 2 or ids.shape != embeddings.shape[:1]:
-            raise UserError(
-                f"{kind}_embeddings must be (rows, D), one id a row; got {embeddings.shape}, {ids.shape}."
-            )
-        ranking.check_finite(f"{kind}_embeddings", embeddings)
-        norms = np.linalg.norm(embeddings, axis=1)
-        if np.any(np.abs(norms - 1.0) > 0.02):
-            row = int(np.argmax(np.abs(norms - 1.0)))
-            raise UserError(
-                f"{kind}_embeddings must be L2-normalised, their products are cosines; row {row} has norm "
-                f"{norms[row]:.3g}. Divide each row by its norm."
-            )
-    if not np.isin(tables["s2i"][1], tables["i2s"][1]).any():
+def _describe_bootstrap(sides: Mapping[str, _Side], resamples: int, seed: int) -> Bootstrap:
+    shared = np.intersect1d(sides["s2i"].ids, sides["i2s"].ids)
+    return Bootstrap(resamples, seed, recall.INTERVAL, unit="image id", units=len(shared))
+
+
+def _check_config(config: EvalConfig) -> None:
+    if config.score not in SCORES:
+        raise UserError(f"score must be one of {', '.join(SCORES)}; got {config.score!r}.")
+    if config.k < 1:
         raise UserError(
-            "no recording shares its id with an image; speech_ids and image_ids must name the same images."
+            f"k must be at least 1, the number of candidates to rerank; got {config.k}."
         )
-    if match_fn is not None:
-        expected = {
-            "speech_tokens": len(tables["s2i"][0]),
-            "speech_lengths": len(tables["s2i"][0]),
-            "image_tokens": len(tables["i2s"][0]),
-        }
-        given = {
-            "speech_tokens": speech_tokens,
-            "speech_lengths": speech_lengths,
-            "image_tokens": image_tokens,
-        }
-        for name, rows in expected.items():
-            if given[name] is None or len(given[name]) != rows:
-                raise UserError(
-                    f"{name} must have {rows} rows, one for each embedding, for the fine stage; got "
-                    f"{'none' if given[name] is None else len(given[name])}."
-                )
 
 
-def _reordered(coarse, hits, rank, values):
-    """Lists, hits and first ranks after the leading candidates were put in order of their values."""
-    order = np.tile(np.arange(coarse.shape[1]), (len(coarse), 1))
-    order[:, : values.shape[1]] = ranking.fine_order(values)
-    return (
-        np.take_along_axis(coarse, order, 1),
-        np.take_along_axis(hits, order, 1),
-        ranking.fine_ranks(rank, values, hits[:, : values.shape[1]]),
-    )
-
-
-def _both_directions(name, metrics, samples) -> dict:
-    result = {
-        key: recall.with_intervals(metrics[name, way], samples[name, way])
-        for way, key in DIRECTIONS.items()
-    }
-    return result | _mean_of_six(
-        metrics[name, "s2i"], metrics[name, "i2s"], samples[name, "s2i"], samples[name, "i2s"]
-    )
-
-
-def _differences(name, metrics, samples) -> dict:
-    result = {
-        key: recall.difference_with_intervals(
-            metrics[name, way], metrics["coarse", way], samples[name, way], samples["coarse", way]
+def _check_sides(sides: Mapping[str, _Side]) -> None:
+    """Raise UserError unless both sides are normalized, finite and share ids."""
+    for side in sides.values():
+        name, embeddings = f"{side.kind}_embeddings", side.embeddings
+        if embeddings.ndim != 2 or side.ids.shape != embeddings.shape[:1]:
+            raise UserError(
+                f"{name} must be (rows, D), with one id a row; got {embeddings.shape} and ids "
+                f"{side.ids.shape}."
+            )
+        check_finite(name, embeddings)
+        norms = np.linalg.norm(embeddings, axis=1)
+        errors = np.abs(norms - 1.0)
+        if np.any(errors > MOST_NORM_ERROR):
+            row = int(np.argmax(errors))
+            raise UserError(
+                f"{name} must be L2-normalized, so that their products are cosines; row {row} has "
+                f"norm {norms[row]:.3g}. Divide each row by its norm."
+            )
+    if not np.isin(sides["s2i"].ids, sides["i2s"].ids).any():
+        raise UserError(
+            "no recording shares its id with an image; speech_ids and image_ids must name the same "
+            "images."
         )
-        for way, key in DIRECTIONS.items()
-    }
-    means = {
-        stage: recall.mean_recall(metrics[stage, "s2i"], metrics[stage, "i2s"])
-        for stage in (name, "coarse")
-    }
-    drawn = {
-        stage: recall.mean_recall(samples[stage, "s2i"], samples[stage, "i2s"])
-        for stage in (name, "coarse")
-    }
-    return result | recall.with_intervals(
-        {"mean_recall": means[name] - means["coarse"]},
-        {"mean_recall": drawn[name] - drawn["coarse"]},
-    )
 
 
-def _mean_of_six(s2i, i2s, s2i_samples, i2s_samples) -> dict:
-    # The same images are drawn for both directions (same ids, same seed), so the samples may be averaged one by one.
-    return recall.with_intervals(
-        {"mean_recall": recall.mean_recall(s2i, i2s)},
-        {"mean_recall": recall.mean_recall(s2i_samples, i2s_samples)},
-    )
-
-
-def _cell(values: dict, name: str, digits: int, signed: bool) -> str:
-    sign = "+" if signed else ""
-    low, high = values[f"{name}_interval"]
-    return f"{values[name]:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+def _check_tokens(encoded: EncodedSplit) -> None:
+    """Raise UserError unless each recording and each image has its tokens."""
+    recordings, images = len(encoded.speech_ids), len(encoded.image_ids)
+    for name, values, rows in (
+        ("speech_tokens", encoded.speech.tokens, recordings),
+        ("speech_lengths", encoded.speech.lengths, recordings),
+        ("image_tokens", encoded.image.tokens, images),
+    ):
+        if values is None or len(values) != rows:
+            found = "none" if values is None else len(values)
+            raise UserError(
+                f"{name} must have {rows} rows for the fine stage, one for each embedding; got "
+                f"{found}."
+            )

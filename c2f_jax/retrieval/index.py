@@ -1,7 +1,10 @@
-"""A persisted index: encode a gallery of pictures or recordings once, query it many times."""
+"""A persisted index: encode a gallery of images or recordings once, search it many times."""
 
 import dataclasses
 import io
+from collections.abc import Iterator, Sequence
+from os import PathLike
+from typing import Self
 
 import numpy as np
 from etils import epath
@@ -12,31 +15,35 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".ti
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class GalleryIndex:
     """Encoded gallery items.
 
     Attributes:
       kind: "image" or "speech".
-      model: the run and step that encoded it; a query must be encoded by the same.
+      model: the run and step that encoded it; queries must be encoded by the same.
       names: (G,) str, path or caption of each item.
       media: G encoded files (bytes), to show and play the answers.
-      embeddings: (G, D) float32, L2-normalised.
+      embeddings: (G, D) float32, L2-normalized.
       tokens: (G, T, W) token sequences for the fine stage.
       lengths: (G,) int32 valid tokens.
     """
 
     kind: str
     model: str
-    names: list
-    media: list
+    names: Sequence[str]
+    media: Sequence[bytes]
     embeddings: np.ndarray
     tokens: np.ndarray
     lengths: np.ndarray
 
-    def save(self, path):
-        """Write one .npz file, local or gs://; tokens as float16."""
-        offsets = np.cumsum([0] + [len(m) for m in self.media])
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write one .npz file, local or gs://, with tokens as float16.
+
+        Raises:
+          UserError: the file cannot be written.
+        """
+        sizes = [len(data) for data in self.media]
         buffer = io.BytesIO()
         np.savez(
             buffer,
@@ -44,78 +51,79 @@ class GalleryIndex:
             model=self.model,
             names=np.array(self.names, dtype=np.str_),
             media=np.frombuffer(b"".join(self.media), np.uint8),
-            offsets=offsets,
+            offsets=np.cumsum([0, *sizes]),
             embeddings=self.embeddings,
             tokens=self.tokens.astype(np.float16),
             lengths=self.lengths,
         )
-        path = epath.Path(path)
+        file = epath.Path(path)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(buffer.getvalue())
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(buffer.getvalue())
         except OSError as error:
             raise UserError(
-                f"{path} cannot be written ({error}): give the path of a file"
+                f"{file} cannot be written ({error}): give the path of a file"
             ) from error
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: str | PathLike[str]) -> Self:
         """Read a file of ``save``.
 
         Raises:
-          UserError: missing or not an index.
+          UserError: the file is missing, or is not an index.
         """
-        path = epath.Path(path)
-        if not path.exists():
-            raise UserError(f"{path} does not exist: make an index with `c2f index`")
+        file = epath.Path(path)
+        if not file.exists():
+            raise UserError(f"{file} does not exist: make an index with `c2f index`")
         try:
-            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
-                data, offsets = stored["media"].tobytes(), stored["offsets"]
-                index = cls(
-                    str(stored["kind"]),
-                    str(stored["model"]),
-                    [str(name) for name in stored["names"]],
-                    [data[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)],
-                    stored["embeddings"],
-                    stored["tokens"].astype(np.float32),
-                    stored["lengths"],
-                )
-                rows = {
-                    len(x)
-                    for x in (
-                        index.names,
-                        index.media,
-                        index.embeddings,
-                        index.tokens,
-                        index.lengths,
-                    )
-                }
-                if len(rows) > 1 or offsets[-1] != len(data):
-                    raise ValueError("its parts are of different lengths")
-                return index
+            return cls._read(file.read_bytes())
         except Exception as error:  # numpy and zipfile raise nearly anything on damaged files
             raise UserError(
-                f"{path} is not an index that can be read: make it again with `c2f index`"
+                f"{file} is not an index that can be read: make it again with `c2f index`"
             ) from error
 
+    @classmethod
+    def _read(cls, content: bytes) -> Self:
+        with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+            data, offsets = stored["media"].tobytes(), stored["offsets"]
+            index = cls(
+                kind=str(stored["kind"]),
+                model=str(stored["model"]),
+                names=[str(name) for name in stored["names"]],
+                media=[data[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)],
+                embeddings=stored["embeddings"],
+                tokens=stored["tokens"].astype(np.float32),
+                lengths=stored["lengths"],
+            )
+        parts = (index.names, index.media, index.embeddings, index.tokens, index.lengths)
+        if len({len(part) for part in parts}) > 1 or offsets[-1] != len(data):
+            raise ValueError("its parts have different lengths")
+        return index
 
-def list_media(folder, suffixes):
-    """Paths of the files below ``folder`` with one of the suffixes, sorted.
+    def __repr__(self) -> str:
+        return f"GalleryIndex({len(self.names):,} {self.kind} items, encoded by {self.model})"
+
+
+def list_media(folder: str | PathLike[str], suffixes: Sequence[str]) -> list[str]:
+    """List the files below ``folder`` with one of the suffixes.
+
+    Returns:
+      Their paths, sorted.
 
     Raises:
-      UserError: no such folder, or nothing in it.
+      UserError: there is no such folder, or no such file in it.
     """
-    folder = epath.Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder")
-    found = sorted(str(p) for p in _files(folder) if p.suffix.lower() in suffixes)
+    root = epath.Path(folder)
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder")
+    found = sorted(str(path) for path in _files(root) if path.suffix.lower() in suffixes)
     if not found:
-        raise UserError(f"{folder} holds no file that ends in {', '.join(suffixes)}")
+        raise UserError(f"{root} contains no file that ends in {', '.join(suffixes)}")
     return found
 
 
-def _files(folder):
-    """All files below a folder; epath has no recursive glob."""
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    """Yield all files below a folder; epath has no recursive glob."""
     for path in folder.iterdir():
         if path.is_dir():
             yield from _files(path)

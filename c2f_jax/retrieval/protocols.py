@@ -1,93 +1,98 @@
-"""The evaluation protocols of the field by name: what is ranked against what, and what makes numbers comparable."""
+"""The evaluation protocols of the field: what is ranked against what, so that numbers compare."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-import jax
 import numpy as np
 
 from c2f_jax.data.source import PairSource, Recording
 from c2f_jax.errors import UserError
-from c2f_jax.retrieval.evaluation import DIRECTIONS, NAMES
+from c2f_jax.retrieval.encoded import EncodedSplit
+from c2f_jax.retrieval.result import EvaluationResult, ProtocolReport
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Protocol:
     """One way of measuring retrieval.
 
     Attributes:
-      name: by which it is called for.
-      about: what it is.
-      data_set: that it is defined on; another may be given, and is then said to be another.
-      splits: the first of them that the data set has is taken.
-      pictures, recordings: their published numbers; None where any number will do.
+      name: name on the command line and in results.
+      about: what it is, for people.
+      data_set: data set that it is defined on.
+      splits: names of its split; the first that the data set has is used.
+      images: published number of images; None if any number is right.
+      recordings: published number of recordings; None if any number is right.
       folds: equal parts of the gallery, in its order, each ranked alone; the results are averaged.
-      one_recording: only the first recording of each picture is used.
-      all_pictures: the pictures of the other splits join the gallery.
+      one_recording: only the first recording of each image is used.
+      all_images: the images of the other splits join the gallery.
     """
 
     name: str
     about: str
     data_set: str
     splits: tuple[str, ...]
-    pictures: int | None = None
+    images: int | None = None
     recordings: int | None = None
     folds: int = 1
     one_recording: bool = False
-    all_pictures: bool = False
+    all_images: bool = False
 
 
-PROTOCOLS = {
-    protocol.name: protocol
-    for protocol in (
-        Protocol(
-            "flickr8k_1k",
-            "Flickr8k Audio, official test split: 1,000 pictures, 5,000 recordings",
-            "flickr8k_audio",
-            ("test",),
-            1000,
-            5000,
-        ),
-        Protocol(
-            "spoken_coco_5k",
-            "SpokenCOCO, Karpathy's test split: 5,000 pictures, 25,031 recordings",
-            "spoken_coco",
-            ("test",),
-            5000,
-            25_031,
-        ),
-        Protocol(
-            "spoken_coco_1k_5fold",
-            "SpokenCOCO, Karpathy's test split in five folds of 1,000 pictures, averaged",
-            "spoken_coco",
-            ("test",),
-            5000,
-            25_031,
-            folds=5,
-        ),
-        Protocol(
-            "places_1k",
-            "Places Audio, validation: 1,000 pictures, one recording each",
-            "places_audio",
-            ("validation", "dev_seen"),
-            1000,
-            1000,
-            one_recording=True,
-        ),
-        Protocol(
-            "mteb",
-            "as MTEB: the pictures of all splits are ranked, recall is the fraction of right items found",
-            "flickr8k_audio",
-            ("test",),
-            8091,
-            all_pictures=True,
-        ),
-    )
-}
+_ALL = (
+    Protocol(
+        name="flickr8k_1k",
+        about="Flickr8k Audio, official test split: 1,000 images, 5,000 recordings",
+        data_set="flickr8k_audio",
+        splits=("test",),
+        images=1000,
+        recordings=5000,
+    ),
+    Protocol(
+        name="spoken_coco_5k",
+        about="SpokenCOCO, Karpathy's test split: 5,000 images, 25,031 recordings",
+        data_set="spoken_coco",
+        splits=("test",),
+        images=5000,
+        recordings=25_031,
+    ),
+    Protocol(
+        name="spoken_coco_1k_5fold",
+        about="SpokenCOCO, Karpathy's test split in five folds of 1,000 images, averaged",
+        data_set="spoken_coco",
+        splits=("test",),
+        images=5000,
+        recordings=25_031,
+        folds=5,
+    ),
+    Protocol(
+        name="places_1k",
+        about="Places Audio, validation: 1,000 images, one recording each",
+        data_set="places_audio",
+        splits=("validation", "dev_seen"),
+        images=1000,
+        recordings=1000,
+        one_recording=True,
+    ),
+    Protocol(
+        name="mteb",
+        about="as MTEB: ranks the images of all splits; recall is the fraction of right items",
+        data_set="flickr8k_audio",
+        splits=("test",),
+        images=8091,
+        all_images=True,
+    ),
+)
+PROTOCOLS = {protocol.name: protocol for protocol in _ALL}
 
 
 def find_protocol(name: str) -> Protocol:
-    """The protocol of that name; `UserError` listing all when there is none."""
+    """Return the protocol of that name.
+
+    Raises:
+      UserError: there is none; the message lists all.
+    """
     if name not in PROTOCOLS:
         raise UserError(f"no protocol {name!r}: choose one of {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name]
@@ -99,186 +104,188 @@ def open_protocol(
     data: str | None = None,
     split: str | None = None,
 ) -> PairSource:
-    """The recordings and the gallery of a protocol; load(data set, split) opens a split.
+    """Open the recordings and the gallery of a protocol.
 
-    data and split take the place of the protocol's own. Raises what load raises for the last split tried.
+    Args:
+      protocol: the protocol.
+      load: opens a split, from the names of data set and split.
+      data: data set; None for that of the protocol.
+      split: split; None for that of the protocol.
+
+    Returns:
+      The split, with the images of the other splits in its gallery if the protocol says so.
+
+    Raises:
+      UserError: whatever ``load`` raises for the last split tried.
     """
-    name = data or protocol.data_set
-    splits = (split,) if split else protocol.splits
-    for candidate in splits:
-        try:
-            source = load(name, candidate)
-            break
-        except UserError:
-            if candidate == splits[-1]:
-                raise
-    if not protocol.all_pictures:
+    source = _first_split(load, data or protocol.data_set, (split,) if split else protocol.splits)
+    if not protocol.all_images:
         return source
     others = []
     for other in ("train", "validation", "test"):
         if other != source.split:
             try:
-                others.append(load(name, other))
-            except UserError:  # a data set without this split ranks the pictures that it has
+                others.append(load(data or protocol.data_set, other))
+            except UserError:  # a data set without this split: the others make up the gallery
                 continue
-    return WithMorePictures(source, others)
+    return WithMoreImages(source, others)
 
 
-class WithMorePictures(PairSource):
-    """A split whose gallery also holds the pictures of other splits, which are right for none of its recordings."""
+class WithMoreImages(PairSource):
+    """A split whose gallery also has the images of other splits, right for none of its recordings.
 
-    def __init__(self, source: PairSource, others: Sequence[PairSource]):
+    Args:
+      source: the split.
+      others: splits whose images join the gallery.
+    """
+
+    def __init__(self, source: PairSource, others: Sequence[PairSource]) -> None:
         self._source = source
         self._more = [(other, row) for other in others for row in range(other.num_images)]
+        # Identities that no image of the split has.
         first = int(source.image_ids.max(initial=-1)) + 1
+        more_ids = np.arange(first, first + len(self._more), dtype=np.int32)
         super().__init__(
             source.name,
             source.split,
             image_index=source.image_index,
-            image_ids=np.concatenate(
-                [source.image_ids, np.arange(first, first + len(self._more), dtype=np.int32)]
-            ),
+            image_ids=np.concatenate([source.image_ids, more_ids]),
             num_samples=source.num_samples,
             bad_items=source.bad_items,
             inputs=source.inputs,
         )
 
     def _owner(self, row: int) -> tuple[PairSource, int]:
+        """Return the split that an image comes from, and its row there."""
         own = self._source.num_images
         return (self._source, int(row)) if row < own else self._more[int(row) - own]
 
     def recording(self, index: int) -> Recording:
-        """Recording `index` of the split itself."""
+        """Return recording ``index`` of the split itself."""
         return self._source.recording(index)
 
     def image(self, row: int) -> bytes | str:
-        """Picture `row`: those of the split, then those of the others."""
+        """Return image ``row``: those of the split first, then those of the others."""
         source, own_row = self._owner(row)
         return source.image(own_row)
 
     def image_id(self, row: int) -> str:
-        """The identity of picture `row` in its own split."""
+        """Return the identity of image ``row`` in its own split."""
         source, own_row = self._owner(row)
         return source.image_id(own_row)
 
     def recording_key(self, index: int) -> str:
-        """What a feature cache calls recording `index`."""
+        """Return the key of recording ``index`` in a feature cache."""
         return self._source.recording_key(index)
 
     def image_key(self, row: int) -> str:
-        """What a feature cache calls picture `row`, in its own split."""
+        """Return the key of image ``row`` in a feature cache of its own split."""
         source, own_row = self._owner(row)
         return source.image_key(own_row)
 
 
-def rank(protocol: Protocol, encoded, retrieve: Callable):
-    """Ranks an encoded split (`c2f_jax.trained.EncodedSplit`) as the protocol says.
+def evaluate_protocol(
+    protocol: Protocol,
+    encoded: EncodedSplit,
+    evaluate: Callable[[EncodedSplit], EvaluationResult],
+) -> tuple[EvaluationResult, EncodedSplit]:
+    """Evaluate an encoded split as a protocol says.
 
-    retrieve(encoded) -> (result, lists). Returns (result, lists, encoded): the result has "protocol" beside what
-    `evaluate_retrieval` gives; of several folds the numbers are means, the lists and the split those of the first.
+    Args:
+      protocol: the protocol.
+      encoded: the split of ``open_protocol``, encoded.
+      evaluate: evaluates an encoded split, see ``evaluation.evaluate_retrieval``.
+
+    Returns:
+      The result, with ``protocol`` filled in, and the encoded split that its lists are of. With
+      several folds the numbers are means over the folds; lists and split are those of the first.
+
+    Raises:
+      UserError: there are fewer images than folds.
     """
-    pictures, recordings = len(encoded.images), len(encoded.recordings)
-    if protocol.one_recording:
-        encoded = _first_recordings(encoded)
-    if protocol.pictures is not None and not protocol.all_pictures and pictures > protocol.pictures:
-        encoded = part_of(encoded, np.arange(protocol.pictures))
-    if pictures < protocol.folds:
+    of_images, of_recordings = len(encoded.images), len(encoded.recordings)
+    if of_images < protocol.folds:
         raise UserError(
-            f"{protocol.name} cuts {protocol.folds} folds, but there are {pictures} pictures"
+            f"{protocol.name} cuts {protocol.folds} folds, but there are {of_images} images"
         )
-    folds = [encoded] if protocol.folds == 1 else [
-        part_of(encoded, rows) for rows in np.array_split(np.arange(len(encoded.images)), protocol.folds)
-    ]  # fmt: skip
-    ranked = [retrieve(fold) for fold in folds]
-    result = mean_of_folds([result for result, _ in ranked])
-    used_pictures, used = (
-        sum(len(getattr(fold, name)) for fold in folds) for name in ("images", "recordings")
+    if protocol.one_recording:
+        first = np.sort(np.unique(encoded.speech_ids, return_index=True)[1])
+        encoded = encoded.select_recordings(first)
+    if protocol.images is not None and not protocol.all_images and of_images > protocol.images:
+        encoded = encoded.select_images(np.arange(protocol.images))
+
+    folds = [encoded]
+    if protocol.folds > 1:
+        parts = np.array_split(np.arange(len(encoded.images)), protocol.folds)
+        folds = [encoded.select_images(rows) for rows in parts]
+    results = [evaluate(fold) for fold in folds]
+
+    images = sum(len(fold.images) for fold in folds)
+    recordings = sum(len(fold.recordings) for fold in folds)
+    report = ProtocolReport(
+        name=protocol.name,
+        about=protocol.about,
+        folds=protocol.folds,
+        images=images,
+        recordings=recordings,
+        of_images=of_images,
+        of_recordings=of_recordings,
+        as_published=protocol.images in (None, images)
+        and protocol.recordings in (None, recordings),
     )
-    result["protocol"] = {
-        "name": protocol.name,
-        "about": protocol.about,
-        "folds": protocol.folds,
-        "pictures": used_pictures,
-        "recordings": used,
-        "of": {"pictures": pictures, "recordings": recordings},
-        "as_published": used_pictures == (protocol.pictures or used_pictures)
-        and used == (protocol.recordings or used),
-    }
-    return result, ranked[0][1], folds[0]
+    mean = EvaluationResult.from_json(mean_of_folds([result.to_json() for result in results]))
+    return dataclasses.replace(mean, protocol=report, lists=results[0].lists), folds[0]
 
 
-def part_of(encoded, rows: np.ndarray):
-    """The pictures at `rows` of an encoded split with those recordings that belong to them."""
-    kept = np.flatnonzero(np.isin(encoded.speech_ids, encoded.image_ids[rows]))
-    return dataclasses.replace(
-        encoded,
-        image=jax.tree.map(lambda x: x[rows], encoded.image),
-        images=encoded.images[rows],
-        image_ids=encoded.image_ids[rows],
-        **_recordings(encoded, kept),
-    )
+def mean_of_folds(results: Sequence[Any]) -> Any:
+    """Average the numbers of several results; anything else is taken from the first.
 
+    Folds share no image, so the half-widths of their intervals add in quadrature: that of the mean
+    of F folds is sqrt(sum of squares) / F.
 
-def _first_recordings(encoded):
-    first = np.sort(np.unique(encoded.speech_ids, return_index=True)[1])
-    return dataclasses.replace(encoded, **_recordings(encoded, first))
+    Args:
+      results: results of equal structure, as ``EvaluationResult.to_json`` gives them, or a part of
+        them.
 
+    Returns:
+      One result of the same structure.
 
-def _recordings(encoded, rows):
-    return {
-        "speech": jax.tree.map(lambda x: x[rows], encoded.speech),
-        "recordings": encoded.recordings[rows],
-        "speech_ids": encoded.speech_ids[rows],
-    }
-
-
-def mean_of_folds(results: Sequence):
-    """The mean of the numbers of several results; what is not a number is that of the first.
-
-    Folds share no picture, so the half-widths of their intervals add in quadrature: that of the mean of F folds is
-    sqrt(sum of squares) / F.
+    >>> mean_of_folds([{"R@1": 10.0, "k": 3}, {"R@1": 20.0, "k": 3}])
+    {'R@1': 15.0, 'k': 3}
     """
     first = results[0]
     if len(results) == 1:
         return first
     if isinstance(first, dict):
-        merged = {}
-        for key, value in first.items():
-            values = [result[key] for result in results]
-            if key.endswith("_interval"):
-                centres = np.array([result[key.removesuffix("_interval")] for result in results])
-                widths = np.sqrt(np.sum((np.array(values) - centres[:, None]) ** 2, axis=0)) / len(
-                    results
-                )
-                merged[key] = [float(centres.mean() - widths[0]), float(centres.mean() + widths[1])]
-            else:
-                merged[key] = (
-                    mean_of_folds(values) if isinstance(value, dict | float | int) else value
-                )
-        return merged
+        return _mean_of_dicts(results)
     if isinstance(first, float):
         return float(np.mean(results))
     return round(float(np.mean(results)))
 
 
-def format_protocol(result: dict) -> str:
-    """One or two lines on the protocol of a result, for the console; empty without one."""
-    told = result.get("protocol")
-    if told is None:
-        return ""
-    verdict = "as published" if told["as_published"] else "NOT the published number: not comparable"
-    lines = [
-        f"protocol {told['name']} ({told['about']})",
-        f"  {told['pictures']:,} pictures, {told['recordings']:,} recordings, {verdict}; {result['data_set']}, "
-        f"{result['split']} split, trained on {result['trained_on']}",
-    ]
-    if told["name"] == "mteb":
-        stage = result.get("fine", result["coarse"])
-        for way, key in DIRECTIONS.items():
-            values = "  ".join(
-                f"@{cut} {stage[key][f'fraction_recall@{cut}']:.1f}" for cut in (1, 5, 10)
-            )
-            lines.append(
-                f"  {NAMES[way]}: nDCG@10 {stage[key]['nDCG@10']:.3f}, fraction recall {values}"
-            )
-    return "\n".join(lines) + "\n"
+def _mean_of_dicts(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for key, value in results[0].items():
+        values = [result[key] for result in results]
+        if key.endswith("_interval"):
+            centers = np.array([result[key.removesuffix("_interval")] for result in results])
+            squares = (np.array(values) - centers[:, None]) ** 2
+            low, high = np.sqrt(np.sum(squares, axis=0)) / len(results)
+            merged[key] = [float(centers.mean() - low), float(centers.mean() + high)]
+        elif isinstance(value, dict | float | int):
+            merged[key] = mean_of_folds(values)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _first_split(
+    load: Callable[[str, str], PairSource], name: str, splits: Sequence[str]
+) -> PairSource:
+    """Open the first of several splits that the data set has."""
+    for split in splits[:-1]:
+        try:
+            return load(name, split)
+        except UserError:
+            continue
+    return load(name, splits[-1])

@@ -1,196 +1,215 @@
-"""Ranking in two stages: coarse by cosine (SIC), fine by the multimodal encoder (SIM). Fixed shapes, bounded memory.
+"""Ranking in two stages: coarse by cosine (SIC), fine by the multimodal encoder (SIM).
 
-Coarse tie rule: among equal scores the item that comes first in the gallery ranks first. Fine tie rule: among equal
-scores the earlier coarse place. So a matcher without an opinion leaves the coarse ranking as it was, k = 1 gives the
-coarse R@1 exactly, and k = gallery size gives the full SIM ranking (equal match logits in coarse order).
+Shapes are fixed, so that each function compiles once, and memory is bounded.
+
+Coarse tie rule: among equal scores the item that comes first in the gallery ranks first. Fine tie
+rule: among equal scores the item with the better coarse place ranks first. So a matcher without an
+opinion leaves the coarse ranking as it is, k = 1 gives exactly the coarse R@1, and k = gallery size
+gives the full SIM ranking (equal match logits in coarse order).
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 from tqdm.auto import tqdm
 
 from c2f_jax.errors import UserError
+from c2f_jax.retrieval.checks import check_finite, check_rank
 
 QUERY_CHUNK = 512
 GALLERY_CHUNK = 8192
 PAIR_CHUNK = 256
+SCORES = ("sic", "sim", "sum", "prob", "joint")
+
+# (speech tokens (b, T, W), speech lengths (b,), image tokens (b, P, W)) -> logits (b, 2)
+MatchFunction: TypeAlias = Callable[[np.ndarray, np.ndarray, np.ndarray], ArrayLike]
 
 
 def coarse_top_k(
-    queries, gallery, k: int, *, chunk: int = QUERY_CHUNK, gallery_chunk: int = GALLERY_CHUNK
-):
-    """The k gallery items nearest to each query by inner product, best first.
+    queries: ArrayLike,
+    gallery: ArrayLike,
+    k: int,
+    *,
+    chunk: int = QUERY_CHUNK,
+    gallery_chunk: int = GALLERY_CHUNK,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find the k gallery items nearest to each query by inner product.
 
-    queries (Q, D), gallery (G, D), L2-normalised -> scores (Q, k) float32, indices (Q, k) int32. k above G is cut to G.
-    Holds chunk x gallery_chunk scores at a time. Raises UserError on NaN or infinity, k < 1, an empty side, unequal D.
+    Args:
+      queries: (Q, D), L2-normalized.
+      gallery: (G, D), L2-normalized.
+      k: items per query; cut to G.
+      chunk: queries scored at once.
+      gallery_chunk: gallery items scored at once; memory holds chunk x gallery_chunk scores.
+
+    Returns:
+      Scores (Q, k) float32 and gallery rows (Q, k) int32, best first.
+
+    Raises:
+      UserError: NaN or infinity, k < 1, an empty side, or shapes that do not fit.
     """
-    queries, gallery = _matched(queries, gallery)
+    queries, gallery = _checked_sides(queries, gallery)
     if k < 1:
-        raise UserError(
-            f"k must be at least 1, the number of items to return for each query; got {k}."
-        )
-    k, size = min(k, len(gallery)), len(gallery)
+        raise UserError(f"k must be at least 1, the number of items per query; got {k}.")
+
+    size = len(gallery)
+    k = min(k, size)
     chunk, gallery_chunk = min(chunk, len(queries)), min(gallery_chunk, size)
-    empty = jnp.full((chunk, k), -jnp.inf, jnp.float32), jnp.zeros((chunk, k), jnp.int32)
-    best = [empty] * -(-len(queries) // chunk)
-    for start, items in _blocks(gallery, gallery_chunk):
-        items = jnp.asarray(items)
-        for number, (_, block) in enumerate(_blocks(queries, chunk)):
-            best[number] = _merge_top_k(block, items, start, size, *best[number])
-    scores, indices = (
-        np.concatenate([np.asarray(part) for part in parts])[: len(queries)]
-        for parts in zip(*best, strict=True)
-    )
-    return scores, indices
+    nothing = jnp.full((chunk, k), -jnp.inf, jnp.float32), jnp.zeros((chunk, k), jnp.int32)
+    best = [nothing] * -(-len(queries) // chunk)
+
+    # The gallery is the outer loop: each of its blocks travels to the device once.
+    for start, block in _blocks(gallery, gallery_chunk):
+        items = jnp.asarray(block)
+        for number, (_, query_block) in enumerate(_blocks(queries, chunk)):
+            best[number] = _merge_top_k(query_block, items, start, size, *best[number])
+
+    scores = np.concatenate([np.asarray(part) for part, _ in best])
+    rows = np.concatenate([np.asarray(part) for _, part in best])
+    return scores[: len(queries)], rows[: len(queries)]
 
 
 def first_relevant_rank(
-    queries,
-    gallery,
-    query_ids,
-    gallery_ids,
+    queries: ArrayLike,
+    gallery: ArrayLike,
+    query_ids: ArrayLike,
+    gallery_ids: ArrayLike,
     *,
     chunk: int = QUERY_CHUNK,
     gallery_chunk: int = GALLERY_CHUNK,
 ) -> np.ndarray:
-    """The exact 1-based coarse rank of each query's best right item in the whole gallery: (Q,) int64.
+    """Compute the exact coarse rank of each query's best right item in the whole gallery.
 
-    rank = 1 + #{wrong j: s_j > s*} + #{wrong j: s_j = s*, j < j*}, (s*, j*) the best right item, the first of equals.
+    rank = 1 + #{wrong j: s_j > s*} + #{wrong j: s_j = s*, j < j*},
 
-    An item is right when its id equals the query's. Raises UserError when a query has no right item.
+    where (s*, j*) is the best right item, the first among equals. An item is right if its id equals
+    that of the query.
+
+    Args:
+      queries: (Q, D), L2-normalized.
+      gallery: (G, D), L2-normalized.
+      query_ids: (Q,) identities.
+      gallery_ids: (G,) identities.
+      chunk: queries scored at once.
+      gallery_chunk: gallery items scored at once.
+
+    Returns:
+      (Q,) int64, from 1.
+
+    Raises:
+      UserError: a query has no right item, an embedding is not finite, or shapes do not fit.
     """
-    queries, gallery = _matched(queries, gallery)
-    query_ids, gallery_ids = np.asarray(query_ids), np.asarray(gallery_ids)
-    if len(query_ids) != len(queries) or len(gallery_ids) != len(gallery):
-        raise UserError(
-            f"{len(query_ids)} query ids for {len(queries)} queries and {len(gallery_ids)} gallery ids for "
-            f"{len(gallery)} items; give one id each."
-        )
-    orphans = np.flatnonzero(~np.isin(query_ids, gallery_ids))
-    if len(orphans):
-        raise UserError(
-            f"{len(orphans)} queries have no right item in the gallery, the first is query {orphans[0]}, "
-            f"id {query_ids[orphans[0]]}; leave such queries out."
-        )
-    # Dense ids fit int32 whatever the caller's ids are; -1 and -2 pad queries and gallery and never meet.
-    dense = np.unique(np.concatenate([query_ids, gallery_ids]), return_inverse=True)[1].astype(
-        np.int32
-    )
-    query_ids, gallery_ids = dense[: len(queries)], dense[len(queries) :]
+    queries, gallery = _checked_sides(queries, gallery)
+    dense_query_ids, dense_gallery_ids = _checked_ids(queries, gallery, query_ids, gallery_ids)
     chunk, gallery_chunk = min(chunk, len(queries)), min(gallery_chunk, len(gallery))
 
-    def walk(step, carries):
-        gallery_blocks = zip(
-            _blocks(gallery, gallery_chunk), _blocks(gallery_ids, gallery_chunk, -2), strict=True
-        )
-        for (start, items), (_, item_ids) in gallery_blocks:
-            items = jnp.asarray(items)
-            query_blocks = zip(_blocks(queries, chunk), _blocks(query_ids, chunk, -1), strict=True)
-            for number, ((_, block), (_, ids)) in enumerate(query_blocks):
-                carries[number] = step(block, items, ids, item_ids, start, *carries[number])
+    def walk(step: Callable[..., tuple], carries: list[tuple]) -> list[tuple]:
+        """Update the carry of each block of queries with each block of the gallery."""
+        # -1 and -2 pad queries and gallery, so padding never matches.
+        item_blocks = _blocks(gallery, gallery_chunk)
+        item_id_blocks = _blocks(dense_gallery_ids, gallery_chunk, -2)
+        for (start, items), (_, item_ids) in zip(item_blocks, item_id_blocks, strict=True):
+            device_items = jnp.asarray(items)
+            blocks = zip(_blocks(queries, chunk), _blocks(dense_query_ids, chunk, -1), strict=True)
+            for number, ((_, block), (_, ids)) in enumerate(blocks):
+                carries[number] = step(block, device_items, ids, item_ids, start, *carries[number])
         return carries
 
-    blocks = -(-len(queries) // chunk)
-    best = walk(_best_relevant, [(jnp.full(chunk, -jnp.inf), jnp.zeros(chunk, jnp.int32))] * blocks)
+    # First the best right item of each query, then the wrong items ahead of it.
+    nothing = jnp.full(chunk, -jnp.inf), jnp.zeros(chunk, jnp.int32)
+    best = walk(_best_relevant, [nothing] * -(-len(queries) // chunk))
     counted = walk(_count_ahead, [(*pair, jnp.ones(chunk, jnp.int32)) for pair in best])
-    return np.concatenate([np.asarray(ranks) for *_, ranks in counted])[: len(queries)].astype(
-        np.int64
-    )
+    ranks = np.concatenate([np.asarray(rank) for *_, rank in counted])
+    return ranks[: len(queries)].astype(np.int64)
 
 
-def rerank(
-    match_fn: Callable,
-    query_tokens,
-    gallery_tokens,
-    candidates,
+def match_candidates(
+    match_fn: MatchFunction,
+    query_tokens: np.ndarray,
+    gallery_tokens: np.ndarray,
+    candidates: ArrayLike,
     *,
     direction: str,
-    speech_lengths,
+    speech_lengths: ArrayLike,
     pair_chunk: int = PAIR_CHUNK,
     length_buckets: int = 1,
 ) -> np.ndarray:
-    """The match logit of every (query, candidate) pair: logits[:, 1] - logits[:, 0], (Q, k) float32.
+    """Compute the match logit of every (query, candidate) pair: logits[:, 1] - logits[:, 0].
 
-    match_fn(speech_tokens (b, T, W), speech_lengths (b,), image_tokens (b, P, W)) -> (b, 2), always called with
-    b = pair_chunk (the last chunk is padded with copies of a pair), so a jitted match_fn compiles once.
-    direction "s2i": queries are recordings (Q, T, W), the gallery pictures (G, P, W); "i2s": the other way round.
-    speech_lengths: valid tokens of each recording, (Q,) or (G,). Tokens stay on the host, one chunk of pairs travels.
-    length_buckets > 1 cuts T to that many lengths and hands each pair over at the shortest that holds its recording:
-    fewer padding tokens for as many compilations; every token that counts must then lie below speech_lengths.
-    Raises UserError on an unknown direction, lengths that do not fit and match logits that are not finite.
+    Tokens stay on the host, and one chunk of pairs travels at a time.
+
+    Args:
+      match_fn: SIM logits (b, 2) of b pairs; always called with b = pair_chunk (the last chunk is
+        padded with copies of a pair), so a jitted function compiles once per length bucket.
+      query_tokens: "s2i": (Q, T, W) of recordings; "i2s": (Q, P, W) of images.
+      gallery_tokens: "s2i": (G, P, W) of images; "i2s": (G, T, W) of recordings.
+      candidates: (Q, k) gallery rows.
+      direction: "s2i" or "i2s".
+      speech_lengths: valid tokens of each recording, (Q,) for "s2i", (G,) for "i2s".
+      pair_chunk: b, pairs matched at once.
+      length_buckets: number of lengths that T is cut to; a pair is matched at the shortest that
+        holds its recording. More buckets mean fewer padding tokens and more compilations.
+
+    Returns:
+      (Q, k) float32.
+
+    Raises:
+      UserError: unknown direction, shapes that do not fit, or match logits that are not finite.
     """
-    if direction not in ("s2i", "i2s"):
-        raise UserError(
-            f"direction must be 's2i' (speech queries) or 'i2s' (image queries); got {direction!r}."
-        )
     candidates = np.asarray(candidates)
-    query_rows, gallery_rows = (
-        np.repeat(np.arange(len(candidates)), candidates.shape[1]),
-        candidates.ravel(),
-    )
-    speech_tokens, image_tokens, speech_rows, image_rows = (
-        (query_tokens, gallery_tokens, query_rows, gallery_rows)
-        if direction == "s2i"
-        else (gallery_tokens, query_tokens, gallery_rows, query_rows)
-    )
-    speech_lengths = np.asarray(speech_lengths, np.int32)
-    if len(speech_lengths) != len(speech_tokens):
-        raise UserError(
-            f"{len(speech_lengths)} speech_lengths for {len(speech_tokens)} recordings; give one each."
-        )
+    pairs = _pair_up(query_tokens, gallery_tokens, candidates, direction, speech_lengths)
+    match_logits = np.empty(candidates.size, np.float32)
+    progress = partial(tqdm, unit="pair", disable=None, leave=False)
+    with progress(total=candidates.size, desc=f"matching {direction}") as bar:
+        for members, logits in _matched_chunks(match_fn, pairs, pair_chunk, length_buckets):
+            values = np.asarray(logits, np.float32)
+            match_logits[members] = (values[:, 1] - values[:, 0])[: len(members)]
+            bar.update(len(members))
 
-    frames = np.ceil(
-        np.arange(1, length_buckets + 1) / length_buckets * speech_tokens.shape[1]
-    ).astype(int)
-    bucket = np.searchsorted(frames[:-1], speech_lengths)[speech_rows]
-    match_logits = np.empty(len(query_rows), np.float32)
-    waiting = None  # one chunk computes while the host gathers the next
-    with tqdm(
-        total=len(query_rows),
-        desc=f"re-ranking {direction}",
-        unit="pair",
-        disable=None,
-        leave=False,
-    ) as bar:
-        for number in range(length_buckets):
-            members = np.flatnonzero(bucket == number)
-            for start, pairs in _blocks(members, pair_chunk, members[:1]):
-                speech, image = speech_rows[pairs], image_rows[pairs]
-                logits = match_fn(
-                    speech_tokens[speech, : frames[number]],
-                    speech_lengths[speech],
-                    image_tokens[image],
-                )
-                if waiting is not None:
-                    bar.update(_store(match_logits, *waiting))
-                waiting = members[start : start + pair_chunk], logits
-        if waiting is not None:
-            bar.update(_store(match_logits, *waiting))
-    if not np.isfinite(match_logits).all():
-        bad = np.sum(~np.isfinite(match_logits))
+    bad = int(np.sum(~np.isfinite(match_logits)))
+    if bad:
         raise UserError(
-            f"match logits ({direction}): {bad} of {match_logits.size} are NaN or infinite; the multimodal "
-            "encoder diverged, evaluate an earlier checkpoint."
+            f"match logits ({direction}): {bad} of {match_logits.size} are NaN or infinite; the "
+            "multimodal encoder diverged, evaluate an earlier checkpoint."
         )
     return match_logits.reshape(candidates.shape)
 
 
-def fine_scores(cosine, match_logit, tau: float) -> dict[str, np.ndarray]:
-    """The five scores that can rank k candidates: float64 arrays of the shape of cosine, (Q, k).
+def fine_scores(cosine: ArrayLike, match_logit: ArrayLike, tau: float) -> dict[str, np.ndarray]:
+    """Compute the five scores that can order the k candidates of a query.
 
-    sic = cosine;  sim = match logit;  sum = cosine + match logit (BLIP);  prob = sigmoid(match logit)
-    joint = cosine / tau + match logit
+    sic = cosine;  sim = match logit;  sum = cosine + match logit (BLIP);
+    prob = sigmoid(match logit);  joint = cosine / tau + match logit
 
-    Why joint: SIM's negatives are drawn by SIC, an image for each speech with q(i|s) = p(i) exp(cosine / tau) / Z(s),
-    a speech for each image with q(s|i) likewise. That is noise-contrastive estimation (Gutmann and Hyvarinen, 2010)
-    with SIC as the noise: the best match logit is log p(s,i) - log[p(s) q(i|s) + p(i) q(s|i)]
-    = log p(i|s)/p(i) - cosine / tau - log[1/Z(s) + 1/Z(i)], the residual that SIC left. Alone it ranks by what SIC did
-    not know; cosine / tau added, it is the posterior log-odds log p(i|s)/p(i), up to a constant where Z varies little.
-    Negatives mined at a temperature T above tau leave the residual over cosine / T, which repeats part of what the
-    cosine knows; the sum then pools two estimates of the same log-odds, SIC's and SIM's.
+    Why joint: SIM's negatives are drawn by SIC, an image for each speech with
+    q(i|s) = p(i) exp(cosine / tau) / Z(s), a speech for each image with q(s|i) likewise. That is
+    noise-contrastive estimation with SIC as the noise: the best match logit is
+    log p(s,i) - log[p(s) q(i|s) + p(i) q(s|i)]
+    = log p(i|s)/p(i) - cosine / tau - log[1/Z(s) + 1/Z(i)], the residual that SIC left. Alone it
+    ranks by what SIC did not know; with cosine / tau added it is the posterior log-odds
+    log p(i|s)/p(i), up to a constant if Z varies little. Negatives mined at a temperature T above
+    tau leave the residual over cosine / T, which repeats part of what the cosine knows; the sum
+    then pools two estimates of the same log-odds, SIC's and SIM's.
+
+    Args:
+      cosine: (Q, k), or any shape.
+      match_logit: the same shape.
+      tau: temperature that divides the cosine.
+
+    Returns:
+      Score name -> float64 array of the shape of cosine.
+
+    Raises:
+      UserError: tau is not above 0.
+
+    Reference:
+      Gutmann and Hyvarinen, Noise-contrastive estimation, AISTATS 2010.
 
     >>> {name: float(value) for name, value in fine_scores(0.5, 0.0, tau=0.1).items()}
     {'sic': 0.5, 'sim': 0.0, 'sum': 0.5, 'prob': 0.5, 'joint': 5.0}
@@ -198,6 +217,10 @@ def fine_scores(cosine, match_logit, tau: float) -> dict[str, np.ndarray]:
     if not tau > 0:
         raise UserError(f"tau must be above 0, the temperature that divides the cosine; got {tau}.")
     cosine, match_logit = np.asarray(cosine, np.float64), np.asarray(match_logit, np.float64)
+    if cosine.shape != match_logit.shape:
+        raise UserError(
+            f"match_logit must have the shape of cosine, {cosine.shape}; got {match_logit.shape}."
+        )
     return {
         "sic": cosine,
         "sim": match_logit,
@@ -207,45 +230,155 @@ def fine_scores(cosine, match_logit, tau: float) -> dict[str, np.ndarray]:
     }
 
 
-def fine_order(scores) -> np.ndarray:
-    """The places (Q, k) of the candidates by falling score; equal scores keep their coarse order.
+def fine_order(scores: ArrayLike) -> np.ndarray:
+    """Order the candidates of each query by falling score; equal scores keep their coarse order.
+
+    Args:
+      scores: (Q, k), candidates in coarse order.
+
+    Returns:
+      (Q, k) int, places of the candidates.
 
     >>> fine_order([[1.0, 3.0, 3.0]]).tolist()
     [[1, 2, 0]]
     """
-    return np.argsort(-np.asarray(scores), axis=1, kind="stable")
+    scores = np.asarray(scores)
+    check_rank("scores", scores, "Q", "k")
+    return np.argsort(-scores, axis=1, kind="stable")
 
 
-def fine_ranks(coarse_rank, scores, relevant) -> np.ndarray:
-    """The rank of the first right item after the k candidates were put in order of score: (Q,) int64.
+def rerank(lists: ArrayLike, scores: ArrayLike) -> np.ndarray:
+    """Put the first k items of each ranked list in order of their scores.
 
-    coarse_rank (Q,); scores (Q, k) of the candidates in coarse order; relevant (Q, k) bool. All other items keep their
-    coarse order behind the candidates, so a query whose right item is not among them keeps its coarse rank.
+    Args:
+      lists: (Q, L) ranked lists in coarse order: gallery rows, hits or anything else per item.
+      scores: (Q, k) scores of the first k items, k <= L.
+
+    Returns:
+      (Q, L); the items after the first k stay where they are.
+
+    >>> rerank([[7, 8, 9]], [[0.0, 1.0]]).tolist()
+    [[8, 7, 9]]
+    """
+    lists, order = np.asarray(lists), fine_order(scores)
+    check_rank("lists", lists, "Q", "L")
+    if len(lists) != len(order):
+        raise UserError(f"{len(lists)} lists, but scores of {len(order)} queries; give one each.")
+    k = order.shape[1]
+    if k > lists.shape[1]:
+        raise UserError(f"{k} scores per query, but lists of {lists.shape[1]} items.")
+    return np.concatenate([np.take_along_axis(lists[:, :k], order, axis=1), lists[:, k:]], axis=1)
+
+
+def fine_ranks(coarse_rank: ArrayLike, scores: ArrayLike, relevant: ArrayLike) -> np.ndarray:
+    """Compute the rank of the first right item after the k candidates were reranked.
+
+    All other items keep their coarse order behind the candidates, so a query whose right item is
+    not among them keeps its coarse rank.
+
+    Args:
+      coarse_rank: (Q,) int, rank before.
+      scores: (Q, k) scores of the candidates, in coarse order.
+      relevant: (Q, k) bool, which candidates are right.
+
+    Returns:
+      (Q,) int64.
 
     >>> fine_ranks([2, 9], [[0.0, 1.0], [0.0, 1.0]], [[False, True], [False, False]]).tolist()
     [1, 9]
     """
-    hits = np.take_along_axis(np.asarray(relevant, bool), fine_order(scores), axis=1)
-    return np.where(hits.any(1), hits.argmax(1) + 1, np.asarray(coarse_rank)).astype(np.int64)
+    coarse_rank = np.asarray(coarse_rank)
+    check_rank("coarse_rank", coarse_rank, "Q")
+    hits = rerank(np.asarray(relevant, bool), scores)
+    return np.where(hits.any(1), hits.argmax(1) + 1, coarse_rank).astype(np.int64)
 
 
-def check_finite(name: str, values) -> None:
-    """Raises UserError, naming the array and its first bad row, when a value is NaN or infinite."""
-    bad = np.flatnonzero(
-        ~np.isfinite(np.asarray(values, np.float32)).reshape(len(values), -1).all(1)
-    )
-    if len(bad):
-        raise UserError(
-            f"{name}: {len(bad)} of {len(values)} rows hold NaN or infinity, the first is row {bad[0]}; "
-            "training diverged or an input is broken: evaluate an earlier checkpoint, check the data."
+@dataclass(frozen=True)
+class _Pairs:
+    """Pairs of a recording and an image: the tokens of both sides and the rows of each pair."""
+
+    speech_tokens: np.ndarray  # (R, T, W)
+    speech_lengths: np.ndarray  # (R,)
+    image_tokens: np.ndarray  # (G, P, W)
+    speech_rows: np.ndarray  # (pairs,)
+    image_rows: np.ndarray  # (pairs,)
+
+    def gather(self, pairs: np.ndarray, frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the arguments of the match function for some pairs, speech cut to ``frames``."""
+        speech = self.speech_rows[pairs]
+        return (
+            self.speech_tokens[speech, :frames],
+            self.speech_lengths[speech],
+            self.image_tokens[self.image_rows[pairs]],
         )
 
 
-def _matched(queries, gallery) -> tuple[np.ndarray, np.ndarray]:
-    queries, gallery = np.asarray(queries, np.float32), np.asarray(gallery, np.float32)
-    if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
+def _pair_up(
+    query_tokens: np.ndarray,
+    gallery_tokens: np.ndarray,
+    candidates: np.ndarray,
+    direction: str,
+    speech_lengths: ArrayLike,
+) -> _Pairs:
+    """Check the arguments of ``match_candidates`` and list its pairs, query by query."""
+    if direction not in ("s2i", "i2s"):
         raise UserError(
-            f"queries (Q, D) and gallery (G, D) must share D; got {queries.shape} and {gallery.shape}."
+            f"direction must be 's2i' (speech queries) or 'i2s' (image queries); got {direction!r}."
+        )
+    check_rank("candidates", candidates, "Q", "k")
+    check_rank("query_tokens", query_tokens, "Q", "tokens", "W")
+    check_rank("gallery_tokens", gallery_tokens, "G", "tokens", "W")
+    if len(candidates) != len(query_tokens):
+        raise UserError(
+            f"{len(candidates)} rows of candidates for {len(query_tokens)} queries; give one each."
+        )
+
+    lengths = np.asarray(speech_lengths, np.int32)
+    query_rows = np.repeat(np.arange(len(candidates)), candidates.shape[1])
+    gallery_rows = candidates.ravel()
+    if direction == "s2i":
+        pairs = _Pairs(query_tokens, lengths, gallery_tokens, query_rows, gallery_rows)
+    else:
+        pairs = _Pairs(gallery_tokens, lengths, query_tokens, gallery_rows, query_rows)
+    if len(lengths) != len(pairs.speech_tokens):
+        raise UserError(
+            f"{len(lengths)} speech_lengths for {len(pairs.speech_tokens)} recordings; give one "
+            "each."
+        )
+    return pairs
+
+
+def _matched_chunks(
+    match_fn: MatchFunction, pairs: _Pairs, pair_chunk: int, length_buckets: int
+) -> Iterator[tuple[np.ndarray, ArrayLike]]:
+    """Yield (places of the pairs, their logits) for all pairs, one length bucket after another."""
+    longest = pairs.speech_tokens.shape[1]
+    shares = np.arange(1, length_buckets + 1) / length_buckets
+    frames = np.ceil(shares * longest).astype(int)
+    bucket = np.searchsorted(frames[:-1], pairs.speech_lengths)[pairs.speech_rows]
+
+    # One chunk is computed on the device while the host gathers the next.
+    waiting = None
+    for number in range(length_buckets):
+        members = np.flatnonzero(bucket == number)
+        for start, chunk in _blocks(members, pair_chunk, members[:1]):
+            logits = match_fn(*pairs.gather(chunk, frames[number]))
+            if waiting is not None:
+                yield waiting
+            waiting = members[start : start + pair_chunk], logits
+    if waiting is not None:
+        yield waiting
+
+
+def _checked_sides(queries: ArrayLike, gallery: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Return queries (Q, D) and gallery (G, D) as finite float32, or raise UserError."""
+    queries, gallery = np.asarray(queries, np.float32), np.asarray(gallery, np.float32)
+    check_rank("queries", queries, "Q", "D")
+    check_rank("gallery", gallery, "G", "D")
+    if queries.shape[1] != gallery.shape[1]:
+        raise UserError(
+            f"queries (Q, D) and gallery (G, D) must share D; got {queries.shape} and "
+            f"{gallery.shape}."
         )
     if not len(queries) or not len(gallery):
         raise UserError(
@@ -256,57 +389,99 @@ def _matched(queries, gallery) -> tuple[np.ndarray, np.ndarray]:
     return queries, gallery
 
 
-def _blocks(rows: np.ndarray, size: int, fill=0) -> Iterator[tuple[int, np.ndarray]]:
-    """(start, block) over rows, every block with exactly `size` rows, the last one filled up."""
+def _checked_ids(
+    queries: np.ndarray, gallery: np.ndarray, query_ids: ArrayLike, gallery_ids: ArrayLike
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids of both sides, renumbered from 0 to fit int32 whatever they were."""
+    query_ids, gallery_ids = np.asarray(query_ids), np.asarray(gallery_ids)
+    check_rank("query_ids", query_ids, "Q")
+    check_rank("gallery_ids", gallery_ids, "G")
+    if len(query_ids) != len(queries) or len(gallery_ids) != len(gallery):
+        raise UserError(
+            f"{len(query_ids)} query ids for {len(queries)} queries and {len(gallery_ids)} gallery "
+            f"ids for {len(gallery)} items; give one id each."
+        )
+    orphans = np.flatnonzero(~np.isin(query_ids, gallery_ids))
+    if len(orphans):
+        raise UserError(
+            f"{len(orphans)} queries have no right item in the gallery, the first is query "
+            f"{orphans[0]}, id {query_ids[orphans[0]]}; leave such queries out."
+        )
+    both = np.concatenate([query_ids, gallery_ids])
+    dense = np.unique(both, return_inverse=True)[1].astype(np.int32)
+    return dense[: len(queries)], dense[len(queries) :]
+
+
+def _blocks(rows: np.ndarray, size: int, fill: Any = 0) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (start, block) over rows, every block of exactly ``size`` rows, the last padded."""
     for start in range(0, len(rows), size):
         block = rows[start : start + size]
-        if len(block) < size:
-            block = np.concatenate(
-                [block, np.full((size - len(block), *rows.shape[1:]), fill, rows.dtype)]
-            )
+        missing = size - len(block)
+        if missing:
+            padding = np.full((missing, *rows.shape[1:]), fill, rows.dtype)
+            block = np.concatenate([block, padding])
         yield start, block
 
 
-def _store(match_logits: np.ndarray, pairs: np.ndarray, logits) -> int:
-    logits = np.asarray(logits, np.float32)
-    match_logits[pairs] = (logits[:, 1] - logits[:, 0])[: len(pairs)]
-    return len(pairs)
-
-
-def _inner_products(queries, items):
-    # (q, D) . (c, D) -> (q, c). Full float32: TPU and GPU defaults would round the ranking.
+def _inner_products(queries: jax.Array, items: jax.Array) -> jax.Array:
+    # (q, D) . (c, D) -> (q, c). Full float32: the defaults of TPU and GPU would round the ranking.
     return jnp.matmul(queries, items.T, precision=jax.lax.Precision.HIGHEST)
 
 
 @jax.jit
-def _merge_top_k(queries, items, start, size, best_scores, best_indices):
-    columns = start + jnp.arange(items.shape[0], dtype=jnp.int32)
-    scores = jnp.where(columns[None, :] < size, _inner_products(queries, items), -jnp.inf)
-    # Earlier blocks stand first, and top_k takes the first of equals: the tie rule holds over blocks too.
+def _merge_top_k(
+    queries: jax.Array,
+    items: jax.Array,
+    start: int,
+    size: int,
+    best_scores: jax.Array,
+    best_rows: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Merge a block of the gallery into the best k of each query: scores and rows (q, k)."""
+    rows = start + jnp.arange(items.shape[0], dtype=jnp.int32)
+    scores = jnp.where(rows[None, :] < size, _inner_products(queries, items), -jnp.inf)
+
+    # Earlier blocks come first, and top_k takes the first of equals: ties keep gallery order.
     scores = jnp.concatenate([best_scores, scores], axis=1)
-    columns = jnp.broadcast_to(columns[None, :], (queries.shape[0], columns.size))
+    rows = jnp.broadcast_to(rows[None, :], (queries.shape[0], rows.size))
+    rows = jnp.concatenate([best_rows, rows], axis=1)
     top, places = jax.lax.top_k(scores, best_scores.shape[1])
-    return top, jnp.take_along_axis(
-        jnp.concatenate([best_indices, columns], axis=1), places, axis=1
-    )
+    return top, jnp.take_along_axis(rows, places, axis=1)
 
 
 @jax.jit
-def _best_relevant(queries, items, query_ids, item_ids, start, best_score, best_index):
+def _best_relevant(
+    queries: jax.Array,
+    items: jax.Array,
+    query_ids: jax.Array,
+    item_ids: jax.Array,
+    start: int,
+    best_score: jax.Array,
+    best_row: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Update the best right item of each query, (q,) score and row, with a gallery block."""
     right = query_ids[:, None] == item_ids[None, :]
     scores = jnp.where(right, _inner_products(queries, items), -jnp.inf)
-    place, score = scores.argmax(1), scores.max(1)
+    row, score = start + scores.argmax(1).astype(jnp.int32), scores.max(1)
     better = score > best_score
-    return jnp.where(better, score, best_score), jnp.where(
-        better, start + place.astype(jnp.int32), best_index
-    )
+    return jnp.where(better, score, best_score), jnp.where(better, row, best_row)
 
 
 @jax.jit
-def _count_ahead(queries, items, query_ids, item_ids, start, best_score, best_index, rank):
+def _count_ahead(
+    queries: jax.Array,
+    items: jax.Array,
+    query_ids: jax.Array,
+    item_ids: jax.Array,
+    start: int,
+    best_score: jax.Array,
+    best_row: jax.Array,
+    rank: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Add to the rank of each query, (q,), the wrong items of a block ahead of its best right."""
     scores = _inner_products(queries, items)
-    columns = start + jnp.arange(items.shape[0], dtype=jnp.int32)
+    rows = start + jnp.arange(items.shape[0], dtype=jnp.int32)
     wrong = (query_ids[:, None] != item_ids[None, :]) & (item_ids[None, :] >= 0)
-    tied_before = (scores == best_score[:, None]) & (columns[None, :] < best_index[:, None])
+    tied_before = (scores == best_score[:, None]) & (rows[None, :] < best_row[:, None])
     ahead = wrong & ((scores > best_score[:, None]) | tied_before)
-    return best_score, best_index, rank + ahead.sum(1, dtype=jnp.int32)
+    return best_score, best_row, rank + ahead.sum(1, dtype=jnp.int32)

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 from helpers.paths import CONFIGS
 
-from c2f_jax.ablate import ROWS, ablate, format_differences, format_rows, row_config, summarise
+from c2f_jax.ablate import ROWS, ablate, format_differences, format_rows, row_config, summarize
 from c2f_jax.config.experiment import create_experiment
 from c2f_jax.config.files import load_config, load_saved_config
 from c2f_jax.errors import UserError
+from c2f_jax.retrieval.recall import Metric
+from c2f_jax.retrieval.result import Bootstrap, EvaluationResult, QueryCounts, StageMetrics
 
 CONFIG = str(CONFIGS / "spoken_scenes.py")
 
@@ -45,31 +47,44 @@ def test_each_row_adds_one_idea(config):
     }  # after the common start
 
 
-def test_table_has_student_intervals():
-    def result(value):
-        metrics = {"R@1": value, "R@10": 2 * value}
-        return {"coarse": {"speech_to_image": metrics, "image_to_speech": metrics}}
+def stage(recall_at_1, recall_at_10):
+    metrics = {"R@1": Metric(recall_at_1), "R@10": Metric(recall_at_10)}
+    return StageMetrics(metrics, metrics, Metric(0.0))
 
-    table = {"row": [result(v) for v in (10.0, 12.0, 14.0)]}
-    mean, half, values = summarise(table)["row"]["coarse"]["speech_to_image/R@1"]
+
+def result(coarse, fine=None):
+    return EvaluationResult(
+        coarse=coarse,
+        fine=fine,
+        k=1,
+        score="joint",
+        tau=0.1,
+        seconds={},
+        queries=QueryCounts(1, 1, 1, 1, 0, 0),
+        bootstrap=Bootstrap(1, 0, (2.5, 97.5), "image id", 1),
+    )
+
+
+def test_table_has_student_intervals():
+    table = {"row": [result(stage(v, 2 * v)) for v in (10.0, 12.0, 14.0)]}
+    found = summarize(table)["row"]["coarse"]["speech_to_image/R@1"]
     # t(0.975, 2 degrees of freedom) = 4.3027, s = 2, n = 3
-    np.testing.assert_allclose([mean, half], [12.0, 4.3027 * 2 / np.sqrt(3)], rtol=1e-4)
-    assert values == [10.0, 12.0, 14.0]
+    half = 4.3027 * 2 / np.sqrt(3)
+    np.testing.assert_allclose([found.mean, found.half_width], [12.0, half], rtol=1e-4)
+    assert found.values == [10.0, 12.0, 14.0]
     assert "| row | coarse | 12.0 ± 5.0 | 24.0 ± 9.9 | 12.0 ± 5.0 | 24.0 ± 9.9 |" in format_rows(
         table
     )
 
 
 def test_differences_are_paired_by_seed():
-    def result(coarse, fine=None):
-        stages = {"coarse": coarse} | ({} if fine is None else {"fine": fine})
-        values = {stage: {"R@1": value, "R@10": 50.0} for stage, value in stages.items()}
-        return {stage: {"speech_to_image": v, "image_to_speech": v} for stage, v in values.items()}
+    def one(coarse, fine=None):
+        return result(stage(coarse, 50.0), None if fine is None else stage(fine, 50.0))
 
     # Seeds differ far more than the rows of one seed.
     table = {
-        "+ embedding queue": [result(v) for v in (10.0, 30.0, 50.0)],
-        "+ SIM": [result(11.0, 12.0), result(32.0, 33.0), result(53.0, 54.0)],
+        "+ embedding queue": [one(v) for v in (10.0, 30.0, 50.0)],
+        "+ SIM": [one(11.0, 12.0), one(32.0, 33.0), one(53.0, 54.0)],
     }
     lines = format_differences(table).splitlines()
     half = 4.3027 / np.sqrt(3)  # of the differences 1, 2, 3

@@ -8,9 +8,10 @@ from helpers.paths import CONFIGS
 
 from c2f_jax.config.experiment import create_experiment, example_batch
 from c2f_jax.config.files import load_config
+from c2f_jax.data.images import decode_image
 from c2f_jax.data.items import load_wave
-from c2f_jax.evaluate import retrieve
-from c2f_jax.inference import encode_speech, encode_split
+from c2f_jax.evaluate import evaluate_encoded
+from c2f_jax.inference import TrainedModel, encode_speech
 from c2f_jax.training.parallel import replicate
 
 CONFIG = str(CONFIGS / "spoken_scenes.py")
@@ -35,17 +36,20 @@ def setting():
     return experiment, params, Noise(np.random.default_rng(5).integers(1600, 19_000, 43))
 
 
+def model_on(devices, setting):
+    experiment, params, _ = setting
+    return TrainedModel(experiment, replicate(params, devices), 10, "nowhere", {})
+
+
 @pytest.fixture(scope="module")
 def encoded(setting):
-    experiment, params, source = setting
-    return encode_split(experiment, replicate(params, jax.devices()[:1]), source)
+    return model_on(jax.devices()[:1], setting).encode_split(setting[2])
 
 
 def test_four_devices_rank_as_one(setting, encoded):
-    experiment, params, source = setting
     assert jax.local_device_count() == 4
-    one, four = replicate(params, jax.devices()[:1]), replicate(params)
-    shared = encode_split(experiment, four, source)
+    one, four = model_on(jax.devices()[:1], setting), model_on(None, setting)
+    shared = four.encode_split(setting[2])
     np.testing.assert_array_equal(encoded.speech.lengths, shared.speech.lengths)
     valid = np.arange(encoded.speech.tokens.shape[1]) < encoded.speech.lengths[:, None]
     for x, y in (
@@ -55,13 +59,13 @@ def test_four_devices_rank_as_one(setting, encoded):
         (encoded.image.embedding, shared.image.embedding),
     ):
         np.testing.assert_allclose(x, y, atol=1e-5)
-    results, lists = zip(
-        *(retrieve(experiment, p, encoded, step=10) for p in (one, four)), strict=True
-    )
+    results = [evaluate_encoded(model, encoded) for model in (one, four)]
     for direction in ("s2i", "i2s"):
         for ranks in ("coarse", "fine", "coarse_rank", "fine_rank"):
-            np.testing.assert_array_equal(*(getattr(ranked[direction], ranks) for ranked in lists))
-    assert results[0]["fine"] == results[1]["fine"]
+            np.testing.assert_array_equal(
+                *(getattr(result.lists[direction], ranks) for result in results)
+            )
+    assert results[0].fine == results[1].fine
 
 
 def test_mixed_lengths_give_what_each_recording_gives_alone_in_their_order(setting, encoded):
@@ -78,3 +82,16 @@ def test_mixed_lengths_give_what_each_recording_gives_alone_in_their_order(setti
         np.testing.assert_allclose(
             encoded.speech.tokens[index, :length], alone.tokens[0, :length], atol=1e-4
         )
+
+
+def test_items_are_encoded_as_in_a_split(setting, encoded):
+    _, _, source = setting
+    model = model_on(None, setting)
+    waves = [load_wave(source, index)[:16_000] * np.float32(1 / 32768) for index in range(5)]
+    speech = model.encode_items("speech", waves)
+    assert speech.embedding.shape == (5, model.experiment.model.embedding_size)
+    np.testing.assert_allclose(speech.embedding, encoded.speech.embedding[:5], atol=1e-5)
+    side = model.experiment.data.image_size
+    images = [decode_image(source.image(row), side) for row in range(3)]
+    image = model.encode_items("image", images)
+    np.testing.assert_allclose(image.embedding, encoded.image.embedding[:3], atol=1e-5)

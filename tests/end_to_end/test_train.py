@@ -1,5 +1,6 @@
 """Training runs of the shipped configuration, shrunk: resume, preemption, cadences, the workdir, the command line."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,9 +15,11 @@ from helpers.paths import CONFIGS
 
 from c2f_jax.config.files import load_config
 from c2f_jax.errors import UserError
-from c2f_jax.evaluate import retrieve
-from c2f_jax.inference import load_trained
+from c2f_jax.evaluate import evaluate_encoded
+from c2f_jax.inference import TrainedModel
 from c2f_jax.main import main
+from c2f_jax.retrieval.recall import Metric
+from c2f_jax.retrieval.result import EvaluationResult
 from c2f_jax.train import PREEMPTED_EXIT_CODE, shuffled_images, train_and_evaluate
 from c2f_jax.training.checkpoints import Checkpoints, abstract
 from c2f_jax.training.recorder import Recorder
@@ -40,12 +43,10 @@ def flags(tiny_data_dir):
 
 @pytest.fixture(scope="session")
 def unbroken(flags, tmp_path_factory):
-    """An uninterrupted run: its workdir, final state and learning curves."""
+    """An uninterrupted run: its workdir, final state and result."""
     workdir = tmp_path_factory.mktemp("unbroken")
-    state, history, result, page = train_and_evaluate(
-        load_config(f"{CONFIG}:runlocal", flags), workdir
-    )
-    return workdir, jax.device_get(state), history, result, page
+    result = train_and_evaluate(load_config(f"{CONFIG}:runlocal", flags), workdir)
+    return workdir, jax.device_get(result.state), result
 
 
 def command(flags, workdir):
@@ -66,12 +67,11 @@ def wait_for_checkpoint(workdir, process):
 
 
 def assert_same_run(flags, workdir, unbroken):
-    _, expected, history, _, _ = unbroken
-    state, resumed_history, _, _ = train_and_evaluate(
-        load_config(f"{CONFIG}:runlocal", flags), workdir, test=False
-    )
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), expected)
-    assert resumed_history == history
+    _, expected, whole = unbroken
+    resumed = train_and_evaluate(load_config(f"{CONFIG}:runlocal", flags), workdir, test=False)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed.state), expected)
+    assert resumed.history == whole.history
+    assert resumed.evaluation is resumed.page is None and resumed.table() == ""
 
 
 def test_killed_run_resumes_bit_for_bit(flags, unbroken, tmp_path):
@@ -93,21 +93,24 @@ def test_sigterm_saves_and_exits_with_its_own_code(flags, unbroken, tmp_path):
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == PREEMPTED_EXIT_CODE, errors
-    assert "goes on from there" in errors
+    assert "repeat the command to resume from there" in errors
     assert_same_run(flags, tmp_path, unbroken)
 
 
 def test_cadences_and_files(unbroken):
-    workdir, _, history, result, page = unbroken
-    assert [step for step, _ in history["train/loss"]] == [3, 6]
-    assert [step for step, _ in history["eval/spoken_scenes-tiny/fine/s2i/R@1"]] == [4, 6]
+    workdir, _, result = unbroken
+    assert [step for step, _ in result.history["train/loss"]] == [3, 6]
+    fine = result.history["eval/spoken_scenes-tiny/fine/s2i/R@1"]
+    assert [step for step, _ in fine] == [4, 6]
     stored = json.loads((workdir / "eval" / "spoken_scenes-tiny-test.json").read_text())
-    assert stored == json.loads(json.dumps(result))
+    assert EvaluationResult.from_json(stored) == result.evaluation
+    assert result.evaluation.data_set == "spoken_scenes/tiny" and result.evaluation.split == "test"
+    assert result.table() == result.evaluation.table()
     for stage in ("coarse", "fine"):
         for direction in ("speech_to_image", "image_to_speech"):
             low, high = stored[stage][direction]["R@1_interval"]
             assert 0 <= low <= stored[stage][direction]["R@1"] <= high <= 100
-    assert page.read_text().startswith("<!doctype html>")
+    assert result.page.read_text().startswith("<!doctype html>")
     assert (workdir / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
     assert list(workdir.glob("events.out.tfevents*"))
 
@@ -134,32 +137,32 @@ def test_the_best_checkpoint_is_chosen_among_scores_of_one_kind(
         lambda self, step, *rest: log_evaluation(self, step, *rest) - step,
     )
     monkeypatch.setattr(
-        "c2f_jax.train.retrieve", lambda *args, **options: _level(retrieve(*args, **options))
+        "c2f_jax.train.evaluate_encoded", lambda *args: _level(evaluate_encoded(*args))
     )
     flags = [*flags, "--config.steps=2", "--config.eval_every=1", *method]
-    _, history, result, _ = train_and_evaluate(load_config(f"{CONFIG}:runlocal", flags), tmp_path)
+    result = train_and_evaluate(load_config(f"{CONFIG}:runlocal", flags), tmp_path)
+    history, evaluation = result.history, result.evaluation
     fine = history.get("eval/spoken_scenes-tiny/fine/s2i/R@1", [])
     assert [step for step, _ in fine] == ranked_fine
     assert [step for step, _ in history["eval/spoken_scenes-tiny/coarse/s2i/R@1"]] == [1, 2]
-    assert Checkpoints(tmp_path, read_only=True).best_step == best == result["step"]
-    assert ("fine" in result) == bool(ranked_fine)
-    assert ("lies in the warm-up" in capsys.readouterr().err) == (method[-1][-2:] in ("=1", "=9"))
+    assert Checkpoints(tmp_path, read_only=True).best_step == best == evaluation.step
+    assert (evaluation.fine is not None) == bool(ranked_fine)
+    assert ("is in the warm-up" in capsys.readouterr().err) == (method[-1][-2:] in ("=1", "=9"))
 
 
-def _level(ranked):
+def _level(result):
     """A result whose scores are all 50, so that the step alone decides which is the best."""
-    result, lists = ranked
-    for stage in ("coarse", "fine"):
-        if stage in result:
-            result[stage]["mean_recall"] = 50.0
-    return result, lists
+    level = {}
+    for name, stage in result.stages().items():
+        level[name] = dataclasses.replace(stage, mean_recall=Metric(50.0, (50.0, 50.0)))
+    return dataclasses.replace(result, **level)
 
 
 def test_restored_parameters_are_those_that_were_saved(unbroken):
     workdir, state, *_ = unbroken
-    _, params, step, _ = load_trained(workdir, step="latest")
-    assert step == 6
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), state.params)
+    model = TrainedModel.load(workdir, "latest")
+    assert model.step == 6 and repr(model).startswith(f"TrainedModel({workdir}@6")
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(model.params), state.params)
 
 
 def test_checkpoint_of_another_model_is_refused(unbroken):
@@ -176,10 +179,10 @@ def test_a_run_starts_from_the_parameters_of_another(flags, unbroken, tmp_path):
         "--config.optimizer.learning_rate=1e-30",
         "--config.seed=3",
     ]
-    state, *_ = train_and_evaluate(
+    state = train_and_evaluate(
         load_config(f"{CONFIG}:runlocal", [*flags, *changes]), tmp_path / "on", test=False
-    )
-    _, expected, _, _ = load_trained(unbroken[0])
+    ).state
+    expected = TrainedModel.load(unbroken[0]).params
     jax.tree.map(
         np.testing.assert_array_equal, jax.device_get(state.params), jax.device_get(expected)
     )
@@ -303,7 +306,7 @@ def test_evaluate_and_search_commands(unbroken, tmp_path, capsys):
     assert answers == [line for line in from_index.splitlines() if line.startswith("  ")]
 
 
-def test_search_by_picture_and_in_a_folder(unbroken, tmp_path, capsys):
+def test_search_by_image_and_in_a_folder(unbroken, tmp_path, capsys):
     from PIL import Image
 
     for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):

@@ -389,15 +389,17 @@ def get_config():
     assert counts["heard"]["speech_to_image"] == 4 and counts["unheard"]["speech_to_image"] == 2
     assert counts["heard"]["gallery_images"] == counts["unheard"]["gallery_images"] == 6
     # A recording that is in no cache goes through the network: the same answer as from its cached tokens.
-    from c2f_jax.inference import encode_speech, load_trained
+    from c2f_jax.inference import TrainedModel, encode_speech
 
-    experiment, params, _, _ = load_trained(run)
+    model = TrainedModel.load(run)
     features = open_features(tmp_path / "cache")
     wave, _ = soundfile.read(data / "test0.wav", dtype="float32")
     tokens = features.tokens("test0.wav")
-    raw = encode_speech(experiment.model, params, wave[None], np.array([len(wave)], np.int32))
+    raw = encode_speech(
+        model.experiment.model, model.params, wave[None], np.array([len(wave)], np.int32)
+    )
     cached = encode_speech(
-        experiment.model, params, tokens[None], np.array([len(tokens)], np.int32)
+        model.experiment.model, model.params, tokens[None], np.array([len(tokens)], np.int32)
     )
     np.testing.assert_allclose(raw.embedding, cached.embedding, atol=5e-3)
     index = tmp_path / "gallery.npz"

@@ -1,6 +1,7 @@
 """The results page holds every example, loads nothing and runs nothing; the PNGs show what they are given."""
 
 import base64
+import dataclasses
 import io
 from html.parser import HTMLParser
 
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from c2f_jax.models.c2f import Encoded
 from c2f_jax.reports import examples as examples_
 from c2f_jax.reports import figures, html, results_page
-from c2f_jax.retrieval import evaluation
+from c2f_jax.retrieval.encoded import EncodedSplit
+from c2f_jax.retrieval.evaluation import EvalConfig, evaluate_retrieval
 
 
 class Page(HTMLParser):
@@ -36,7 +39,7 @@ class Page(HTMLParser):
 
 
 def solid(colour, caption=""):
-    return html.picture(np.full((24, 32, 3), colour, np.uint8), caption)
+    return html.image_media(np.full((24, 32, 3), colour, np.uint8), caption)
 
 
 def spoken(number, caption):
@@ -51,23 +54,23 @@ def evaluated():
         rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (speech, speech + noise)
     )
     tokens = np.arange(12, dtype=np.float32).reshape(-1, 1, 1)
-    return evaluation.evaluate_retrieval(
-        speech,
-        image,
+    encoded = EncodedSplit(
+        Encoded(speech, tokens, np.ones(12, int)),
+        Encoded(image, tokens, None),
         np.arange(12),
         np.arange(12),
-        tokens,
-        np.ones(12, int),
-        tokens,
-        lambda s, lengths, i: np.stack([0 * s[:, 0, 0], 5.0 * (s == i)[:, 0, 0]], 1),
-        k=4,
-        tau=0.1,
-        resamples=50,
     )
+
+    def match_fn(speech_tokens, lengths, image_tokens):
+        same = (speech_tokens == image_tokens)[:, 0, 0]
+        return np.stack([np.zeros(len(same)), 5.0 * same], 1)
+
+    result = evaluate_retrieval(encoded, EvalConfig(k=4, resamples=50), match_fn, tau=0.1)
+    return dataclasses.replace(result, step=1500)
 
 
 def make_page(tmp_path, evaluated):
-    result, lists = evaluated
+    lists = evaluated.lists
     captions = [
         f"caption {number} <script>alert('{number}')</script> & \"$x$\"" for number in range(12)
     ]
@@ -75,24 +78,20 @@ def make_page(tmp_path, evaluated):
         lambda row: spoken(row, captions[row]),
         lambda row: solid(20 * row, f"picture {row}"),
     )
-    examples = {
-        "speech_examples": examples_.make_examples(
-            lists["s2i"], [0, 3, 5], query, item, answer=item
-        ),
-        "failures": examples_.make_examples(
-            lists["s2i"], examples_.worst_queries(lists["s2i"], 2), query, item, answer=item
-        ),
-        "image_examples": examples_.make_examples(lists["i2s"], [1, 2], item, query),
-    }
+    worst = examples_.worst_queries(lists["s2i"], 2)
+    examples = examples_.PageExamples(
+        speech=examples_.make_examples(lists["s2i"], [0, 3, 5], query, item, answer=item),
+        failures=examples_.make_examples(lists["s2i"], worst, query, item, answer=item),
+        image=examples_.make_examples(lists["i2s"], [1, 2], item, query),
+    )
     path = tmp_path / "new folder" / "page.html"
     results_page.write_results_page(
         path,
         title="Run <1>",
         data_set="toy & test",
-        result=result,
-        step=1500,
+        result=evaluated,
         curves_png=b"PNGBYTES",
-        **examples,
+        examples=examples,
     )
     return path.read_text(encoding="utf-8"), examples
 
@@ -110,8 +109,8 @@ def test_page_is_self_contained_and_escapes_captions(tmp_path, evaluated):
 def test_page_holds_every_example_with_its_media_hits_and_ranks(tmp_path, evaluated):
     text, groups = make_page(tmp_path, evaluated)
     page = Page(text)
-    examples = [example for group in groups.values() for example in group]
-    assert len(groups["speech_examples"]) == 3 and len(examples) >= 6
+    examples = [*groups.speech, *groups.failures, *groups.image]
+    assert len(groups.speech) == 3 and len(examples) >= 6
     held = [base64.b64decode(link.split(";base64,")[1]) for link in page.links]
     shown = [
         media
@@ -134,22 +133,27 @@ def test_page_holds_every_example_with_its_media_hits_and_ranks(tmp_path, evalua
 
 def test_page_shows_the_metrics(tmp_path, evaluated):
     page = Page(make_page(tmp_path, evaluated)[0])
-    for stage in ("coarse", "fine"):
-        for key in ("speech_to_image", "image_to_speech"):
-            values = evaluated[0][stage][key]
-            low, high = values["R@5_interval"]
-            assert f"{values['R@5']:.1f}{low:.1f}\u2009…\u2009{high:.1f}" in page.text
+    for stage in (evaluated.coarse, evaluated.fine):
+        for metrics in (stage.speech_to_image, stage.image_to_speech):
+            low, high = metrics["R@5"].interval
+            assert f"{metrics['R@5'].value:.1f}{low:.1f}\u2009…\u2009{high:.1f}" in page.text
 
 
 def test_page_of_a_coarse_only_result(tmp_path):
     rows = np.eye(6)
-    result, lists = evaluation.evaluate_retrieval(
-        rows, rows, np.arange(6), np.arange(6), k=3, tau=0.1, resamples=10
+    encoded = EncodedSplit(
+        Encoded(rows, None, None), Encoded(rows, None, None), np.arange(6), np.arange(6)
     )
+    result = evaluate_retrieval(encoded, EvalConfig(k=3, resamples=10), tau=0.1)
+    lists = result.lists
     places = examples_.random_queries(lists["s2i"], 9)
     examples = examples_.make_examples(lists["s2i"], places, lambda row: spoken(row, ""), solid)
     results_page.write_results_page(
-        tmp_path / "page.html", title="t", data_set="d", result=result, speech_examples=examples
+        tmp_path / "page.html",
+        title="t",
+        data_set="d",
+        result=result,
+        examples=examples_.PageExamples(speech=examples),
     )
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert (
@@ -161,7 +165,7 @@ def test_page_of_a_coarse_only_result(tmp_path):
 
 
 def test_queries_are_chosen_by_seed_and_by_rank(evaluated):
-    ranked = evaluated[1]["s2i"]
+    ranked = evaluated.lists["s2i"]
     first, again = (
         examples_.random_queries(ranked, 5, seed=1),
         examples_.random_queries(ranked, 5, seed=1),
@@ -174,11 +178,11 @@ def test_queries_are_chosen_by_seed_and_by_rank(evaluated):
 
 
 def test_media_of_arrays_decode_again():
-    noisy = html.picture(
+    noisy = html.image_media(
         np.random.default_rng(0).integers(0, 256, (300, 600, 3), np.uint8), max_side=200
     )
     assert noisy.mime == "image/jpeg" and Image.open(io.BytesIO(noisy.data)).size == (200, 100)
-    flat = html.picture(np.full((40, 40, 3), (200, 30, 60), np.uint8))
+    flat = html.image_media(np.full((40, 40, 3), (200, 30, 60), np.uint8))
     assert flat.mime == "image/png" and Image.open(io.BytesIO(flat.data)).getpixel((5, 5)) == (
         200,
         30,
@@ -186,7 +190,7 @@ def test_media_of_arrays_decode_again():
     )
     soundfile = pytest.importorskip("soundfile")
     tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)
-    sound = html.recording(tone, caption="a tone", speaker="s1")
+    sound = html.speech_media(tone, caption="a tone", speaker="s1")
     decoded, rate = soundfile.read(io.BytesIO(sound.data))
     assert rate == 16_000 and abs(len(decoded) - 16_000) < 3000 and np.abs(decoded).max() > 0.4
     loudest = np.argmax(np.abs(np.fft.rfft(decoded))) * rate / len(decoded)
@@ -198,7 +202,7 @@ def pixels_like(data, colour):
     return int((np.abs(image - np.array(colour)).max(-1) < 8).sum())
 
 
-def test_contact_sheet_shows_pictures_and_marks_hits(tmp_path):
+def test_contact_sheet_shows_images_and_marks_hits(tmp_path):
     red, blue = solid((250, 0, 0)), solid((0, 0, 250))
     query = spoken(1, "what costs $5 and $6")
     example = examples_.Example(query, [red, blue], [False, True], 2, [blue, red], [True, False], 1)

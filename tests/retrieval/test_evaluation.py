@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 
 from c2f_jax.errors import UserError
-from c2f_jax.retrieval import evaluation, recall
+from c2f_jax.models.c2f import Encoded
+from c2f_jax.retrieval import ranking, recall
+from c2f_jax.retrieval.encoded import EncodedSplit
+from c2f_jax.retrieval.evaluation import EvalConfig, evaluate_retrieval
+from c2f_jax.retrieval.result import EvaluationResult
 
 TAU = 0.25  # a power of two: cosine / tau stays exact, so ties in the oracle are ties in the code
 
@@ -38,6 +42,23 @@ def small_world(seed=0, recordings=40, images=18):
     return inputs, logits
 
 
+def evaluate(inputs, *, tau=TAU, **options):
+    """Evaluate plain arrays, named as in ``small_world``; some may be missing."""
+    encoded = EncodedSplit(
+        Encoded(
+            inputs["speech_embeddings"], inputs.get("speech_tokens"), inputs.get("speech_lengths")
+        ),
+        Encoded(inputs["image_embeddings"], inputs.get("image_tokens"), None),
+        inputs["speech_ids"],
+        inputs["image_ids"],
+    )
+    return evaluate_retrieval(encoded, EvalConfig(**options), inputs.get("match_fn"), tau=tau)
+
+
+def values(metrics):
+    return {name: metric.value for name, metric in metrics.items()}
+
+
 def oracle(queries, gallery, query_ids, gallery_ids, logits, k, score):
     """Ranked gallery rows of each query before and after re-ranking, by sorting tuples."""
     coarse, fine = [], []
@@ -67,22 +88,20 @@ def oracle(queries, gallery, query_ids, gallery_ids, logits, k, score):
 
 
 @pytest.mark.parametrize("k", [1, 4, 13, 18, 500])
-@pytest.mark.parametrize("score", evaluation.SCORES)
+@pytest.mark.parametrize("score", ranking.SCORES)
 def test_both_directions_equal_brute_force(k, score):
     inputs, logits = small_world()
-    result, lists = evaluation.evaluate_retrieval(
-        **inputs, k=k, tau=TAU, score=score, pair_chunk=32, resamples=20
-    )
+    result = evaluate(inputs, k=k, score=score, pair_batch_size=32, resamples=20)
     speech = inputs["speech_embeddings"], inputs["speech_ids"]
     image = inputs["image_embeddings"], inputs["image_ids"]
-    for way, key, (queries, query_ids), (gallery, gallery_ids), table in (
-        ("s2i", "speech_to_image", speech, image, logits),
-        ("i2s", "image_to_speech", image, speech, logits.T),
+    for direction, (queries, query_ids), (gallery, gallery_ids), table in (
+        ("s2i", speech, image, logits),
+        ("i2s", image, speech, logits.T),
     ):
         coarse, fine, coarse_rank, fine_rank = oracle(
             queries, gallery, query_ids, gallery_ids, table, k, score
         )
-        ranked, depth = lists[way], min(max(k, 10), len(gallery))
+        ranked, depth = result.lists[direction], min(max(k, 10), len(gallery))
         np.testing.assert_array_equal(ranked.queries, np.arange(len(queries)))
         np.testing.assert_array_equal(ranked.coarse, coarse[:, :depth])
         np.testing.assert_array_equal(ranked.fine, fine[:, :depth])
@@ -93,38 +112,44 @@ def test_both_directions_equal_brute_force(k, score):
         )
         counts = [sum(gallery_ids == wanted) for wanted in query_ids]
         for stage, ranks, hits in (
-            ("coarse", coarse_rank, ranked.coarse_hits),
-            ("fine", fine_rank, ranked.fine_hits),
+            (result.coarse, coarse_rank, ranked.coarse_hits),
+            (result.fine, fine_rank, ranked.fine_hits),
         ):
             expected = recall.rank_metrics(ranks) | recall.list_metrics(hits, counts)
-            assert {name: result[stage][key][name] for name in expected} == pytest.approx(expected)
-            low, high = result[stage][key]["R@5_interval"]
-            assert low <= result[stage][key]["R@5"] <= high
+            metrics = stage.direction(direction)
+            assert values(metrics) == pytest.approx(expected)
+            low, high = metrics["R@5"].interval
+            assert low <= metrics["R@5"].value <= high
+        before, after = (values(s.direction(direction)) for s in (result.coarse, result.fine))
+        gains = values(result.difference.direction(direction))
         for name in ("R@1", "MRR", "median_rank"):
-            gain = result["fine"][key][name] - result["coarse"][key][name]
-            assert result["difference"][key][name] == pytest.approx(gain)
-    assert result["fine_scores"][score] == result["fine"]
+            assert gains[name] == pytest.approx(after[name] - before[name])
+    assert result.fine_scores[score] == result.fine
 
 
 def test_one_candidate_gives_the_coarse_numbers_and_sic_scores_change_nothing():
     inputs, _ = small_world(seed=1)
-    one, _ = evaluation.evaluate_retrieval(**inputs, k=1, tau=TAU, score="sim", resamples=20)
-    assert one["fine"] == one["coarse"]
-    many, _ = evaluation.evaluate_retrieval(**inputs, k=12, tau=TAU, resamples=20)
-    assert many["fine_scores"]["sic"] == many["coarse"]
-    assert many["fine"] != many["coarse"]
-    gain = many["fine"]["mean_recall"] - many["coarse"]["mean_recall"]
-    assert many["difference"]["mean_recall"] == pytest.approx(gain)
+    one = evaluate(inputs, k=1, score="sim", resamples=20)
+    assert one.fine == one.coarse
+    many = evaluate(inputs, k=12, resamples=20)
+    assert many.fine_scores["sic"] == many.coarse
+    assert many.fine != many.coarse
+    gain = many.fine.mean_recall.value - many.coarse.mean_recall.value
+    assert many.difference.mean_recall.value == pytest.approx(gain)
 
 
 def test_result_is_json_and_the_table_shows_it():
     inputs, _ = small_world(seed=2)
-    result, _ = evaluation.evaluate_retrieval(**inputs, k=7, tau=np.float32(TAU), resamples=20)
-    assert json.loads(json.dumps(result)) == result
-    assert set(result["seconds"]) == {"coarse_s2i", "fine_s2i", "coarse_i2s", "fine_i2s"}
-    table = evaluation.format_table(result)
-    low, high = result["fine"]["image_to_speech"]["R@1_interval"]
-    assert f"{result['fine']['image_to_speech']['R@1']:.1f} [{low:.1f}, {high:.1f}]" in table
+    result = evaluate(inputs, k=7, tau=np.float32(TAU), resamples=20)
+    stored = result.to_json()
+    assert json.loads(json.dumps(stored)) == stored
+    assert EvaluationResult.from_json(stored) == result
+    assert set(result.seconds) == {"coarse_s2i", "fine_s2i", "coarse_i2s", "fine_i2s"}
+    table = result.table()
+    recall_at_1 = result.fine.image_to_speech["R@1"]
+    low, high = recall_at_1.interval
+    assert f"{recall_at_1.value:.1f} [{low:.1f}, {high:.1f}]" in table
+    assert f"image -> speech R@1 {recall_at_1.value:.1f} %" in repr(result)
     for words in (
         "speech -> image: 40 queries, gallery of 18",
         "image -> speech: 18 queries, gallery of 40",
@@ -140,23 +165,24 @@ def test_result_is_json_and_the_table_shows_it():
 
 def test_without_a_matcher_only_coarse_is_reported():
     inputs, _ = small_world(seed=3)
-    full, _ = evaluation.evaluate_retrieval(**inputs, k=5, tau=TAU, resamples=20)
+    full = evaluate(inputs, k=5, resamples=20)
     for name in ("speech_tokens", "speech_lengths", "image_tokens", "match_fn"):
         del inputs[name]
-    result, lists = evaluation.evaluate_retrieval(**inputs, k=5, tau=TAU, resamples=20)
-    assert result["coarse"] == full["coarse"] and not {"fine", "fine_scores", "difference"} & set(
-        result
-    )
-    assert lists["s2i"].fine is None and "fine" not in evaluation.format_table(result)
+    result = evaluate(inputs, k=5, resamples=20)
+    assert result.coarse == full.coarse
+    assert result.fine is result.fine_scores is result.difference is None
+    stored = result.to_json()
+    assert not {"fine", "fine_scores", "difference"} & set(stored)
+    assert EvaluationResult.from_json(stored) == result
+    assert result.lists["s2i"].fine is None and "fine" not in result.table()
 
 
 def test_queries_without_an_answer_are_left_out_and_counted():
     inputs, logits = small_world(seed=4)
     inputs["speech_ids"][[3, 20]] = 999
     inputs["image_ids"][5] = 555
-    result, lists = evaluation.evaluate_retrieval(
-        **inputs, k=6, tau=TAU, score="joint", resamples=20
-    )
+    result = evaluate(inputs, k=6, score="joint", resamples=20)
+    lists = result.lists
     kept = np.flatnonzero(np.isin(inputs["speech_ids"], inputs["image_ids"]))
     assert not {3, 20} & set(kept)
     np.testing.assert_array_equal(lists["s2i"].queries, kept)
@@ -171,10 +197,10 @@ def test_queries_without_an_answer_are_left_out_and_counted():
     )
     np.testing.assert_array_equal(lists["s2i"].fine[:, :6], expected[1][:, :6])
     np.testing.assert_array_equal(lists["s2i"].fine_rank, expected[3])
-    assert result["queries"]["recordings_without_image"] == 40 - len(kept)
+    assert result.queries.recordings_without_image == 40 - len(kept)
     answered = np.isin(inputs["image_ids"], inputs["speech_ids"])
-    assert result["queries"]["images_without_recording"] == np.sum(~answered) > 0
-    assert result["queries"]["gallery_images"] == 18
+    assert result.queries.images_without_recording == np.sum(~answered) > 0
+    assert result.queries.gallery_images == 18
 
 
 @pytest.mark.parametrize(
@@ -184,7 +210,7 @@ def test_queries_without_an_answer_are_left_out_and_counted():
         ({"k": 0}, "k must be at least 1"),
         ({"tau": -1.0}, "tau must be above 0"),
         ({"speech_embeddings": np.full((40, 4), np.nan)}, "speech_embeddings: 40 of 40 rows"),
-        ({"image_embeddings": np.ones((18, 4))}, "image_embeddings must be L2-normalised.*norm 2"),
+        ({"image_embeddings": np.ones((18, 4))}, "image_embeddings must be L2-normalized.*norm 2"),
         ({"image_ids": np.arange(7)}, "image_embeddings must be .*one id a row"),
         ({"speech_ids": np.arange(40) + 5000}, "no recording shares its id"),
         ({"speech_tokens": np.zeros((39, 1, 1))}, "speech_tokens must have 40 rows.*got 39"),
@@ -195,5 +221,8 @@ def test_queries_without_an_answer_are_left_out_and_counted():
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_bad_input_is_one_clear_error(change, message):
     inputs, _ = small_world()
+    options = {"k": 5, "resamples": 5}
+    for name, value in change.items():
+        (options if name in ("k", "score", "tau") else inputs)[name] = value
     with pytest.raises(UserError, match=message):
-        evaluation.evaluate_retrieval(**({"k": 5, "tau": TAU, "resamples": 5} | inputs | change))
+        evaluate(inputs, **options)

@@ -9,45 +9,34 @@ from helpers.memory_source import Memory
 
 from c2f_jax.errors import UserError
 from c2f_jax.models.c2f import Encoded
-from c2f_jax.retrieval import protocols
 from c2f_jax.retrieval.encoded import EncodedSplit
-from c2f_jax.retrieval.evaluation import evaluate_retrieval, format_table
+from c2f_jax.retrieval.evaluation import EvalConfig, evaluate_retrieval
 from c2f_jax.retrieval.protocols import (
     PROTOCOLS,
+    evaluate_protocol,
     find_protocol,
-    format_protocol,
     mean_of_folds,
     open_protocol,
-    rank,
 )
+from c2f_jax.retrieval.result import EvaluationResult
 
 
-def encoded(pictures, per_picture, seed=0, noise=1.0, width=16):
-    """Embeddings of recordings that lie near those of their pictures."""
+def encoded(images, per_image, seed=0, noise=1.0, width=16):
+    """Embeddings of recordings that lie near those of their images."""
     rng = np.random.default_rng(seed)
-    counts = np.broadcast_to(per_picture, pictures)
-    image = rng.normal(size=(pictures, width))
+    counts = np.broadcast_to(per_image, images)
+    image = rng.normal(size=(images, width))
     speech = np.repeat(image, counts, axis=0) + noise * rng.normal(size=(counts.sum(), width))
     unit = [
         (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32) for x in (speech, image)
     ]
     parts = [Encoded(x, x[:, None], np.ones(len(x), np.int32)) for x in unit]
-    ids = np.arange(pictures) + 7
-    return EncodedSplit(
-        *parts, np.arange(counts.sum()), np.arange(pictures), np.repeat(ids, counts), ids
-    )
+    ids = np.arange(images) + 7
+    return EncodedSplit(*parts, np.repeat(ids, counts), ids)
 
 
-def retrieve(split):
-    return evaluate_retrieval(
-        split.speech.embedding,
-        split.image.embedding,
-        split.speech_ids,
-        split.image_ids,
-        k=10,
-        tau=0.1,
-        resamples=60,
-    )
+def evaluate(split):
+    return evaluate_retrieval(split, EvalConfig(k=10, resamples=60), tau=0.1)
 
 
 def recall_at(cut, split):
@@ -61,56 +50,52 @@ def recall_at(cut, split):
     return 100 * np.mean(hits)
 
 
-def named(result, **more):
-    return result | {
-        "data_set": "flickr8k_audio",
-        "split": "test",
-        "trained_on": "spoken_coco",
-        **more,
-    }
+def named(result):
+    return dataclasses.replace(
+        result, data_set="flickr8k_audio", split="test", trained_on="spoken_coco"
+    )
 
 
-def test_the_published_numbers_are_recognised():
+def test_the_published_numbers_are_recognized():
     whole = encoded(1000, 5)
-    result, lists, used = rank(PROTOCOLS["flickr8k_1k"], whole, retrieve)
-    assert (
-        result["protocol"]["as_published"]
-        and result["queries"]["gallery_recordings"] == 5000
-        and used is whole
-    )
-    assert result["coarse"]["speech_to_image"]["R@1"] == pytest.approx(recall_at(1, whole))
-    assert "1,000 pictures, 5,000 recordings, as published" in format_protocol(named(result))
-    assert "trained on spoken_coco" in format_protocol(named(result))
-    fewer = protocols.part_of(whole, np.arange(998))
-    result, _, _ = rank(PROTOCOLS["flickr8k_1k"], fewer, retrieve)
-    assert not result["protocol"]["as_published"] and "NOT the published number" in format_protocol(
-        named(result)
-    )
-    assert format_protocol({}) == ""
+    result, used = evaluate_protocol(PROTOCOLS["flickr8k_1k"], whole, evaluate)
+    assert result.protocol.as_published
+    assert result.queries.gallery_recordings == 5000 and used is whole
+    assert result.coarse.speech_to_image["R@1"].value == pytest.approx(recall_at(1, whole))
+    table = named(result).table()
+    assert "1,000 images, 5,000 recordings, as published" in table
+    assert "trained on spoken_coco" in table
+    fewer = whole.select_images(np.arange(998))
+    result, _ = evaluate_protocol(PROTOCOLS["flickr8k_1k"], fewer, evaluate)
+    assert not result.protocol.as_published
+    assert "NOT the published number" in named(result).table()
+    assert "protocol" not in evaluate(fewer).table()
 
 
 def test_five_folds_are_averaged():
     counts = np.where(np.arange(500) % 200 == 0, 6, 5)
     whole = encoded(500, counts)
     small = dataclasses.replace(
-        PROTOCOLS["spoken_coco_1k_5fold"], pictures=500, recordings=int(counts.sum())
+        PROTOCOLS["spoken_coco_1k_5fold"], images=500, recordings=int(counts.sum())
     )
-    result, _, first = rank(small, whole, retrieve)
-    folds = [protocols.part_of(whole, np.arange(100 * k, 100 * k + 100)) for k in range(5)]
+    result, first = evaluate_protocol(small, whole, evaluate)
+    folds = [whole.select_images(np.arange(100 * k, 100 * k + 100)) for k in range(5)]
     expected = np.mean([recall_at(1, fold) for fold in folds])
-    assert result["coarse"]["speech_to_image"]["R@1"] == pytest.approx(expected)
-    assert result["protocol"] | {"about": ""} == {
+    recall = result.coarse.speech_to_image["R@1"]
+    assert recall.value == pytest.approx(expected)
+    assert result.protocol.to_json() | {"about": ""} == {
         "name": "spoken_coco_1k_5fold", "about": "", "folds": 5, "pictures": 500, "recordings": 2503,
         "of": {"pictures": 500, "recordings": 2503}, "as_published": True}  # fmt: skip
-    assert len(first.images) == 100 and result["queries"]["gallery_images"] == 100
+    assert EvaluationResult.from_json(result.to_json()) == result
+    assert len(first.images) == 100 and result.queries.gallery_images == 100
     jax.tree.map(
         np.testing.assert_array_equal, dataclasses.asdict(first), dataclasses.asdict(folds[0])
     )
-    assert format_table(result)
+    assert result.table()
     # A gallery of a fifth is easier, and five of them tell as much as the whole: the interval is not that of one fold.
-    one = retrieve(folds[0])[0]["coarse"]["speech_to_image"]["R@1_interval"]
-    mean = result["coarse"]["speech_to_image"]["R@1_interval"]
-    assert mean[0] < expected < mean[1] and mean[1] - mean[0] < 0.65 * (one[1] - one[0])
+    low, high = evaluate(folds[0]).coarse.speech_to_image["R@1"].interval
+    mean_low, mean_high = recall.interval
+    assert mean_low < expected < mean_high and mean_high - mean_low < 0.65 * (high - low)
     assert expected > recall_at(1, whole)
 
 
@@ -126,9 +111,10 @@ def test_intervals_of_a_mean_of_folds():
     )
 
 
-def test_places_takes_a_thousand_pictures_with_one_recording_each():
-    result, _, used = rank(PROTOCOLS["places_1k"], encoded(1100, np.arange(1100) % 3 + 1), retrieve)
-    assert result["protocol"]["as_published"] and result["protocol"]["of"]["pictures"] == 1100
+def test_places_takes_a_thousand_images_with_one_recording_each():
+    whole = encoded(1100, np.arange(1100) % 3 + 1)
+    result, used = evaluate_protocol(PROTOCOLS["places_1k"], whole, evaluate)
+    assert result.protocol.as_published and result.protocol.of_images == 1100
     np.testing.assert_array_equal(used.speech_ids, used.image_ids)
     np.testing.assert_array_equal(used.recordings[:4], [0, 1, 3, 6])  # the first of each picture
 
@@ -158,7 +144,7 @@ def test_the_splits_of_protocols():
         find_protocol("flickr")
 
 
-def test_mteb_ranks_the_pictures_of_all_splits():
+def test_mteb_ranks_the_images_of_all_splits():
     source = open_protocol(PROTOCOLS["mteb"], load)
     assert len(source) == 8 and source.num_images == 4 + 15 + 5
     assert len(set(source.image_ids.tolist())) == 24
@@ -171,18 +157,16 @@ def test_mteb_ranks_the_pictures_of_all_splits():
     assert source.recording(7)["caption"] == "caption 7"
     whole = encoded(24, 2)
     queries = np.flatnonzero(whole.speech_ids < 7 + 4)
-    whole = dataclasses.replace(whole, **protocols._recordings(whole, queries))
-    result, _, _ = rank(PROTOCOLS["mteb"], whole, retrieve)
-    assert result["queries"]["gallery_images"] == 24 and result["queries"]["image_to_speech"] == 4
-    told = format_protocol(named(result))
-    fraction = result["coarse"]["image_to_speech"]["fraction_recall@5"]
-    assert (
-        f"fraction recall @1 {result['coarse']['image_to_speech']['fraction_recall@1']:.1f}  @5 {fraction:.1f}"
-        in told
-    )
-    assert "nDCG@10" in told and "NOT the published number" in told
+    whole = whole.select_recordings(queries)
+    result, _ = evaluate_protocol(PROTOCOLS["mteb"], whole, evaluate)
+    assert result.queries.gallery_images == 24 and result.queries.image_to_speech == 4
+    table = named(result).table()
+    metrics = result.coarse.image_to_speech
+    first, fifth = (metrics[f"fraction_recall@{cut}"].value for cut in (1, 5))
+    assert f"fraction recall  @1 {first:.1f}  @5 {fifth:.1f}" in table
+    assert "nDCG@10" in table and "NOT the published number" in table
 
 
-def test_too_few_pictures_for_the_folds():
-    with pytest.raises(UserError, match="cuts 5 folds, but there are 3 pictures"):
-        rank(PROTOCOLS["spoken_coco_1k_5fold"], encoded(3, 2), retrieve)
+def test_too_few_images_for_the_folds():
+    with pytest.raises(UserError, match="cuts 5 folds, but there are 3 images"):
+        evaluate_protocol(PROTOCOLS["spoken_coco_1k_5fold"], encoded(3, 2), evaluate)

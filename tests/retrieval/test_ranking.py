@@ -111,7 +111,7 @@ def numbered_tokens(rows, length, dtype=np.float32):
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("direction", ["s2i", "i2s"])
-def test_rerank_gives_each_pair_its_own_logit(direction, dtype):
+def test_matching_gives_each_pair_its_own_logit(direction, dtype):
     speech, images, lengths = (
         numbered_tokens(9, 5, dtype),
         numbered_tokens(6, 3, dtype),
@@ -134,7 +134,7 @@ def test_rerank_gives_each_pair_its_own_logit(direction, dtype):
         [np.random.default_rng(row).permutation(columns)[:4] for row in range(rows)]
     )
     tokens = (speech, images) if direction == "s2i" else (images, speech)
-    logits = ranking.rerank(
+    logits = ranking.match_candidates(
         match_fn, *tokens, candidates, direction=direction, speech_lengths=lengths, pair_chunk=7
     )
     for row in range(rows):
@@ -146,7 +146,7 @@ def test_rerank_gives_each_pair_its_own_logit(direction, dtype):
     }  # a fixed shape: one compilation
 
 
-def test_rerank_with_a_jitted_matcher_compiles_once_and_larger_chunks_change_nothing():
+def test_matching_with_a_jitted_matcher_compiles_once_and_larger_chunks_change_nothing():
     rng = np.random.default_rng(0)
     speech, images = (
         rng.normal(size=(8, 5, 4)).astype(np.float32),
@@ -160,7 +160,7 @@ def test_rerank_with_a_jitted_matcher_compiles_once_and_larger_chunks_change_not
 
     candidates = np.array([rng.permutation(6) for _ in range(8)])
     results = [
-        ranking.rerank(
+        ranking.match_candidates(
             match_fn,
             speech,
             images,
@@ -199,10 +199,10 @@ def test_length_buckets_hand_over_fewer_frames_and_the_same_answers(direction):
     tokens = (speech, images) if direction == "s2i" else (images, speech)
     candidates = np.tile(np.arange(columns), (rows, 1))
     settings = {"direction": direction, "speech_lengths": lengths, "pair_chunk": 4}
-    whole = ranking.rerank(match_fn, *tokens, candidates, **settings)
+    whole = ranking.match_candidates(match_fn, *tokens, candidates, **settings)
     assert seen == {10: set(lengths.tolist())}
     seen.clear()
-    bucketed = ranking.rerank(match_fn, *tokens, candidates, length_buckets=3, **settings)
+    bucketed = ranking.match_candidates(match_fn, *tokens, candidates, length_buckets=3, **settings)
     assert seen == {4: {1, 2, 3, 4}, 7: {5, 6, 7}, 10: {10}}
     np.testing.assert_allclose(bucketed, whole, rtol=1e-5, atol=1e-6)
 
@@ -256,17 +256,16 @@ def test_a_matcher_without_an_opinion_leaves_the_coarse_ranking():
     )
 
 
-def bad_rerank(**changes):
-    settings = {"direction": "s2i", "speech_lengths": np.ones(2)} | changes
+def bad_match(**changes):
+    settings = {
+        "query_tokens": np.zeros((2, 3, 4)),
+        "gallery_tokens": np.zeros((2, 3, 4)),
+        "candidates": np.zeros((2, 1), int),
+        "direction": "s2i",
+        "speech_lengths": np.ones(2),
+    } | changes
     logits = settings.pop("logits", np.zeros((1, 2)))
-    return lambda: ranking.rerank(
-        lambda *_: logits,
-        np.zeros((2, 3, 4)),
-        np.zeros((2, 3, 4)),
-        np.zeros((2, 1), int),
-        pair_chunk=1,
-        **settings,
-    )
+    return lambda: ranking.match_candidates(lambda *_: logits, pair_chunk=1, **settings)
 
 
 @pytest.mark.parametrize(
@@ -291,10 +290,26 @@ def bad_rerank(**changes):
             lambda: ranking.first_relevant_rank(np.ones((2, 3)), np.ones((2, 3)), [1], [1, 2]),
             "one id each",
         ),
-        (bad_rerank(direction="t2i"), "'s2i'.*'t2i'"),
-        (bad_rerank(speech_lengths=np.ones(3)), "3 speech_lengths for 2"),
-        (bad_rerank(logits=np.array([[0.0, np.nan]])), r"match logits \(s2i\): 2 of 2"),
+        (bad_match(direction="t2i"), "'s2i'.*'t2i'"),
+        (bad_match(speech_lengths=np.ones(3)), "3 speech_lengths for 2"),
+        (bad_match(logits=np.array([[0.0, np.nan]])), r"match logits \(s2i\): 2 of 2"),
         (lambda: ranking.fine_scores(0.5, 0.0, tau=0.0), "tau must be above 0"),
+        (lambda: ranking.coarse_top_k(np.ones(3), np.ones((4, 3)), 1), r"queries must have rank 2"),
+        (lambda: ranking.coarse_top_k(np.ones((2, 3)), np.ones(3), 1), r"gallery must have rank 2"),
+        (
+            lambda: ranking.first_relevant_rank(np.eye(2), np.eye(2), [[0], [1]], [0, 1]),
+            r"query_ids must have rank 1, shape \(Q,\); got shape \(2, 1\)",
+        ),
+        (bad_match(candidates=np.zeros(2, int)), r"candidates must have rank 2, shape \(Q, k\)"),
+        (bad_match(candidates=np.zeros((3, 1), int)), "3 rows of candidates for 2 queries"),
+        (bad_match(query_tokens=np.zeros((2, 3))), "query_tokens must have rank 3"),
+        (bad_match(gallery_tokens=np.zeros((2, 3))), "gallery_tokens must have rank 3"),
+        (lambda: ranking.fine_scores([0.5], [[0.0]], tau=1.0), "match_logit must have the shape"),
+        (lambda: ranking.fine_order([1.0, 2.0]), "scores must have rank 2"),
+        (lambda: ranking.rerank([1, 2], [[1.0, 2.0]]), "lists must have rank 2"),
+        (lambda: ranking.rerank([[1], [2]], [[1.0]]), "2 lists, but scores of 1 queries"),
+        (lambda: ranking.rerank([[1]], [[1.0, 2.0]]), "2 scores .* lists of 1"),
+        (lambda: ranking.fine_ranks([[1]], [[1.0]], [[True]]), "coarse_rank must have rank 1"),
     ],
 )
 def test_bad_input_is_one_clear_error(call, message):

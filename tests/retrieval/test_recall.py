@@ -71,7 +71,7 @@ def test_interval_covers_a_known_mean_about_95_times_in_100():
         )  # two recordings of an image succeed or fail together
         ranks, images = np.where(right, 1, 2), np.repeat(np.arange(100), 2)
         samples = recall.bootstrap_metrics(ranks, images, resamples=300, seed=trial)
-        low, high = recall.with_intervals({"R@1": 0.0}, samples)["R@1_interval"]
+        low, high = recall.with_intervals({"R@1": 0.0}, samples)["R@1"].interval
         covered += low <= 30.0 <= high
     assert 0.90 <= covered / 300 <= 0.99
 
@@ -98,16 +98,18 @@ def test_paired_difference_is_tighter_than_two_intervals_and_zero_for_equal_rank
     gained = recall.difference_with_intervals(
         fine_metrics, coarse_metrics, fine_samples, coarse_samples
     )
-    assert gained["R@1"] == pytest.approx(100 * np.mean(fine == 1) - 100 * np.mean(coarse == 1))
-    low, high = gained["R@1_interval"]
+    assert gained["R@1"].value == pytest.approx(
+        100 * np.mean(fine == 1) - 100 * np.mean(coarse == 1)
+    )
+    low, high = gained["R@1"].interval
     unpaired = np.subtract(
         *np.percentile(fine_samples["R@1"] - coarse_samples["R@1"][::-1], [97.5, 2.5])
     )
-    assert 0 < low < gained["R@1"] < high and high - low < 0.7 * unpaired
+    assert 0 < low < gained["R@1"].value < high and high - low < 0.7 * unpaired
     same = recall.difference_with_intervals(
         coarse_metrics, coarse_metrics, coarse_samples, coarse_samples
     )
-    assert same["R@1_interval"] == [0.0, 0.0] and same["median_rank_interval"] == [0.0, 0.0]
+    assert same["R@1"].interval == (0.0, 0.0) and same["median_rank"].interval == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("ranks", [[], [1, 0, 3], [[1, 2]]])
@@ -119,3 +121,16 @@ def test_bad_ranks_are_one_clear_error(ranks):
 def test_clusters_of_another_length_are_an_error():
     with pytest.raises(UserError, match="one image per query"):
         recall.bootstrap_metrics([1, 2, 3], [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("hits", "counts", "message"),
+    [
+        ([True, False], [1], r"hits must have rank 2, shape \(Q, L\)"),
+        ([[True, False]], [[1]], r"relevant_counts must be \(1,\) integers"),
+        ([[True, False]], [0], "at least 1"),
+    ],
+)
+def test_bad_hits_are_one_clear_error(hits, counts, message):
+    with pytest.raises(UserError, match=message):
+        recall.list_metrics(hits, counts)
