@@ -27,6 +27,8 @@ def numbered_blocks():
     """Each Python block of each page, named after both."""
     blocks = []
     for page in PAGES:
+        if page.name == "python.md":  # needs a trained model, see below
+            continue
         for number, code in enumerate(python_blocks(page), 1):
             blocks.append(pytest.param(code, id=f"{page.stem}-{number}"))
     return blocks
@@ -118,24 +120,41 @@ def test_launch_scripts_parse(script):
     assert subprocess.run(["bash", "-n", script]).returncode == 0
 
 
-def test_notebook_runs(tmp_path, monkeypatch, tiny_data_dir):
+def shrunk(code):
+    """The code of the notebook or of a page, for a run of seconds and without IPython."""
+    code = code.replace('"configs/spoken_scenes.py"', f'"{ROOT}/configs/spoken_scenes.py:runlocal"')
+    code = code.replace("from IPython.display import HTML, Image, display", "HTML = Image = str")
+    return re.sub(r"load_config\((\w+|\"[^\"]*\")\)", r"load_config(\1, OVERRIDES)", code)
+
+
+@pytest.fixture(scope="module")
+def notebook(tmp_path_factory, tiny_data_dir):
+    """The folder that the notebook was run in, and what it displayed."""
     cells = json.loads((ROOT / "colab" / "quickstart.ipynb").read_text())["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     shown = []
-    monkeypatch.chdir(tmp_path)
     overrides = [f"--config.data.data_dir={tiny_data_dir}"]
     scope = {"display": lambda *items: shown.extend(items), "OVERRIDES": overrides}
-    for cell in code:
-        if cell.startswith("%pip"):
-            continue
-        cell = cell.replace(
-            '"configs/spoken_scenes.py"', f'"{ROOT}/configs/spoken_scenes.py:runlocal"'
-        )
-        cell = cell.replace(
-            "from IPython.display import HTML, Image, display", "HTML = Image = str"
-        )
-        cell = cell.replace("load_config(CONFIG)", "load_config(CONFIG, OVERRIDES)")
-        exec(cell, scope)  # noqa: S102
-    assert len(shown) == 4 and all(
-        (tmp_path / item).exists() for item in shown if item.endswith(".png")
-    )
+    folder = tmp_path_factory.mktemp("notebook")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for cell in code:
+            if not cell.startswith("%pip"):
+                exec(shrunk(cell), scope)  # noqa: S102
+    return folder, shown
+
+
+def test_notebook_runs(notebook):
+    folder, shown = notebook
+    assert len(shown) == 4
+    assert all((folder / item).exists() for item in shown if item.endswith(".png"))
+
+
+def test_page_of_python_runs(notebook, tiny_data_dir, monkeypatch):
+    """Its blocks go on from each other; the run that they train is the notebook's, which is finished."""
+    folder, _ = notebook
+    monkeypatch.chdir(folder)
+    scope = {"OVERRIDES": [f"--config.data.data_dir={tiny_data_dir}"]}
+    for code in python_blocks(ROOT / "docs/python.md"):
+        exec(shrunk(code).replace('"runs/spoken_scenes"', '"runs/colab"'), scope)  # noqa: S102
+    assert scope["page"].exists() and scope["speech"].embedding.shape[0] == 1
