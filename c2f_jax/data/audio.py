@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 MOST_SAMPLES = 100_000_000
 MOST_BYTES = 2**30
 RATES = (4_000, 768_000)  # Hz; below there is no speech, above no recorder
-STREAMED_SIZE = (
-    2**31 - 2**16
-)  # a recorder that could not go back to write the length wrote this or more
+# A recorder that could not go back to write the length wrote this or more.
+STREAMED_SIZE = 2**31 - 2**16
 _BLOCK = 2**20  # samples read at a time
 
 
@@ -31,9 +30,9 @@ def decode_audio(
 ) -> np.ndarray:
     """Decode a recording; channels are averaged, the rate is converted.
 
-    Reads what libsndfile reads: WAV, FLAC, Ogg Opus and Vorbis, MP3, AIFF and more; the content decides,
-    not the name. Memory is bounded whatever a header promises. Damage inside samples without checksums,
-    as in WAV, cannot be seen, nor can a cut of Ogg exactly between two pages.
+    Reads what libsndfile reads: WAV, FLAC, Ogg Opus and Vorbis, MP3, AIFF and more; the content
+    decides, not the name. Memory is bounded whatever a header promises. Damage inside samples
+    without checksums, as in WAV, cannot be seen, nor can a cut of Ogg exactly between two pages.
 
     Args:
       data: the encoded bytes, or a path.
@@ -44,8 +43,8 @@ def decode_audio(
       float32 (samples,), about -1 to 1.
 
     Raises:
-      BadFileError: the file is missing, unreadable, cut off, empty, not finite, has a rate outside of 4
-        to 768 kHz, or is longer than 100 million samples.
+      BadFileError: the file is missing, unreadable, cut off, empty, not finite, has a rate outside
+        of 4 to 768 kHz, or is longer than 100 million samples.
     """
     import soundfile
 
@@ -58,7 +57,8 @@ def decode_audio(
             rate, promised = file.samplerate, file.frames
             if not RATES[0] <= rate <= RATES[1]:
                 raise BadFileError(
-                    f"{name}: a rate of {rate:,} Hz; recordings have {RATES[0]:,} to {RATES[1]:,} Hz",
+                    f"{name}: a rate of {rate:,} Hz; recordings have {RATES[0]:,} to "
+                    f"{RATES[1]:,} Hz",
                     "wrong rate",
                 )
             wave = _read(file, min(MOST_SAMPLES, MOST_SAMPLES * rate // sample_rate), name)
@@ -128,7 +128,10 @@ def _check_whole(encoded: bytes, wave: np.ndarray, promised: int, name: str) -> 
 
 
 def _missing_bytes(encoded: bytes) -> int:
-    """Count the bytes that a file lacks at its end, where libsndfile does not say so: WAV, AIFF, Ogg."""
+    """Count the bytes that a file lacks at its end.
+
+    libsndfile says nothing of them in WAV, AIFF and Ogg.
+    """
     if encoded[:4] in (b"RIFF", b"FORM"):
         order = "<I" if encoded[:4] == b"RIFF" else ">I"
         place = 12

@@ -20,8 +20,8 @@ def bucket_of(num_samples: np.ndarray, bucket_samples: Sequence[int]) -> np.ndar
       bucket_samples: lengths of the buckets, increasing.
 
     Returns:
-      int (M,), the shortest bucket that holds the recording; the last one for longer and for unknown
-      lengths.
+      int (M,), the shortest bucket that holds the recording; the last one for longer and for
+      unknown lengths.
     """
     last = len(bucket_samples) - 1
     bucket = np.searchsorted(np.asarray(bucket_samples), num_samples, side="left")
@@ -49,8 +49,8 @@ def plan_epoch(
       epoch: number of the epoch.
 
     Returns:
-      The recordings of each batch, int64 (steps, batch_size), and its padded length, int64 (steps,);
-      steps = floor(M / batch_size).
+      The recordings of each batch, int64 (steps, batch_size), and its padded length, int64
+      (steps,); steps = floor(M / batch_size).
     """
     rng = host_rng(seed, Stream.BATCHES, epoch)
     order = rng.permutation(len(num_samples))
@@ -104,9 +104,9 @@ def fit_buckets(
 ) -> tuple[int, ...]:
     """Choose the fewest bucket lengths that keep the padding of an epoch's batches below a bound.
 
-    For each number of buckets, dynamic programming finds the lengths that waste least. Then the batches
-    of an epoch are planned and their padding counted, leftovers included. Each length is one more
-    compiled step, so only few are tried.
+    For each number of buckets, dynamic programming finds the lengths that waste least. Then the
+    batches of an epoch are planned and their padding counted, leftovers included. Each length is
+    one more compiled step, so only few are tried.
 
     Args:
       num_samples: int (M,), length of each recording, -1 where unknown.
@@ -170,7 +170,8 @@ def check_plan(
     """
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
-            f"batch_size {batch_size} must be a multiple of the number of processes, {process_count}"
+            f"batch_size {batch_size} must be a multiple of the number of processes, "
+            f"{process_count}"
         )
     if batch_size > count:
         raise UserError(
@@ -179,6 +180,6 @@ def check_plan(
     increasing = all(a < b for a, b in zip(bucket_seconds, bucket_seconds[1:], strict=False))
     if not len(bucket_seconds) or not increasing or bucket_seconds[0] < MIN_SECONDS:
         raise UserError(
-            f"bucket_seconds {tuple(bucket_seconds)} must be increasing lengths in seconds, at least "
-            f"{MIN_SECONDS:g}, such as (2.0, 4.0, 8.0); the last one is the crop length"
+            f"bucket_seconds {tuple(bucket_seconds)} must be increasing lengths in seconds, at "
+            f"least {MIN_SECONDS:g}, such as (2.0, 4.0, 8.0); the last one is the crop length"
         )

@@ -1,9 +1,10 @@
 """The feature cache: tokens of a frozen network, computed once, read back by memory mapping.
 
-A cache is a folder with ``card.json``, which says where the tokens come from, and shards: ``NAME.npy``,
-the tokens of some items, one after the other, float16, and ``NAME.json``, their keys and numbers of
-tokens, written last. Tokens of another tool are one .npz file with ``names`` (N,), ``tokens`` (N, P, C)
-and optionally ``lengths`` (N,); its card, if there is one, is NAME.json beside it.
+A cache is a folder with ``card.json``, which says where the tokens come from, and shards:
+``NAME.npy``, the tokens of some items, one after the other, float16, and ``NAME.json``, their keys
+and numbers of tokens, written last. Tokens of another tool are one .npz file with ``names`` (N,),
+``tokens`` (N, P, C) and optionally ``lengths`` (N,); its card, if there is one, is NAME.json beside
+it.
 """
 
 import dataclasses
@@ -25,7 +26,13 @@ Card = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TokenRows:
-    """Where the tokens of an item are: rows `start` to `start` + `count` of the array that `read` gives."""
+    """Where the tokens of an item are.
+
+    Attributes:
+      read: function that gives an array with them.
+      start: their first row in it.
+      count: their number.
+    """
 
     read: Callable[[], np.ndarray]
     start: int
@@ -44,7 +51,7 @@ class FeatureCache:
 
     def __init__(
         self, path: PathLike, card: Card, items: Mapping[str, TokenRows], shape: Sequence[int]
-    ):
+    ) -> None:
         """Create a cache; `open_features` reads one from disk.
 
         Args:
@@ -147,8 +154,8 @@ def _open_file(path: Path) -> FeatureCache:
         ) from error
     if tokens.ndim not in (3, 4) or len(names) != len(tokens) or len(lengths) != len(tokens):
         raise UserError(
-            f"{path}: {len(names)} names, {len(lengths)} lengths and tokens of shape {tokens.shape}; "
-            "there must be as many of each, and tokens must be (N, P, C)"
+            f"{path}: {len(names)} names, {len(lengths)} lengths and tokens of shape "
+            f"{tokens.shape}; there must be as many of each, and tokens must be (N, P, C)"
         )
     if not len(names) or lengths.min() < 1 or lengths.max() > tokens.shape[1]:
         raise UserError(
@@ -215,8 +222,8 @@ def start_cache(folder: PathLike, card: Card) -> None:
       card: where its tokens come from.
 
     Raises:
-      UserError: a cache of other weights, another layer or preprocessing is there, or the folder cannot
-        be written.
+      UserError: a cache of other weights, another layer or preprocessing is there, or the folder
+        cannot be written.
     """
     if has_card(folder, card):
         return
@@ -282,8 +289,8 @@ def shard_exists(folder: PathLike, name: str, keys: Iterable[str]) -> bool:
     others = sorted(set(_read_json(path)["keys"]) - set(keys))
     if others:
         raise UserError(
-            f"{folder} holds features of other data, such as {others[0]} in {name}: remove it or name "
-            "another folder"
+            f"{folder} holds features of other data, such as {others[0]} in {name}: remove it or "
+            "name another folder"
         )
     return True
 

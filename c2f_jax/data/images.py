@@ -25,15 +25,15 @@ def decode_image(
 ) -> np.ndarray:
     """Decode an image and make it a square.
 
-    It is turned as its EXIF tag says, transparency is laid on white, 16 bits are reduced to 8, and it is
-    resized with antialiased bicubic interpolation.
+    It is turned as its EXIF tag says, transparency is laid on white, 16 bits are reduced to 8, and
+    it is resized with antialiased bicubic interpolation.
 
     Args:
       data: the encoded bytes, or a path.
       size: side of the square in pixels.
       resize: "square" takes the largest center square. Published networks saw other ones: with
-        "short_side" the short side is resized to resize_side and the center cut out (CLIP, DINOv2), with
-        "squash" the whole image is made a square (BLIP-2, SigLIP).
+        "short_side" the short side is resized to resize_side and the center cut out (CLIP, DINOv2),
+        with "squash" the whole image is made a square (BLIP-2, SigLIP).
       resize_side: length of the short side for "short_side"; 0 for size.
       name: what error messages call it; the path unless given.
 

@@ -108,8 +108,8 @@ def load_speech_input(source: PairSource, index: int, copy: int = 0) -> np.ndarr
       copy: 0 for the recording itself, 1 and so on for its varied copies in the feature caches.
 
     Returns:
-      int16 (samples,), or float16 (T, C) tokens where the source has speech features; None, and an entry
-      in `source.bad_items`, when it cannot be used.
+      int16 (samples,), or float16 (T, C) tokens where the source has speech features; None, and an
+      entry in `source.bad_items`, when it cannot be used.
 
     Raises:
       UserError: too many items are bad.
@@ -132,8 +132,8 @@ def load_image_input(source: PairSource, row: int, size: int) -> np.ndarray | No
       size: side in pixels.
 
     Returns:
-      uint8 (size, size, 3), or float16 (P, C) tokens where the source has image features; None, and an
-      entry in `source.bad_items`, when it cannot be used.
+      uint8 (size, size, 3), or float16 (P, C) tokens where the source has image features; None, and
+      an entry in `source.bad_items`, when it cannot be used.
 
     Raises:
       UserError: too many items are bad.
@@ -148,7 +148,10 @@ def load_image_input(source: PairSource, row: int, size: int) -> np.ndarray | No
 def _read_tokens(
     source: PairSource, features: FeatureCache, key: str, name: Callable[[], str]
 ) -> np.ndarray | None:
-    """Copy tokens out of a cache; only an error asks for the name, which may need reading the item."""
+    """Copy tokens out of a cache.
+
+    Only an error asks for the name, which may need reading the item.
+    """
     try:
         return np.array(features.tokens(key))
     except UserError as e:

@@ -1,8 +1,8 @@
 """Training and evaluation batches as NumPy dicts, decoded ahead of the step by threads.
 
-Training: the step alone determines the batch, so a run resumes by starting at its step, and the rows of
-all processes, one after the other, are the batch of one process. Evaluation: everything once, in few
-shapes.
+Training: the step alone determines the batch, so a run resumes by starting at its step, and the
+rows of all processes, one after the other, are the batch of one process. Evaluation: everything
+once, in few shapes.
 """
 
 import dataclasses
@@ -30,7 +30,8 @@ class BatchOptions:
     Attributes:
       batch_size: rows of a batch, those of all processes together.
       image_size: side of an image in pixels.
-      bucket_seconds: lengths of the batches in seconds, increasing; the last one is the crop length.
+      bucket_seconds: lengths of the batches in seconds, increasing; the last one is the crop
+        length.
       seed: seed of the order, the crops and the augmentation.
       augment: how recordings and images are varied.
       process_index: number of this process.
@@ -53,7 +54,10 @@ class BatchOptions:
 
 
 def steps_per_epoch(source: PairSource, batch_size: int) -> int:
-    """Return the number of batches in an epoch; the remainder is dropped, another one in each epoch."""
+    """Return the number of batches in an epoch.
+
+    The remainder is dropped, other recordings in each epoch.
+    """
     return len(source) // batch_size
 
 
@@ -62,9 +66,9 @@ def train_batches(
 ) -> Iterator[tuple[int, Batch]]:
     """Iterate over training batches, without end.
 
-    Damaged items are replaced by other recordings and named in `source.bad_items`. Recordings over the
-    longest bucket are cropped at a random place. With speech copies, each epoch takes a recording or one
-    of its copies. All draws depend on (seed, epoch, recording) alone.
+    Damaged items are replaced by other recordings and named in `source.bad_items`. Recordings over
+    the longest bucket are cropped at a random place. With speech copies, each epoch takes a
+    recording or one of its copies. All draws depend on (seed, epoch, recording) alone.
 
     Args:
       source: pairs.
@@ -72,10 +76,11 @@ def train_batches(
       start_step: first step.
 
     Returns:
-      (step, batch) of each step; the batch holds this process's n = batch_size / process_count rows:
-      waveform float32 (n, S), speech_lengths int32 (n,), image uint8 (n, H, W, 3) and image_id int32
-      (n,); from the source's feature caches, speech_tokens float16 (n, T, C) in place of waveform and
-      image_tokens float16 (n, P, C) in place of image. S is one of bucket_seconds.
+      (step, batch) of each step; the batch holds this process's n = batch_size / process_count
+      rows: waveform float32 (n, S), speech_lengths int32 (n,), image uint8 (n, H, W, 3) and
+      image_id int32 (n,); from the source's feature caches, speech_tokens float16 (n, T, C) in
+      place of waveform and image_tokens float16 (n, P, C) in place of image. S is one of
+      bucket_seconds.
 
     Raises:
       UserError: sizes do not fit together or, while iterating, too many items are bad.
@@ -105,7 +110,7 @@ def _iterate(
 class _TrainBatch:
     """The function from a step to (step, batch)."""
 
-    def __init__(self, source: PairSource, options: BatchOptions):
+    def __init__(self, source: PairSource, options: BatchOptions) -> None:
         self.source, self.options = source, options
         self.augment = options.augment
         self.cache = _Cache(options.cache_mib * 2**20)
@@ -170,8 +175,9 @@ class _TrainBatch:
     ) -> tuple[int, np.ndarray, np.ndarray]:
         """Load the recording that is planned for a row, and its image.
 
-        A damaged one is replaced by that of the same row in the next batch, and so on; when all batches
-        have been tried at this row, by those of the next row. The choice is the same in any process.
+        A damaged one is replaced by that of the same row in the next batch, and so on; when all
+        batches have been tried at this row, by those of the next row. The choice is the same in any
+        process.
         """
         steps, size = plan.shape
         for k in range(plan.size):
@@ -206,7 +212,7 @@ class _Cache:
     Nothing is evicted, since each epoch visits everything once.
     """
 
-    def __init__(self, limit: int):
+    def __init__(self, limit: int) -> None:
         self._room, self._lock = limit, threading.Lock()
         self._items: dict[Hashable, np.ndarray] = {}
 
@@ -231,8 +237,8 @@ def empty_speech(source: PairSource, rows: int, samples: int) -> Batch:
       samples: length in samples at 16 kHz.
 
     Returns:
-      waveform float32 (rows, samples), or speech_tokens float16 (rows, T, C) of as many samples, and
-      speech_lengths int32 (rows,), all 0.
+      waveform float32 (rows, samples), or speech_tokens float16 (rows, T, C) of as many samples,
+      and speech_lengths int32 (rows,), all 0.
     """
     lengths = np.zeros(rows, np.int32)
     features = source.inputs.speech_features
@@ -263,8 +269,8 @@ def speech_batches(
 ) -> Iterator[Batch]:
     """Iterate once over all recordings, by length where it is known.
 
-    Recordings are whole but for what exceeds seconds_max. The batches have three lengths: three shapes
-    to compile, and little padding where most recordings are far shorter than the longest.
+    Recordings are whole but for what exceeds seconds_max. The batches have three lengths: three
+    shapes to compile, and little padding where most recordings are far shorter than the longest.
 
     Args:
       source: pairs.
@@ -274,10 +280,10 @@ def speech_batches(
       prefetch: batches held ready.
 
     Returns:
-      Batches of waveform float32 (n, S) or speech_tokens float16 (n, T, C), speech_lengths int32 (n,),
-      index int32 (n,) and valid bool (n,). S is the smallest of seconds_max / 4, / 2 and / 1 that holds
-      the batch. valid is False in rows that only fill the last batch, and for unreadable recordings,
-      which are silence of a legal length.
+      Batches of waveform float32 (n, S) or speech_tokens float16 (n, T, C), speech_lengths int32
+      (n,), index int32 (n,) and valid bool (n,). S is the smallest of seconds_max / 4, / 2 and / 1
+      that holds the batch. valid is False in rows that only fill the last batch, and for unreadable
+      recordings, which are silence of a legal length.
 
     Raises:
       UserError: batch_size is below 1 or, while iterating, too many items are bad.
@@ -318,9 +324,9 @@ def image_batches(
       prefetch: batches held ready.
 
     Returns:
-      Batches of image uint8 (n, H, W, 3) or image_tokens float16 (n, P, C), index int32 (n,) and valid
-      bool (n,). valid is False in rows that only fill the last batch, and for unreadable images, which
-      are black.
+      Batches of image uint8 (n, H, W, 3) or image_tokens float16 (n, P, C), index int32 (n,) and
+      valid bool (n,). valid is False in rows that only fill the last batch, and for unreadable
+      images, which are black.
 
     Raises:
       UserError: batch_size is below 1 or, while iterating, too many items are bad.
@@ -343,7 +349,7 @@ def _everything(
     threads: int,
     prefetch: int,
 ) -> Iterator[Batch]:
-    """Iterate over batches of all items in an order; the last batch is filled up with the last item."""
+    """Iterate over batches of all items in an order; the last item fills up the last batch."""
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size} of the evaluation must be at least 1")
 

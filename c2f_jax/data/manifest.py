@@ -1,8 +1,8 @@
 """Anyone's own data: a JSONL or CSV file with the columns image, audio, split.
 
 Optional columns: image_id (equal ids show the same thing and are right answers for each other; the
-image's path unless given), caption, speaker, seconds (only used to choose the batch that a recording is
-padded with). Paths are relative to the manifest. Other columns are ignored.
+image's path unless given), caption, speaker, seconds (only used to choose the batch that a
+recording is padded with). Paths are relative to the manifest. Other columns are ignored.
 """
 
 import csv
@@ -48,8 +48,8 @@ class Listing:
 
     Attributes:
       name: name of the data set, or path of the manifest.
-      rows: one dict for each recording: image, audio (paths), split, image_id, caption, speaker, where
-        (it is listed), samples (-1: unknown).
+      rows: one dict for each recording: image, audio (paths), split, image_id, caption, speaker,
+        where (it is listed), samples (-1: unknown).
       notes: what is odd about it.
     """
 
@@ -114,7 +114,7 @@ class ManifestSource(PairSource):
         rows: list[dict],
         bad_items: BadItems,
         inputs: ModelInputs | None = None,
-    ):
+    ) -> None:
         """Create a source.
 
         Args:
@@ -139,8 +139,9 @@ class ManifestSource(PairSource):
                 self._image_names.append(row["image_id"])
             elif image_ids[gallery_row] != identity:
                 raise UserError(
-                    f"{row['where']}: the image {row['image']} has image_id {row['image_id']!r} here "
-                    f"and {self._image_names[gallery_row]!r} before; an image has one image_id"
+                    f"{row['where']}: the image {row['image']} has image_id "
+                    f"{row['image_id']!r} here and {self._image_names[gallery_row]!r} before; "
+                    "an image has one image_id"
                 )
             image_index.append(gallery_row)
 
@@ -259,7 +260,8 @@ def read_listing(path: str, *, strict: bool = True) -> Listing:
       strict: whether a line that cannot be read is an error; otherwise it is noted and left out.
 
     Returns:
-      The listing; its paths are absolute, or relative to the working directory as the manifest's is.
+      The listing; its paths are absolute, or relative to the working directory as the manifest's
+      is.
 
     Raises:
       UserError: the file cannot be read, a column is missing or, if strict, a line cannot be read.

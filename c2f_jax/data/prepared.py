@@ -34,9 +34,9 @@ def pair_features() -> tfds.features.FeaturesDict:
 class PreparedSource(PairSource):
     """One split of a prepared TFDS builder, by random access, without a TensorFlow graph.
 
-    The builder's metadata hold for each split: "captions", the number of recordings of each image (one
-    number when all have as many); "samples" of each recording; optionally "identities" of the images,
-    "bad_items" left out in preparation, and "items", how many there were.
+    The builder's metadata hold for each split: "captions", the number of recordings of each image
+    (one number when all have as many); "samples" of each recording; optionally "identities" of the
+    images, "bad_items" left out in preparation, and "items", how many there were.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class PreparedSource(PairSource):
         name: str,
         max_bad_share: float = 0.01,
         inputs: ModelInputs | None = None,
-    ):
+    ) -> None:
         """Create a source.
 
         Args:
@@ -66,7 +66,8 @@ class PreparedSource(PairSource):
             )
         about = builder.info.metadata[split]
         self._records = builder.as_data_source(split)
-        # A record holds the image and all its recordings: keeping it briefly saves reading it twice.
+        # A record holds the image and all its recordings: keeping it briefly saves reading it
+        # twice.
         self._record = functools.lru_cache(maxsize=RECORDS_KEPT)(self._records.__getitem__)
         count = len(self._records)
         captions = np.broadcast_to(np.asarray(about["captions"], np.int64), count)

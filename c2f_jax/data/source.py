@@ -31,7 +31,8 @@ class ModelInputs:
 
     Attributes:
       image_resize: how an image becomes a square, see `data.images.decode_image`.
-      image_resize_side: length of the short side before the crop of "short_side"; 0 for the image size.
+      image_resize_side: length of the short side before the crop of "short_side"; 0 for the image
+        size.
       speech_features: tokens to read instead of recordings; None for recordings.
       image_features: tokens to read instead of images; None for images.
       speech_copies: tokens of varied copies of the recordings, which training draws from too.
@@ -50,7 +51,7 @@ class BadItems:
     Up to max_share of the items may be bad, and always one where there are a hundred or more.
     """
 
-    def __init__(self, where: str, total: int, max_share: float = 0.01):
+    def __init__(self, where: str, total: int, max_share: float = 0.01) -> None:
         """Start with none.
 
         Args:
@@ -93,8 +94,8 @@ class BadItems:
     def _too_many(self) -> str:
         """Say how many there are, and list the first."""
         lines = [
-            f"{self.where}: {len(self._reasons)} of {self.total} items cannot be used, more than the "
-            f"{self.allowed} allowed (max_bad_share {self.max_share:g}):"
+            f"{self.where}: {len(self._reasons)} of {self.total} items cannot be used, more than "
+            f"the {self.allowed} allowed (max_bad_share {self.max_share:g}):"
         ]
         for name, reason in list(self._reasons.items())[:MOST_SHOWN]:
             lines.append(f"  {name}: {reason}")
@@ -138,7 +139,7 @@ class PairSource(abc.ABC):
         num_samples: npt.ArrayLike,
         bad_items: BadItems | None = None,
         inputs: ModelInputs | None = None,
-    ):
+    ) -> None:
         """Create a source.
 
         Args:

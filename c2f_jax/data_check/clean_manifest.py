@@ -3,6 +3,7 @@
 import collections
 import json
 import os
+from typing import Any
 
 from etils import epath
 
@@ -10,68 +11,118 @@ from c2f_jax.data.manifest import ManifestSource
 from c2f_jax.data_check.findings import Report
 from c2f_jax.errors import UserError
 
+DUPLICATES = ("duplicate picture", "duplicate recording", "repeated picture")
 
-def check_name(path: str) -> epath.Path:
-    """The path of a manifest to be written; `UserError` where it exists or is no .jsonl."""
+Item = tuple[str, str]  # split and name
+
+
+def check_name(path: str | os.PathLike) -> epath.Path:
+    """Check the name of a manifest that will be written.
+
+    Args:
+      path: path of the manifest.
+
+    Returns:
+      The path.
+
+    Raises:
+      UserError: it does not end in .jsonl, or exists.
+    """
     path = epath.Path(path)
     if path.suffix != ".jsonl":
-        raise UserError(f"--fix={path}: a name that ends in .jsonl is expected")
+        raise UserError(f"--fix={path}: give a name that ends in .jsonl")
     if path.exists():
         raise UserError(f"--fix={path}: exists; nothing is overwritten, give another name")
     return path
 
 
-def write_clean_manifest(report: Report, path: str) -> int:
-    """Writes a manifest of what can be used and returns its number of rows; the data themselves are not touched.
+def write_clean_manifest(report: Report, path: str | os.PathLike) -> int:
+    """Write a manifest of what can be used; the data themselves are not touched.
 
-    Left out: pairs that cannot be read, and of what is in two splits all but that of the test split (then validation).
-    Duplicate pictures of a split get one image_id. Lengths are filled in. Paths are relative where the files lie below
-    the manifest's folder. Raises `UserError` as `check_name`, and for a prepared set, which has no files.
+    It leaves out pairs that cannot be read and, of what is in two splits, all but that of the test
+    split (then validation). Duplicate images of a split get one image_id. Lengths are filled in.
+    Paths are relative where the files are below the manifest's folder.
+
+    Args:
+      report: what the check found.
+      path: path of the manifest.
+
+    Returns:
+      The number of its rows.
+
+    Raises:
+      UserError: as `check_name`, and for a prepared set, which has no files.
     """
     path = check_name(path)
     if not all(isinstance(source, ManifestSource) for source in report.sources.values()):
         raise UserError(
-            f"{report.name} is prepared: fix the folder or manifest that it was made from (--manual-dir)"
+            f"{report.name} is prepared: fix the folder or manifest that it was made from "
+            "(--manual-dir)"
         )
-    folder = os.path.abspath(path.parent) if "://" not in str(path) else str(path.parent)
-    first_of = {f.name: f.like[1] for f in report.findings if f.kind == "duplicate picture"}
-    same = ("duplicate picture", "duplicate recording", "repeated picture")
-    leaking = collections.defaultdict(set)  # the first of its kind -> all that are like it
-    for finding in report.findings:
-        if finding.kind == "split leak":
-            leaking[finding.like] |= {finding.like, (finding.split, finding.name)}
-    for finding in report.findings:
-        if finding.kind in same and finding.like in leaking:
-            leaking[finding.like].add((finding.split, finding.name))
-    dropped = set()
-    for items in leaking.values():
-        kept = max((split for split, _ in items), key=_importance)
-        dropped |= {item for item in items if item[0] != kept}
+    folder = str(path.parent)
+    if "://" not in folder:
+        folder = os.path.abspath(folder)
+    dropped = _leaks(report)
     rows = []
-    for split, source in report.sources.items():
-        usable = [row for k, row in enumerate(source.rows) if k not in report.left_out[split]]
-        ids = {row["image"]: row["image_id"] for row in source.rows}
-        for length, row in zip(report.seconds[split], usable, strict=True):
-            if (split, row["image"]) in dropped or (split, row["audio"]) in dropped:
-                continue
-            rows.append(
-                {
-                    "image": _relative(row["image"], folder),
-                    "audio": _relative(row["audio"], folder),
-                    "split": split,
-                    "image_id": ids[first_of.get(row["image"], row["image"])],
-                    "caption": row["caption"],
-                    "speaker": row["speaker"],
-                    "seconds": round(float(length), 4),
-                }
-            )
+    for split in report.sources:
+        rows += _clean_rows(report, split, dropped, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return len(rows)
 
 
+def _leaks(report: Report) -> set[Item]:
+    """Find the items that another, more important split holds too, with all that are like them."""
+    alike: dict[Item, set[Item]] = collections.defaultdict(set)  # by the first of their kind
+    for finding in report.findings:
+        if finding.kind == "split leak" and finding.like is not None:
+            alike[finding.like] |= {finding.like, (finding.split, finding.name)}
+    for finding in report.findings:
+        if finding.kind in DUPLICATES and finding.like in alike:
+            alike[finding.like].add((finding.split, finding.name))
+
+    dropped = set()
+    for items in alike.values():
+        kept = max((split for split, _ in items), key=_importance)
+        dropped |= {item for item in items if item[0] != kept}
+    return dropped
+
+
+def _clean_rows(
+    report: Report, split: str, dropped: set[Item], folder: str
+) -> list[dict[str, Any]]:
+    """Return the rows of a split that are kept."""
+    source = report.sources[split]
+    ids = {row["image"]: row["image_id"] for row in source.rows}
+    first_of = {}
+    for finding in report.findings:
+        if finding.kind == "duplicate picture":
+            first_of[finding.name] = finding.like[1]
+
+    usable = [row for k, row in enumerate(source.rows) if k not in report.left_out[split]]
+    rows = []
+    for seconds, row in zip(report.seconds[split], usable, strict=True):
+        if (split, row["image"]) in dropped or (split, row["audio"]) in dropped:
+            continue
+        rows.append(
+            {
+                "image": _relative(row["image"], folder),
+                "audio": _relative(row["audio"], folder),
+                "split": split,
+                "image_id": ids[first_of.get(row["image"], row["image"])],
+                "caption": row["caption"],
+                "speaker": row["speaker"],
+                "seconds": round(float(seconds), 4),
+            }
+        )
+    return rows
+
+
 def _importance(split: str) -> int:
-    return 2 if "test" in split else 0 if "train" in split else 1
+    """Rank the splits: test, then validation, then train."""
+    if "test" in split:
+        return 2
+    return 0 if "train" in split else 1
 
 
 def _relative(name: str, folder: str) -> str:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -9,11 +10,9 @@ from c2f_jax.data.source import MIN_SAMPLES, PairSource
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 VERY_SHORT = 0.25  # seconds
-EXIT_CODES = {
-    ERROR: 3,
-    WARNING: 1,
-    NOTE: 0,
-}  # 2 is left to a command line that cannot be understood
+# By severity, the worst first; 2 is left to a command line that cannot be understood.
+EXIT_CODES = {ERROR: 3, WARNING: 1, NOTE: 0}
+VERDICTS = {ERROR: "errors found", WARNING: "usable, with warnings", NOTE: "passed"}
 # Kind of finding -> (severity, what it means for training and evaluation).
 KINDS = {
     "missing file": (ERROR, "the pair is left out"),
@@ -40,7 +39,7 @@ KINDS = {
         "the same picture twice under one image_id: each is right for the other",
     ),
     "very short": (NOTE, f"under {VERY_SHORT} s: hardly a word"),
-    "number of captions": (NOTE, "other than of most pictures"),
+    "number of captions": (NOTE, "not that of most pictures"),
     "other sample rate": (NOTE, "converted to 16 kHz while loading"),
     "stereo": (NOTE, "channels are averaged while loading"),
     "tiny picture": (NOTE, "under 16 pixels a side"),
@@ -57,10 +56,10 @@ class Finding:
     """One thing that is wrong or odd.
 
     Attributes:
-      kind: see KINDS.
+      kind: a key of KINDS.
       name: the item, a path where it is a file.
       detail: in what way.
-      split: "" where it belongs to none.
+      split: name of its split; "" where it belongs to none.
       item: "picture" or "recording", and its number in the split; None for what is neither.
       like: split and name of the first item that it is like, for duplicates and leaks.
     """
@@ -74,7 +73,7 @@ class Finding:
 
     @property
     def severity(self) -> str:
-        """error, warning or note."""
+        """Error, warning or note."""
         return KINDS[self.kind][0]
 
 
@@ -83,16 +82,16 @@ class Report:
     """What the check found.
 
     Attributes:
-      name: of the data set.
+      name: name of the data set.
       splits: split -> pictures, recordings, usable, hours, seconds, captions_per_picture.
       seconds: split -> (usable,) lengths, for the histogram.
-      findings: all of them, errors first.
-      sources: split -> PairSource, to show examples from.
+      findings: all findings, errors first.
+      sources: split -> pairs, to show examples from.
       left_out: split -> the recordings that cannot be used.
     """
 
     name: str
-    splits: dict[str, dict]
+    splits: dict[str, dict[str, Any]]
     seconds: dict[str, np.ndarray]
     findings: list[Finding]
     sources: dict[str, PairSource]
@@ -104,12 +103,12 @@ class Report:
         return min((f.severity for f in self.findings), key=list(EXIT_CODES).index, default=NOTE)
 
     def counts(self) -> dict[str, int]:
-        """Kind -> number of findings, in the order of KINDS."""
+        """Count the findings of each kind, in the order of KINDS."""
         found = collections.Counter(finding.kind for finding in self.findings)
         return {kind: found[kind] for kind in KINDS if found[kind]}
 
-    def json(self) -> dict:
-        """All of it as plain values."""
+    def json(self) -> dict[str, Any]:
+        """Return all of it as plain values."""
         return {
             "data_set": self.name,
             "severity": self.severity,
@@ -119,32 +118,55 @@ class Report:
         }
 
     def text(self, most: int = 5) -> str:
-        """A table of the splits, then each kind of finding with its first items."""
-        lines = [self.name, f"  {'split':14}{'pictures':>10}{'recordings':>12}{'usable':>9}"]
-        lines[1] += f"{'a picture':>10}{'hours':>8}  seconds"
-        for split, about in self.splits.items():
-            low, middle, high = (about["seconds"][key] for key in ("min", "median", "max"))
-            lines.append(
-                f"  {split:14}{about['pictures']:>10,}{about['recordings']:>12,}{about['usable']:>9,}"
-                f"{captions_of(about):>10}{about['hours']:>8.1f}  {low:.2f} to {high:.2f}, median {middle:.2f}"
-            )
+        """Format a table of the splits, then each kind of finding with its first items.
+
+        Args:
+          most: how many items of a kind are listed.
+
+        Returns:
+          Lines of text.
+        """
+        lines = [self.name, *self._table()]
         for kind, count in self.counts().items():
             severity, meaning = KINDS[kind]
             lines.append(f"{severity}: {kind}, {count:,} ({meaning})")
-            shown = [finding for finding in self.findings if finding.kind == kind][:most]
-            lines += [f"  {finding.name}: {finding.detail}" for finding in shown]
-            lines += [f"  and {count - most:,} more"] if count > most else []
-        lines.append(
-            {ERROR: "errors found", WARNING: "usable, with warnings", NOTE: "passed"}[self.severity]
-        )
+            found = [finding for finding in self.findings if finding.kind == kind]
+            for finding in found[:most]:
+                lines.append(f"  {finding.name}: {finding.detail}")
+            if count > most:
+                lines.append(f"  and {count - most:,} more")
+        lines.append(VERDICTS[self.severity])
         return "\n".join(lines)
 
+    def _table(self) -> list[str]:
+        """Format one line for each split, under a heading."""
+        lines = [
+            f"  {'split':14}{'pictures':>10}{'recordings':>12}{'usable':>9}"
+            f"{'a picture':>10}{'hours':>8}  seconds"
+        ]
+        for split, about in self.splits.items():
+            seconds = about["seconds"]
+            lines.append(
+                f"  {split:14}{about['pictures']:>10,}{about['recordings']:>12,}"
+                f"{about['usable']:>9,}{captions_of(about):>10}{about['hours']:>8.1f}  "
+                f"{seconds['min']:.2f} to {seconds['max']:.2f}, median {seconds['median']:.2f}"
+            )
+        return lines
 
-def captions_of(about: dict) -> str:
-    """How many recordings the pictures of a split have.
 
-    >>> captions_of({"captions_per_picture": {"5": 1000}}), captions_of({"captions_per_picture": {"5": 969, "6": 31}})
-    ('5', '5 to 6')
+def captions_of(about: dict[str, Any]) -> str:
+    """Say how many recordings the images of a split have.
+
+    >>> captions_of({"captions_per_picture": {"5": 1000}})
+    '5'
+    >>> captions_of({"captions_per_picture": {"5": 969, "6": 31}})
+    '5 to 6'
+
+    Args:
+      about: what `Report.splits` holds of a split.
+
+    Returns:
+      A number or a range.
     """
     numbers = list(about["captions_per_picture"])
     return " to ".join(dict.fromkeys([numbers[0], numbers[-1]]))

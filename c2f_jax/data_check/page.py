@@ -1,47 +1,82 @@
-"""The page of a data check: numbers, lengths, findings with pictures and players, and pairs drawn at random."""
+"""The page of a data check: numbers, lengths, findings to see and hear, and random pairs."""
 
+import os
 from html import escape
 
 import numpy as np
 
 from c2f_jax.data.audio import decode_audio
 from c2f_jax.data.images import open_rgb
-from c2f_jax.data.source import PairSource
-from c2f_jax.data_check.findings import ERROR, KINDS, NOTE, WARNING, Report, captions_of
+from c2f_jax.data.source import SAMPLE_RATE, PairSource
+from c2f_jax.data_check.findings import (
+    ERROR,
+    KINDS,
+    NOTE,
+    VERDICTS,
+    WARNING,
+    Finding,
+    Report,
+    captions_of,
+)
 from c2f_jax.errors import BadFileError
 from c2f_jax.objectives.keys import Stream, host_rng
 from c2f_jax.reports.figures import histogram_png
 from c2f_jax.reports.html import (
     Media,
     data_uri,
-    page_header,
     image_media,
-    speech_media,
+    page_header,
     section,
     sound,
+    speech_media,
     write_page,
 )
 
 SHOWN = 12  # of each kind
 PAIRS = 6  # drawn at random from each split
 MOST_PLAYED = 15.0  # seconds of a recording that the page carries
-VERDICTS = {ERROR: "Errors found", WARNING: "Usable, with warnings", NOTE: "Passed"}
 
 
-def write_check_page(path, report: Report) -> None:
-    """Writes the report as one self-contained HTML file to path, local or gs://."""
-    counts = report.counts()
-    found = {
-        s: sum(count for kind, count in counts.items() if KINDS[kind][0] == s)
-        for s in (ERROR, WARNING, NOTE)
-    }
-    header = page_header(
+def write_check_page(path: str | os.PathLike, report: Report) -> None:
+    """Write the report as one self-contained HTML file.
+
+    Args:
+      path: path of the file, local or gs://.
+      report: what the check found.
+    """
+    histogram = data_uri(Media(histogram_png(None, report.seconds, label="seconds"), "image/png"))
+    body = _header(report)
+    body += section(
+        "Splits", "Usable: recordings that can be read, with a picture.", _table(report)
+    )
+    body += section(
+        "Lengths", "", f'<img class="curves" alt="histogram of lengths" src="{histogram}">'
+    )
+    for kind, count in report.counts().items():
+        severity, meaning = KINDS[kind]
+        shown = [finding for finding in report.findings if finding.kind == kind][:SHOWN]
+        more = f" The first {SHOWN} are shown." if count > SHOWN else ""
+        items = "".join(_finding(report, finding) for finding in shown)
+        body += section(f"{severity.capitalize()}: {kind}, {count:,}", f"{meaning}.{more}", items)
+    for split in report.sources:
+        body += section(f"Pairs of {split}", "Drawn at random.", _random_pairs(report, split))
+    write_page(path, f"Data check of {report.name}", body)
+
+
+def _header(report: Report) -> str:
+    """Write the head of the page: what was checked, and how many findings there are."""
+    found = {ERROR: 0, WARNING: 0, NOTE: 0}
+    for kind, count in report.counts().items():
+        found[KINDS[kind][0]] += count
+    images = sum(about["pictures"] for about in report.splits.values())
+    recordings = sum(about["recordings"] for about in report.splits.values())
+    return page_header(
         "Data check",
         [
             ("data set", report.name),
-            ("verdict", VERDICTS[report.severity]),
-            ("pictures", f"{sum(about['pictures'] for about in report.splits.values()):,}"),
-            ("recordings", f"{sum(about['recordings'] for about in report.splits.values()):,}"),
+            ("verdict", VERDICTS[report.severity].capitalize()),
+            ("pictures", f"{images:,}"),
+            ("recordings", f"{recordings:,}"),
         ],
         [
             ("Errors", f"{found[ERROR]:,}", "", "cannot be used, or leak"),
@@ -49,61 +84,59 @@ def write_check_page(path, report: Report) -> None:
             ("Notes", f"{found[NOTE]:,}", "", "handled while loading"),
         ],
     )
-    histogram = data_uri(Media(histogram_png(None, report.seconds, label="seconds"), "image/png"))
-    body = header + section(
-        "Splits", "Usable: recordings that can be read, with a picture.", _table(report)
-    )
-    body += section(
-        "Lengths", "", f'<img class="curves" alt="histogram of lengths" src="{histogram}">'
-    )
-    for kind, count in counts.items():
-        severity, meaning = KINDS[kind]
-        shown = [finding for finding in report.findings if finding.kind == kind][:SHOWN]
-        more = f" The first {SHOWN} are shown." if count > SHOWN else ""
-        items = "".join(_finding(report, finding) for finding in shown)
-        body += section(f"{severity.capitalize()}: {kind}, {count:,}", f"{meaning}.{more}", items)
-    for split, source in report.sources.items():
-        usable = [k for k in range(len(source)) if k not in report.left_out[split]]
-        drawn = np.sort(
-            host_rng(0, Stream.CHECKED_PAIRS).choice(usable, min(PAIRS, len(usable)), replace=False)
-        )
-        pairs = "".join(
-            _article(_picture(source, source.image_index[k]), _player(source, int(k)), "")
-            for k in drawn
-        )
-        body += section(f"Pairs of {split}", "Drawn at random.", pairs)
-    write_page(path, f"Data check of {report.name}", body)
 
 
 def _table(report: Report) -> str:
+    """Write the table of the splits."""
     names = ("pictures", "recordings", "usable", "a picture", "hours", "seconds")
     heads = "".join(f'<th scope="col">{name}</th>' for name in names)
     rows = ""
     for split, about in report.splits.items():
-        low, middle, high = (about["seconds"][key] for key in ("min", "median", "max"))
+        seconds = about["seconds"]
         cells = [f"{about[key]:,}" for key in ("pictures", "recordings", "usable")]
         cells += [captions_of(about), f"{about['hours']:.1f}"]
-        cells.append(f"{middle:.2f}<small>{low:.2f}\u2009…\u2009{high:.2f}</small>")
+        cells.append(
+            f"{seconds['median']:.2f}"
+            f"<small>{seconds['min']:.2f}\u2009…\u2009{seconds['max']:.2f}</small>"
+        )
         numbers = "".join(f"<td>{cell}</td>" for cell in cells)
         rows += f'<tr><th scope="row">{escape(split)}</th>{numbers}</tr>'
     return f"<table><thead><tr><th></th>{heads}</tr></thead><tbody>{rows}</tbody></table>"
 
 
-def _finding(report: Report, finding) -> str:
-    told = f'<p class="caption">{escape(finding.name)}</p><p class="speaker">{escape(finding.detail)}</p>'
-    if finding.item is None or (KINDS[finding.kind][0] == ERROR and finding.kind != "split leak"):
-        return f"\n<article>{told}</article>"
-    source, (what, index) = report.sources[finding.split], finding.item
+def _finding(report: Report, finding: Finding) -> str:
+    """Show a finding, with the item itself where it can be read."""
+    text = (
+        f'<p class="caption">{escape(finding.name)}</p>'
+        f'<p class="speaker">{escape(finding.detail)}</p>'
+    )
+    unreadable = finding.severity == ERROR and finding.kind != "split leak"
+    if finding.item is None or unreadable:
+        return f"\n<article>{text}</article>"
+    source = report.sources[finding.split]
+    what, index = finding.item
     if what == "picture":
-        return _article(_picture(source, index), "", told)
-    return _article(_picture(source, source.image_index[index]), _player(source, index), told)
+        return _article(_image(source, index), "", text)
+    return _article(_image(source, source.image_index[index]), _player(source, index), text)
 
 
-def _article(picture: str, player: str, told: str) -> str:
-    return f'\n<article><div class="query">{picture}</div><div>{told}{player}</div></article>'
+def _random_pairs(report: Report, split: str) -> str:
+    """Show some usable pairs of a split."""
+    source, left_out = report.sources[split], report.left_out[split]
+    usable = [k for k in range(len(source)) if k not in left_out]
+    rng = host_rng(0, Stream.CHECKED_PAIRS)
+    drawn = np.sort(rng.choice(usable, min(PAIRS, len(usable)), replace=False))
+    pairs = ""
+    for k in drawn.astype(int).tolist():
+        pairs += _article(_image(source, source.image_index[k]), _player(source, k), "")
+    return pairs
 
 
-def _picture(source: PairSource, row: int) -> str:
+def _article(image: str, player: str, text: str) -> str:
+    return f'\n<article><div class="query">{image}</div><div>{text}{player}</div></article>'
+
+
+def _image(source: PairSource, row: int) -> str:
     try:
         shown = image_media(np.asarray(open_rgb(source.image(int(row)), 128)), max_side=160)
     except BadFileError:
@@ -113,5 +146,5 @@ def _picture(source: PairSource, row: int) -> str:
 
 def _player(source: PairSource, index: int) -> str:
     item = source.recording(index)
-    wave = decode_audio(item["audio"])[: round(MOST_PLAYED * 16_000)]
+    wave = decode_audio(item["audio"])[: round(MOST_PLAYED * SAMPLE_RATE)]
     return sound(speech_media(wave, caption=item["caption"], speaker=item["speaker"]))

@@ -84,7 +84,7 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
         download: bool = True,
         progress: bool = True,
         **kwargs: Any,
-    ):
+    ) -> None:
         """Create a builder.
 
         Args:
@@ -326,7 +326,7 @@ def _read_record(rows: list[dict], bad: dict[str, str]) -> tuple[dict, list[int]
 class ManifestPairs(FilePairs, skip_registration=True):
     """The pairs of a manifest; the name of the configuration is that of the prepared set."""
 
-    def __init__(self, *, manifest: str, name: str, **kwargs: Any):
+    def __init__(self, *, manifest: str, name: str, **kwargs: Any) -> None:
         """Create a builder.
 
         Args:

@@ -32,17 +32,17 @@ class DataConfig:
       speech_copies: number of varied copies of each training recording, as augment says, that the
         network runs on too. They are kept in caches beside speech_features, and training draws from
         the recording and its copies.
-      bucket_seconds: training lengths; every batch has one of them, and longer recordings are cropped
-        to the longest.
+      bucket_seconds: training lengths; every batch has one of them, and longer recordings are
+        cropped to the longest.
       max_seconds: evaluation length; recordings are taken whole up to it.
       max_bad_share: share of unreadable items above which a run stops.
       shuffled_share: share of training recordings whose image is swapped with another's (noisy
         supervision).
       threads: decoding threads.
       prefetch: batches held ready.
-      max_padding: largest share of padding in training batches. Lengths are chosen to keep it, up to
-        the last of bucket_seconds; each length is one more compiled step. None to use bucket_seconds
-        as they are.
+      max_padding: largest share of padding in training batches. Lengths are chosen to keep it, up
+        to the last of bucket_seconds; each length is one more compiled step. None to use
+        bucket_seconds as they are.
       augment: how training examples are varied.
     """
 

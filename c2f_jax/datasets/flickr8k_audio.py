@@ -96,7 +96,10 @@ def _splits(path: epath.Path, listing: Listing) -> dict[str, str]:
 
 
 def _captions(path: epath.Path | None) -> dict[str, dict[int, str]]:
-    """Read image -> number of the caption -> text; from token file, Kaggle's CSV or Karpathy's JSON."""
+    """Read image -> number of the caption -> text.
+
+    They come from the token file, Kaggle's CSV or Karpathy's JSON.
+    """
     captions: dict[str, dict[int, str]] = defaultdict(dict)
     if path is None:
         return captions
@@ -171,7 +174,7 @@ FLICKR8K_AUDIO = Layout(
 
 
 class Flickr8kAudio(FilePairs):
-    """Flickr8k Audio: 8,000 photographs with five spoken captions each (Harwath and Glass, 2015)."""
+    """Flickr8k Audio: 8,000 photographs, five spoken captions each (Harwath and Glass, 2015)."""
 
     LAYOUT = FLICKR8K_AUDIO
     MANUAL_DOWNLOAD_INSTRUCTIONS = "See `c2f data prepare flickr8k_audio --dry-run`."

@@ -35,8 +35,8 @@ def prepare(
     """Make a prepared set if it is not there; the same call resumes after an interruption.
 
     Args:
-      spec: a published data set, `spoken_scenes`, a manifest, or a folder that holds manifest.jsonl or
-        manifest.csv.
+      spec: a published data set, `spoken_scenes`, a manifest, or a folder that holds manifest.jsonl
+        or manifest.csv.
       manual_dir: folder of the downloaded parts of a published set.
       data_dir: directory to write to, local or gs://; TFDS's default unless given.
       name: name of the prepared set of a manifest; that of its folder unless given.
@@ -46,7 +46,8 @@ def prepare(
       progress: whether to show a bar.
 
     Returns:
-      What to give as data.name: the name of the data set, or the directory of the prepared manifest.
+      What to give as data.name: the name of the data set, or the directory of the prepared
+      manifest.
 
     Raises:
       UserError: parts are missing, too much is bad, or the directory cannot be written.
@@ -174,8 +175,8 @@ def _find_spec(spec: str, manual_dir: str | None) -> str:
     path = manifest_in(spec)
     if path is None:
         raise UserError(
-            f"{spec!r}: give one of {', '.join(PUBLISHED)}, {SPOKEN_SCENES}, a manifest (a file that "
-            f"ends in {' or '.join(MANIFEST_SUFFIXES)}), or a folder that holds manifest.jsonl"
+            f"{spec!r}: give one of {', '.join(PUBLISHED)}, {SPOKEN_SCENES}, a manifest (a file "
+            f"that ends in {' or '.join(MANIFEST_SUFFIXES)}), or a folder that holds manifest.jsonl"
         )
     return path
 

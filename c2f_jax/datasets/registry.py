@@ -66,7 +66,9 @@ def layout_of(name: str) -> Layout:
 
 
 def make_data_set(spec: str, data_dir: str | None = None) -> None:
-    """Make `spoken_scenes` if it is not there; other data sets are made by `c2f data prepare` alone.
+    """Make `spoken_scenes` if it is not there.
+
+    Other data sets are made by `c2f data prepare` alone.
 
     Args:
       spec: name of a data set, with its configuration; anything but `spoken_scenes` is left alone.
@@ -80,7 +82,7 @@ def make_data_set(spec: str, data_dir: str | None = None) -> None:
 
 
 def is_data_set(spec: str) -> bool:
-    """Whether `load_pairs` takes it: a name, a manifest or a prepared directory, not just a folder."""
+    """Whether `load_pairs` takes it: a name, a manifest or a prepared directory."""
     return data_set_name(spec) in DATA_SETS or is_manifest(spec) or is_prepared(str(spec))
 
 
@@ -132,8 +134,8 @@ def load_pairs(
 
     Args:
       spec: name of a data set, path of a manifest (.jsonl or .csv, local or in a bucket; see
-        `c2f_jax.data.manifest`), or directory of a prepared set. `spoken_scenes` is made if it is not
-        there; `c2f data prepare` makes the published sets.
+        `c2f_jax.data.manifest`), or directory of a prepared set. `spoken_scenes` is made if it is
+        not there; `c2f data prepare` makes the published sets.
       split: name of the split.
       data_dir: where TFDS keeps prepared sets; None for its default.
       max_bad_share: share of bad items above which reading ends with an error.

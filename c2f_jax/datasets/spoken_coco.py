@@ -37,7 +37,10 @@ class _Entry:
 
 
 def _read(parts: dict[str, epath.Path]) -> Listing:
-    """Read the pairs, from SpeechCLIP's listing by split or from the official one and Karpathy's."""
+    """Read the pairs.
+
+    They come from SpeechCLIP's listing by split, or from the official one and Karpathy's splits.
+    """
     listing = Listing("spoken_coco")
     path, recordings = parts["listing"], parts["recordings"].parent
     # Archives are unpacked one by one, so the two years need not lie in one folder.
@@ -100,9 +103,9 @@ def _official_entries(
     """Read the official files, with Karpathy's splits and in his order."""
     if karpathy is None:
         raise UserError(
-            f"{path}: the official files have no test split; put Karpathy's dataset_coco.json (from "
-            f"{KARPATHY}) beside them, or SpeechCLIP's SpokenCOCO_ksplit_train.json, _val.json and "
-            "_test.json"
+            f"{path}: the official files have no test split; put Karpathy's dataset_coco.json "
+            f"(from {KARPATHY}) beside them, or SpeechCLIP's SpokenCOCO_ksplit_train.json, "
+            "_val.json and _test.json"
         )
     split_of, place_of = {}, {}
     for number, image in enumerate(json_entries(karpathy, "images")):

@@ -41,8 +41,8 @@ def facts_told(sentence: str) -> frozenset:
         "huge": False,
     }
     objects = [
-        scenes.SceneObject("small" if small[size] else "large", colour, shape)
-        for size, colour, shape in nouns
+        scenes.SceneObject("small" if small[size] else "large", color, shape)
+        for size, color, shape in nouns
     ]
     relations = re.findall(r"\b(above|below|under|left|right)\b", sentence)
     relations = ["below" if word == "under" else word for word in relations]
@@ -101,13 +101,13 @@ def test_scenes_have_the_stated_make_up():
         if len(scene.objects) == 3:
             assert len({r in ("above", "below") for r in scene.relations}) == 2
     seen = [o for s in described for o in s.objects]
-    assert {o.colour for o in seen} == set(scenes.COLOURS) and {o.shape for o in seen} == set(
+    assert {o.color for o in seen} == set(scenes.COLORS) and {o.shape for o in seen} == set(
         scenes.SHAPES
     )
 
 
 def test_facts_ignore_the_order_of_telling():
-    a, b, c = (scenes.SceneObject("small", colour, "star") for colour in ("red", "blue", "green"))
+    a, b, c = (scenes.SceneObject("small", color, "star") for color in ("red", "blue", "green"))
     assert scenes.Scene((a, b), ("above",)).facts() == scenes.Scene((b, a), ("below",)).facts()
     assert scenes.Scene((a, b), ("above",)).facts() != scenes.Scene((b, a), ("above",)).facts()
     assert (
@@ -128,7 +128,7 @@ def test_the_picture_shows_the_relation(relation, size):
         scenes.SceneObject("large", "blue", "square"),
     )
     for seed in range(10):
-        picture = scenes.draw_picture(
+        picture = scenes.draw_image(
             scenes.Scene((red, blue), (relation,)), np.random.default_rng(seed)
         ).astype(int)
         assert picture.shape == (64, 64, 3)
@@ -172,7 +172,7 @@ def test_the_objects_of_a_crowded_scene_stay_in_their_quarters():
 def test_every_shape_can_be_told_from_every_other():
     outlines = {}
     for shape in scenes.SHAPES:
-        picture = scenes.draw_picture(
+        picture = scenes.draw_image(
             scenes.Scene((scenes.SceneObject("large", "red", shape),), ()), np.random.default_rng(0)
         ).astype(int)
         outlines[shape] = picture[..., 0] - picture[..., 2] > 90
@@ -333,18 +333,18 @@ def digest(data_dir, split="validation"):
 
 
 def test_an_interrupted_preparation_is_not_taken_for_complete(data_dir, tmp_path, monkeypatch):
-    drawn, draw_picture = [], scenes.draw_picture
+    drawn, draw_image = [], scenes.draw_image
 
     def interrupted(*args):
         drawn.append(1)
         if len(drawn) == 40:  # in the last split, when two are written
             raise KeyboardInterrupt
-        return draw_picture(*args)
+        return draw_image(*args)
 
-    monkeypatch.setattr(scenes, "draw_picture", interrupted)
+    monkeypatch.setattr(scenes, "draw_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load_pairs("spoken_scenes/tiny", "validation", str(tmp_path))
-    monkeypatch.setattr(scenes, "draw_picture", draw_picture)
+    monkeypatch.setattr(scenes, "draw_image", draw_image)
     assert digest(str(tmp_path)) == digest(data_dir)  # made anew, and the same
     assert len(drawn) == 40
 
@@ -375,7 +375,7 @@ def test_unknown_names(data_dir):
 
 def test_reading_needs_no_tensorflow(data_dir):
     code = (
-        "import sys; from c2f_jax.data.pairs import load_pairs;"
+        "import sys; from c2f_jax.datasets.registry import load_pairs;"
         "p = load_pairs('spoken_scenes/tiny', 'test', sys.argv[1]); p.recording(3); p.image(3);"
         "print('tensorflow' in sys.modules)"
     )

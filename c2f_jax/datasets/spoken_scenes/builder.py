@@ -1,7 +1,12 @@
-"""The TFDS data set `spoken_scenes`: drawn scenes with captions spoken by espeak-ng, made on this machine once."""
+"""The TFDS data set `spoken_scenes`: drawn scenes with captions spoken by espeak-ng.
+
+It is made on the user's machine, once.
+"""
 
 import dataclasses
 import io
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -11,13 +16,19 @@ from c2f_jax.data.prepared import pair_features
 from c2f_jax.datasets.spoken_scenes import scenes, speech
 
 SPLITS = ("train", "validation", "test")
+Described = scenes.Scene | scenes.CrowdedScene
 
 
 @dataclasses.dataclass(kw_only=True)
 class SpokenScenesConfig(tfds.core.BuilderConfig):
-    """How many scenes and how many spoken captions of each, by split.
+    """What a configuration is made of.
 
-    Simple scenes have two objects without sizes; crowded ones four, of which a caption tells two.
+    Attributes:
+      images: split -> number of scenes.
+      captions: split -> number of spoken captions of each scene.
+      simple: whether scenes have two objects without sizes.
+      crowded: whether scenes have four objects, of which a caption names two.
+      seed: seed of all draws.
     """
 
     images: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -28,10 +39,11 @@ class SpokenScenesConfig(tfds.core.BuilderConfig):
 
 
 class SpokenScenes(tfds.core.GeneratorBasedBuilder):
-    """Pictures of two or three shapes with several captions each, spoken by different synthetic speakers.
+    """Images of two or three shapes, each with captions spoken by several synthetic speakers.
 
-    One example is a scene: its picture (PNG), its name and its recordings (FLAC, caption, speaker). A speaker's voice
-    variant occurs in one split only; so does a scene. The set is a function of the configuration alone.
+    One example is a scene: its image (PNG), its name and its recordings (FLAC, caption, speaker). A
+    speaker's voice variant occurs in one split only; so does a scene. The set is a function of the
+    configuration alone.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -45,7 +57,8 @@ class SpokenScenes(tfds.core.GeneratorBasedBuilder):
         ),
         SpokenScenesConfig(
             name="simple",
-            description="1,500 scenes of two objects without sizes for training, 250 for validation, 500 for testing.",
+            description="1,500 scenes of two objects without sizes for training, "
+            "250 for validation, 500 for testing.",
             images={"train": 1500, "validation": 250, "test": 500},
             captions={"train": 4, "validation": 2, "test": 2},
             simple=True,
@@ -53,7 +66,8 @@ class SpokenScenes(tfds.core.GeneratorBasedBuilder):
         ),
         SpokenScenesConfig(
             name="crowded",
-            description="10,000 scenes of four objects, captions of two; 250 for validation, 500 for testing.",
+            description="10,000 scenes of four objects, captions of two; 250 for validation, "
+            "500 for testing.",
             images={"train": 10000, "validation": 250, "test": 500},
             captions={"train": 2, "validation": 4, "test": 4},
             crowded=True,
@@ -68,42 +82,53 @@ class SpokenScenes(tfds.core.GeneratorBasedBuilder):
         ),
     ]
 
-    def __init__(self, *, processes: int | None = None, **kwargs):
+    def __init__(self, *, processes: int | None = None, **kwargs: Any) -> None:
+        """Create a builder.
+
+        Args:
+          processes: processes that speak; None for one a core.
+          **kwargs: arguments of TFDS's builder.
+        """
         self._processes = processes
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Drawn scenes of coloured shapes with spoken captions.",
+            description="Drawn scenes of colored shapes with spoken captions.",
             features=pair_features(),
             # Order is generation order, so that row numbers mean something.
             disable_shuffling=True,
-            # For each split, the samples of each recording: lengths are known without reading any audio.
+            # Of each split, the samples of each recording: lengths are known without reading audio.
             metadata=tfds.core.MetadataDict(),
         )
 
-    def _split_generators(self, dl_manager):
+    def _split_generators(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> dict[str, Iterator[tuple[int, dict]]]:
         del dl_manager  # nothing is downloaded
         config = self.builder_config
         # The generators of this file are bare and must stay so: named ones would draw other scenes
         # than those of the data sets on users' disks.
         rng = np.random.default_rng([config.seed, 0])
         seen: set[frozenset] = set()
-        return {
-            split: self._generate_examples(split, distinct_scenes(config, split, rng, seen))
-            for split in reversed(SPLITS)
-        }  # the small splits first: what fails, fails early
+        generators = {}
+        for split in reversed(SPLITS):  # the small splits first: what fails, fails early
+            described = distinct_scenes(config, split, rng, seen)
+            generators[split] = self._generate_examples(split, described)
+        return generators
 
-    def _generate_examples(self, split: str, described: list):
+    def _generate_examples(
+        self, split: str, described: list[Described]
+    ) -> Iterator[tuple[int, dict]]:
         config = self.builder_config
         seed = [config.seed, 1 + SPLITS.index(split)]
         count = config.captions[split]
-        plans = [
-            _plan(scene, np.random.default_rng([*seed, i]), split, count)
-            for i, scene in enumerate(described)
-        ]
+        plans = []
+        for i, scene in enumerate(described):
+            plans.append(_plan(scene, np.random.default_rng([*seed, i]), split, count))
         spoken = speech.speak_all((u for plan in plans for u in plan), processes=self._processes)
+
         lengths = []
         for i, (scene, plan) in enumerate(zip(described, plans, strict=True)):
             recordings = []
@@ -113,30 +138,37 @@ class SpokenScenes(tfds.core.GeneratorBasedBuilder):
                 recordings.append(
                     {"audio": audio, "caption": utterance["text"], "speaker": utterance["voice"]}
                 )
-            picture = scenes.draw_picture(scene, np.random.default_rng([*seed, i, 1]))
-            yield (
-                i,
-                {"image": _png(picture), "image_id": f"{split}-{i:05d}", "recordings": recordings},
-            )
+            image = scenes.draw_image(scene, np.random.default_rng([*seed, i, 1]))
+            example = {"image": _png(image), "image_id": f"{split}-{i:05d}"}
+            yield i, example | {"recordings": recordings}
         self.info.metadata[split] = {"captions": count, "samples": lengths}
 
 
 def distinct_scenes(
     config: SpokenScenesConfig, split: str, rng: np.random.Generator, seen: set[frozenset]
-) -> list:
-    """Scenes that differ from each other and from all seen ones, which they join.
+) -> list[Described]:
+    """Draw scenes that differ from each other and from all seen ones.
 
-    No caption of a crowded scene is true of another one of its split, but for training.
+    No caption of a crowded scene is true of another one of its split, except in training.
+
+    Args:
+      config: what to draw.
+      split: name of the split.
+      rng: random generator.
+      seen: facts of the scenes of other splits; those of this one are added.
+
+    Returns:
+      The scenes.
     """
     drawn, told = [], set()
     while len(drawn) < config.images[split]:
-        scene = (
-            scenes.draw_crowded_scene(rng)
-            if config.crowded
-            else scenes.draw_scene(rng, simple=config.simple)
-        )
+        if config.crowded:
+            scene = scenes.draw_crowded_scene(rng)
+        else:
+            scene = scenes.draw_scene(rng, simple=config.simple)
         facts = scene.facts()
-        if facts in seen or (config.crowded and split != "train" and facts & told):
+        ambiguous = config.crowded and split != "train" and facts & told
+        if facts in seen or ambiguous:
             continue
         seen.add(facts)
         told |= facts
@@ -144,10 +176,8 @@ def distinct_scenes(
     return drawn
 
 
-def _plan(
-    scene: scenes.Scene | scenes.CrowdedScene, rng: np.random.Generator, split: str, count: int
-) -> list[dict]:
-    """What is said about a scene and how: `count` utterances by different speakers."""
+def _plan(scene: Described, rng: np.random.Generator, split: str, count: int) -> list[dict]:
+    """Decide what is said about a scene and how: `count` utterances by different speakers."""
     plan: list[dict] = []
     while len(plan) < count:
         voice = speech.draw_voice(rng, split)
@@ -156,7 +186,7 @@ def _plan(
     return plan
 
 
-def _png(picture: np.ndarray) -> bytes:
+def _png(image: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG", compress_level=3)
+    Image.fromarray(image).save(buffer, "PNG", compress_level=3)
     return buffer.getvalue()

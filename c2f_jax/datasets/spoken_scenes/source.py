@@ -1,11 +1,29 @@
 """The prepared builder of `spoken_scenes`; the data set is made when it is not there yet."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from c2f_jax.datasets.spoken_scenes import speech
 from c2f_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from c2f_jax.datasets.spoken_scenes.builder import SpokenScenes
+
 
 def known_config(config: str) -> str:
-    """The name of a configuration, "default" for none given; `UserError` listing all for an unknown one."""
+    """Check the name of a configuration.
+
+    Args:
+      config: the name; "" for none given.
+
+    Returns:
+      The name, "default" for none given.
+
+    Raises:
+      UserError: there is no such configuration.
+    """
+    # TFDS is loaded here, so that other data sets can be opened without.
     from c2f_jax.datasets.spoken_scenes.builder import SpokenScenes
 
     if config and config not in SpokenScenes.builder_configs:
@@ -14,16 +32,22 @@ def known_config(config: str) -> str:
     return config or "default"
 
 
-def prepared_builder(config: str = "", data_dir: str | None = None):
-    """The TFDS builder of `spoken_scenes`, its data made first when they are not in data_dir; once made they stay."""
-    from c2f_jax.datasets.spoken_scenes.builder import SpokenScenes
+def prepared_builder(config: str = "", data_dir: str | None = None) -> SpokenScenes:
+    """Open the data set, which is made first if it is not there.
 
+    Args:
+      config: name of the configuration.
+      data_dir: where TFDS keeps prepared sets; None for its default.
+
+    Returns:
+      The TFDS builder, whose splits can be read.
+
+    Raises:
+      UserError: there is no such configuration, espeak-ng is not installed, or the directory cannot
+        be written.
+    """
     config = known_config(config)
-
-    def open_builder():
-        return SpokenScenes(config=config, data_dir=data_dir, file_format="array_record")
-
-    builder = open_builder()
+    builder = _open(config, data_dir)
     if builder.info.splits:
         return builder
     speech.check_installed()
@@ -32,10 +56,16 @@ def prepared_builder(config: str = "", data_dir: str | None = None):
         builder.download_and_prepare()
     except OSError as e:
         # Another process may have finished the same set in the meantime; then its copy serves.
-        builder = open_builder()
+        builder = _open(config, data_dir)
         if not builder.info.splits:
             raise UserError(
-                f"spoken_scenes/{config} could not be made in {builder.data_dir} ({e}); give a data_dir "
-                "that can be written and has 1 GB of room"
+                f"spoken_scenes/{config} could not be made in {builder.data_dir} ({e}); give a "
+                "data_dir that can be written and has 1 GB of room"
             ) from e
     return builder
+
+
+def _open(config: str, data_dir: str | None) -> SpokenScenes:
+    from c2f_jax.datasets.spoken_scenes.builder import SpokenScenes
+
+    return SpokenScenes(config=config, data_dir=data_dir, file_format="array_record")

@@ -1,8 +1,8 @@
 """Captions spoken by espeak-ng, in this process or in several: text and voice in, FLAC bytes out.
 
-The library and its voices come from PyPI's `espeakng_loader` (GPL-3), which is imported only when something is spoken.
-This file also runs as a script, the speaking worker: it imports nothing of this package, so that workers start in a
-tenth of a second and carry neither jax nor TensorFlow.
+The library and its voices come from PyPI's `espeakng_loader` (GPL-3), which is imported only when
+something is spoken. This file also runs as a script, the speaking worker. It imports nothing of
+this package, so that workers start in a tenth of a second and carry neither jax nor TensorFlow.
 """
 
 import _ctypes
@@ -13,6 +13,7 @@ import ctypes
 import functools
 import importlib.util
 import io
+import itertools
 import os
 import pickle
 import queue
@@ -23,81 +24,27 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-SAMPLE_RATE = 16_000
+SAMPLE_RATE = 16_000  # as in data/source.py, which a worker does not import
 WANTED_SECONDS, MOST_SECONDS = 4.5, 5.0
 ACCENTS = ("en", "en-us", "en-gb-scotland", "en-gb-x-rp", "en-us-nyc")
-
-
-# Voice variants of espeak-ng 1.52. Left out: whispers, robots, echoes and croaks, and two (Reed, caleb) whose sound
-# depends on uninitialised memory. Variants that share most of their parameters (iven, iven2) are in one split.
+# Voice variants of espeak-ng 1.52. Left out: whispers, robots, echoes and croaks, and two (Reed,
+# caleb) whose sound depends on uninitialized memory. Variants that share most of their parameters
+# (iven, iven2) are in one split.
 VARIANTS = {
     "train": (
-        "Alex",
-        "Andrea",
-        "Annie",
-        "Denis",
-        "Diogo",
-        "Gene",
-        "Gene2",
-        "Henrique",
-        "Hugo",
-        "Jacky",
-        "Marco",
-        "Mario",
-        "Michael",
-        "Mike",
-        "Nguyen",
-        "adam",
-        "anika",
-        "antonio",
-        "aunty",
-        "benjamin",
-        "ed",
-        "edward",
-        "edward2",
-        "f2",
-        "f4",
-        "grandma",
-        "grandpa",
-        "gustave",
-        "ian",
-        "iven",
-        "iven2",
-        "iven3",
-        "iven4",
-        "john",
-        "klatt4",
-        "klatt5",
-        "linda",
-        "m1",
-        "m3",
-        "m5",
-        "m7",
-        "m8",
-        "marcelo",
-        "max",
-        "michel",
-        "miguel",
-        "mike2",
-        "norbert",
-        "pablo",
-        "paul",
-        "pedro",
-        "rob",
-        "robert",
-        "sandro",
-        "steph",
-        "steph2",
-        "steph3",
-        "victor",
-    ),
-    "validation": ("Alicia", "boris", "david", "f1", "m2", "quincy"),
-    "test": ("Andy", "Lee", "Storm", "belinda", "f3", "f5", "m4", "m6", "shelby", "travis"),
+        "Alex Andrea Annie Denis Diogo Gene Gene2 Henrique Hugo Jacky Marco Mario Michael "
+        "Mike Nguyen adam anika antonio aunty benjamin ed edward edward2 f2 f4 grandma "
+        "grandpa gustave ian iven iven2 iven3 iven4 john klatt4 klatt5 linda m1 m3 m5 m7 m8 "
+        "marcelo max michel miguel mike2 norbert pablo paul pedro rob robert sandro steph "
+        "steph2 steph3 victor"
+    ).split(),
+    "validation": "Alicia boris david f1 m2 quincy".split(),
+    "test": "Andy Lee Storm belinda f3 f5 m4 m6 shelby travis".split(),
 }
-
 
 _RATE, _VOLUME, _PITCH, _PITCH_RANGE = 1, 2, 3, 4  # espeak_PARAMETER
 _SYNCHRONOUS, _DONT_EXIT, _UTF8, _CHARACTERS = 2, 0x8000, 1, 1
@@ -107,13 +54,23 @@ _CALLBACK = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
 )
 
+Spoken = tuple[bytes, int]  # FLAC, and its number of samples
 
-def draw_voice(rng: np.random.Generator, split: str) -> dict:
-    """A speaker of the split and a manner of speaking: the keyword arguments of `speak`, without the text."""
+
+def draw_voice(rng: np.random.Generator, split: str) -> dict[str, Any]:
+    """Draw a speaker and a manner of speaking.
+
+    Args:
+      rng: random generator.
+      split: split of the data set, which decides the speakers.
+
+    Returns:
+      The keyword arguments of `speak`, without the text.
+    """
     variant = VARIANTS[split][rng.integers(len(VARIANTS[split]))]
     accent = ACCENTS[rng.integers(len(ACCENTS))]
-    # A speaker keeps a habitual rate and pitch; each utterance strays a little from them.
-    # A bare generator, which must stay so: data sets on users' disks have these habits.
+    # A speaker keeps a habitual rate and pitch; each utterance strays a little from them. The
+    # generator is bare and must stay so: the data sets on users' disks were spoken with it.
     habit = np.random.default_rng(list(f"{accent}+{variant}".encode()))
     rate, pitch, pitch_range = habit.uniform(185, 235), habit.uniform(30, 65), habit.uniform(35, 65)
     return {
@@ -127,17 +84,27 @@ def draw_voice(rng: np.random.Generator, split: str) -> dict:
 
 def speak(
     text: str, *, voice: str, rate: int, pitch: int, pitch_range: int, level: float
-) -> tuple[bytes, int]:
-    """The text as (FLAC bytes, samples): 16 kHz mono, silence trimmed, at most 5 s, the same bytes for the same call.
+) -> Spoken:
+    """Speak a text: 16 kHz mono, silence trimmed, at most 5 s, the same bytes for the same call.
 
-    voice is `<accent>+<variant>`, rate words a minute (80 to 450), pitch and pitch_range 0 to 100, level the RMS in
-    dB below full scale. Sentences over 4.5 s are spoken again, faster.
+    Sentences over 4.5 s are spoken again, faster.
+
+    Args:
+      text: what to say.
+      voice: `<accent>+<variant>`.
+      rate: words a minute, 80 to 450.
+      pitch: 0 to 100.
+      pitch_range: 0 to 100.
+      level: RMS in dB below full scale.
+
+    Returns:
+      FLAC bytes and the number of samples.
     """
     import soundfile
     import soxr
 
     for _ in range(3):
-        pcm, source_rate = _synthesise(text, voice, rate, pitch, pitch_range)
+        pcm, source_rate = _synthesize(text, voice, rate, pitch, pitch_range)
         wave = _trim(pcm.astype(np.float32) / 32768, source_rate)
         seconds = len(wave) / source_rate
         if seconds <= WANTED_SECONDS:
@@ -146,20 +113,23 @@ def speak(
     wave = soxr.resample(wave, source_rate, SAMPLE_RATE)[: int(MOST_SECONDS * SAMPLE_RATE)]
     gain = 10 ** (level / 20) / max(float(np.sqrt(np.mean(wave**2))), 1e-4)
     wave = wave * min(gain, 0.95 / max(float(np.abs(wave).max()), 1e-4))
-    # Twelve significant bits: FLAC packs the four zero ones away, which halves the set, 50 dB below the speech.
+
+    # Twelve significant bits: FLAC packs the four zero ones away, which halves the set, 50 dB below
+    # the speech.
     pcm = np.round(wave * 2047).astype(np.int16) * 16
     buffer = io.BytesIO()
     soundfile.write(buffer, pcm, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
     return buffer.getvalue(), len(wave)
 
 
-def _synthesise(
+def _synthesize(
     text: str, voice: str, rate: int, pitch: int, pitch_range: int
 ) -> tuple[np.ndarray, int]:
-    """The bare int16 samples and their rate, from a freshly loaded library.
+    """Return the bare int16 samples and their rate, from a freshly loaded library.
 
-    espeak-ng carries oscillator phases, filters and noise over from what it spoke before, and no call clears them.
-    Loading the library anew for each utterance (3 ms) does, so an utterance is the same bits in any order.
+    espeak-ng carries oscillator phases, filters and noise over from what it spoke before, and no
+    call clears them. Loading the library anew for each utterance (3 ms) does, so an utterance is
+    the same bits in any order.
     """
     import espeakng_loader
 
@@ -171,7 +141,7 @@ def _synthesise(
         chunks: list[bytes] = []
 
         @_CALLBACK
-        def collect(samples, count, _events):
+        def collect(samples: Any, count: int, _events: Any) -> int:
             if samples and count > 0:
                 chunks.append(ctypes.string_at(samples, 2 * count))
             return 0
@@ -180,12 +150,8 @@ def _synthesise(
         library.espeak_ng_SetRandSeed(ctypes.c_long(1))
         if library.espeak_SetVoiceByName(voice.encode()) != 0:
             raise RuntimeError(f"espeak-ng has no voice {voice!r}")
-        for parameter, value in (
-            (_RATE, rate),
-            (_VOLUME, 100),
-            (_PITCH, pitch),
-            (_PITCH_RANGE, pitch_range),
-        ):
+        parameters = {_RATE: rate, _VOLUME: 100, _PITCH: pitch, _PITCH_RANGE: pitch_range}
+        for parameter, value in parameters.items():
             library.espeak_SetParameter(parameter, int(value), 0)
         data = text.encode() + b"\0"
         library.espeak_Synth(data, len(data), 0, _CHARACTERS, 0, _UTF8, None, None)
@@ -197,10 +163,11 @@ def _synthesise(
 
 @functools.cache
 def _voice_data() -> str:
-    """The path of a copy of what the English voices need of espeak-ng's data, each accent where it is looked for first.
+    """Copy what the English voices need of espeak-ng's data; return the folder.
 
-    From the full data each freshly loaded library would list all 250 voices before it speaks, a third of the time.
-    Workers are told the copy of their parent; otherwise it lasts as long as this process.
+    Each accent is where it is looked for first. From the full data each freshly loaded library
+    would list all 250 voices before it speaks, a third of the time. Workers use their parent's
+    copy, which is deleted when the parent exits.
     """
     if _DATA_VARIABLE in os.environ:
         return os.environ[_DATA_VARIABLE]
@@ -220,7 +187,7 @@ def _voice_data() -> str:
 
 
 def _trim(wave: np.ndarray, sample_rate: int) -> np.ndarray:
-    """Without the silence before and after the speech, but for 40 ms."""
+    """Cut off the silence before and after the speech, but for 40 ms."""
     loud = np.flatnonzero(np.abs(wave) > 0.01 * np.abs(wave).max(initial=1e-6))
     if not len(loud):
         raise RuntimeError("espeak-ng returned silence")
@@ -229,8 +196,13 @@ def _trim(wave: np.ndarray, sample_rate: int) -> np.ndarray:
 
 
 def check_installed() -> None:
-    """Raises `UserError` when `espeakng_loader` is not installed."""
+    """Check that speech can be synthesized.
+
+    Raises:
+      UserError: `espeakng_loader` is not installed.
+    """
     if importlib.util.find_spec("espeakng_loader") is None:
+        # A worker must not import the package; see the head of this file.
         from c2f_jax.errors import UserError
 
         raise UserError(
@@ -239,53 +211,29 @@ def check_installed() -> None:
         )
 
 
-def speak_all(
-    utterances: Iterable[dict], *, processes: int | None = None
-) -> Iterator[tuple[bytes, int]]:
-    """`speak(**utterance)` of each, in order, by worker processes (all cores unless said otherwise)."""
+def speak_all(utterances: Iterable[dict], *, processes: int | None = None) -> Iterator[Spoken]:
+    """Speak many utterances in worker processes.
+
+    Args:
+      utterances: keyword arguments of `speak`.
+      processes: number of workers; None for one a core.
+
+    Yields:
+      FLAC bytes and number of samples of each utterance, in order.
+    """
     processes = processes or _cores()
-    # Plain child processes rather than multiprocessing: that would import the caller's main module, jax and all,
-    # in each worker, and fails in scripts without the __main__ guard.
-    environment = {
-        **os.environ,
-        _DATA_VARIABLE: _voice_data(),
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-    }
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-P", __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-        )
-        for _ in range(processes)
-    ]
-    free: queue.SimpleQueue = queue.SimpleQueue()
+    workers = [_start_worker() for _ in range(processes)]
+    free: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
     for worker in workers:
         free.put(worker)
-
-    def ask(chunk: list[dict]) -> list[tuple[bytes, int]]:
-        worker = free.get()
-        try:
-            pickle.dump(chunk, worker.stdin)
-            worker.stdin.flush()
-            answer = pickle.load(worker.stdout)
-        except (EOFError, BrokenPipeError) as e:
-            raise RuntimeError(f"a speaking process ended with exit status {worker.wait()}") from e
-        finally:
-            free.put(worker)
-        if isinstance(answer, str):
-            raise RuntimeError(f"speaking failed: {answer}")
-        return answer
 
     threads = concurrent.futures.ThreadPoolExecutor(processes)
     try:
         waiting: collections.deque = collections.deque()
         for chunk in _chunks(utterances):
-            waiting.append(threads.submit(ask, chunk))
-            if (
-                len(waiting) > 3 * processes
-            ):  # enough to keep the workers busy, little enough to hold in memory
+            waiting.append(threads.submit(_ask, free, chunk))
+            # Enough to keep the workers busy, little enough to hold in memory.
+            if len(waiting) > 3 * processes:
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()
@@ -296,14 +244,41 @@ def speak_all(
         threads.shutdown(cancel_futures=True)
 
 
+def _start_worker() -> subprocess.Popen:
+    # A plain child process rather than multiprocessing: that would import the caller's main module,
+    # jax and all, in each worker, and fails in scripts without the __main__ guard.
+    environment = {
+        **os.environ,
+        _DATA_VARIABLE: _voice_data(),
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-P", __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+    )
+
+
+def _ask(free: queue.SimpleQueue[subprocess.Popen], chunk: list[dict]) -> list[Spoken]:
+    """Have a chunk spoken by the next worker that is free."""
+    worker = free.get()
+    try:
+        pickle.dump(chunk, worker.stdin)
+        worker.stdin.flush()
+        answer = pickle.load(worker.stdout)
+    except (EOFError, BrokenPipeError) as e:
+        raise RuntimeError(f"a speaking process ended with exit status {worker.wait()}") from e
+    finally:
+        free.put(worker)
+    if isinstance(answer, str):
+        raise RuntimeError(f"speaking failed: {answer}")
+    return answer
+
+
 def _chunks(utterances: Iterable[dict]) -> Iterator[list[dict]]:
-    chunk: list[dict] = []
-    for utterance in utterances:
-        chunk.append(utterance)
-        if len(chunk) == _CHUNK:
-            yield chunk
-            chunk = []
-    if chunk:
+    utterances = iter(utterances)
+    while chunk := list(itertools.islice(utterances, _CHUNK)):
         yield chunk
 
 
@@ -312,9 +287,10 @@ def _cores() -> int:
 
 
 def _serve() -> None:
-    """The worker: lists of utterances in, lists of answers (or one error message) out, until the input ends."""
-    # The pipe is kept apart from file descriptor 1, so that nothing that C code prints can spoil it.
+    """Answer lists of utterances with lists of what was spoken, or an error, until input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    # The pipe is kept apart from file descriptor 1, so that nothing that C code prints can spoil
+    # it.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     while True:

@@ -1,0 +1,124 @@
+"""What a data check knows of one item: whether it can be used, what is odd, what it is like."""
+
+import dataclasses
+import hashlib
+import io
+
+import numpy as np
+
+from c2f_jax.data.audio import decode_audio, read_bytes
+from c2f_jax.data.images import open_rgb, resize_box
+from c2f_jax.data.source import MIN_SAMPLES, SAMPLE_RATE, PairSource
+from c2f_jax.data_check.findings import VERY_SHORT
+from c2f_jax.errors import BadFileError
+
+LOOK_SIDE = 16  # pixels of the small copy that images are compared by
+SILENCE = 1e-3  # of full scale
+MOST_DIFFERENCE = 12  # of 255, between two pixels of small copies that look the same
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of one item.
+
+    Attributes:
+      problems: (kind, detail) of each problem, see `KINDS`.
+      usable: whether it can be decoded.
+      seconds: length of a recording.
+      content: hash of the file, equal for equal files.
+      look: small copy of an image, 16 x 16 RGB.
+    """
+
+    problems: tuple[tuple[str, str], ...] = ()
+    usable: bool = True
+    seconds: float = 0.0
+    content: bytes = b""
+    look: bytes = b""
+
+    def keys(self) -> list[bytes]:
+        """Return keys of which two items share one if they are alike.
+
+        They are the hash of the content and, for an image, its coarse brightness pattern, which
+        re-encoding does not change.
+        """
+        if not self.look:
+            return [self.content]
+        half = LOOK_SIDE // 2
+        gray = np.frombuffer(self.look, np.uint8).reshape(half, 2, half, 2, 3).mean(axis=(1, 3, 4))
+        return [self.content, np.packbits(gray[:, 1:] > gray[:, :-1] + 4).tobytes()]
+
+    def is_like(self, other: "Facts") -> bool:
+        """Whether the other item is the same file, or an image that looks the same."""
+        if self.content == other.content:
+            return True
+        mine = np.frombuffer(self.look, np.uint8).astype(int)
+        others = np.frombuffer(other.look, np.uint8).astype(int)
+        return bool(len(mine) and np.abs(mine - others).max() <= MOST_DIFFERENCE)
+
+
+def recording_facts(source: PairSource, index: int, max_seconds: float) -> Facts:
+    """Decode a recording and look for problems.
+
+    Args:
+      source: pairs.
+      index: number of the recording.
+      max_seconds: longer recordings are reported.
+
+    Returns:
+      What is known of it.
+    """
+    import soundfile
+
+    try:
+        audio = source.recording(index)["audio"]
+        encoded = audio if isinstance(audio, bytes) else read_bytes(audio)
+        wave = decode_audio(encoded, name=source.recording_name(index))
+        if len(wave) < MIN_SAMPLES:
+            raise BadFileError(
+                f"{len(wave)} samples at 16 kHz; {MIN_SAMPLES} are needed", "too short"
+            )
+    except BadFileError as e:
+        return _unusable(e, source.recording_name(index))
+
+    about, problems = soundfile.info(io.BytesIO(encoded)), []
+    seconds, peak = len(wave) / SAMPLE_RATE, np.abs(wave).max()
+    if about.samplerate != SAMPLE_RATE:
+        problems.append(("other sample rate", f"{about.samplerate:,} Hz"))
+    if about.channels != 1:
+        problems.append(("stereo", f"{about.channels} channels"))
+    if peak < SILENCE:
+        problems.append(("silence", f"peak {peak:.1e} of full scale"))
+    if seconds < VERY_SHORT:
+        problems.append(("very short", f"{seconds:.2f} s"))
+    if seconds > max_seconds:
+        problems.append(("over-long", f"{seconds:.1f} s"))
+    return Facts(tuple(problems), seconds=seconds, content=hashlib.sha1(encoded).digest())
+
+
+def image_facts(source: PairSource, row: int) -> Facts:
+    """Decode an image and look for problems.
+
+    Args:
+      source: pairs.
+      row: number of the image in the gallery.
+
+    Returns:
+      What is known of it.
+    """
+    try:
+        image = source.image(row)
+        encoded = image if isinstance(image, bytes) else read_bytes(image)
+        rgb = open_rgb(encoded, 2 * LOOK_SIDE, name=source.image_name(row))
+    except BadFileError as e:
+        return _unusable(e, source.image_name(row))
+
+    problems = []
+    if min(rgb.size) < LOOK_SIDE:
+        problems.append(("tiny picture", f"{rgb.width} x {rgb.height}"))
+    look = resize_box(rgb, (0, 0, *rgb.size), LOOK_SIDE).tobytes()
+    return Facts(tuple(problems), content=hashlib.sha1(encoded).digest(), look=look)
+
+
+def _unusable(error: BadFileError, name: str) -> Facts:
+    problem = error.kind, str(error).removeprefix(f"{name}: ")
+    return Facts((problem,), usable=False)
