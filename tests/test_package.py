@@ -21,7 +21,7 @@ def fresh(code):
 
 
 def test_objectives_need_jax_alone():
-    names = "embedding_queue", "momentum", "collectives", "keys"
+    names = "embedding_queue", "momentum", "collectives", "keys", "matching", "hard_negatives"
     modules, started = fresh(f"import {', '.join(f'c2f_jax.objectives.{name}' for name in names)}")
     assert not modules & {
         "tensorflow",
@@ -33,6 +33,22 @@ def test_objectives_need_jax_alone():
         "ml_collections",
         "librosa",
         "grain",
+    }
+    assert not started
+
+
+def test_the_step_needs_jax_flax_optax_and_what_these_need():
+    names = "train_step", "train_state", "method", "optimizer", "parallel", "average", "pairs"
+    modules, started = fresh(f"import {', '.join(f'c2f_jax.training.{name}' for name in names)}")
+    assert not modules & {
+        "tensorflow",
+        "tensorflow_datasets",
+        "clu",
+        "tqdm",
+        "ml_collections",
+        "librosa",
+        "grain",
+        "PIL",
     }
     assert not started
 

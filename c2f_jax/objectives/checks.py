@@ -40,6 +40,8 @@ def check_arrays(**arguments: tuple[Any, str]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for name, (value, specification) in arguments.items():
         shape, dtype = np.shape(value), _dtype(value)
+
+        # The first alternative that fits fixes the sizes for all later arguments.
         for one in specification.split(" | "):
             found = _match(shape, dtype, one, sizes)
             if found is not None:
@@ -109,12 +111,14 @@ def _match(
     if not any(jnp.issubdtype(dtype, one) for one in _KINDS[kind]):
         return None
 
+    # Three dots stand for any further axes.
     if axes and axes[-1] == "...":
         axes = axes[:-1]
         shape = shape[: len(axes)]
     if len(shape) != len(axes):
         return None
 
+    # A number must be that size, a letter the size that it had before.
     found: dict[str, int] = {}
     for axis, size in zip(axes, shape, strict=True):
         expected = int(axis) if axis.isdigit() else {**sizes, **found}.get(axis, size)

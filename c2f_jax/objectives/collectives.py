@@ -87,6 +87,8 @@ def masked_mean(values: jax.Array, valid: jax.Array, axis_name: AxisName = None)
     2.0
     """
     check_arrays(values=(values, "number[n]"), valid=(valid, "bool[n]"))
+
+    # Sums and counts are added up over the devices before the division.
     total = psum(jnp.sum(jnp.where(valid, values, 0.0)), axis_name)
     count = psum(jnp.sum(valid.astype(jnp.float32)), axis_name)
     return total / jnp.maximum(count, 1.0)

@@ -29,6 +29,8 @@ def similarity_logits(queries: jax.Array, bank: jax.Array, tau: jax.Array | floa
     check_arrays(
         queries=(queries, "float[n, D]"), bank=(bank, "float[M, D]"), tau=(tau, "number[]")
     )
+
+    # In float32 and full precision whatever the compute type: a small tau magnifies rounding.
     queries, bank = queries.astype(jnp.float32), bank.astype(jnp.float32)
     return jnp.matmul(queries, bank.T, precision="highest") / tau  # (n, D) . (D, M) -> (n, M)
 
@@ -71,6 +73,8 @@ def branch_logits(
     query_parts, bank_parts = (jnp.split(x, branches, axis=-1) for x in (queries, bank))
     for query_part, bank_part in zip(query_parts, bank_parts, strict=True):
         of_branches.append(similarity_logits(query_part, bank_part, tau))
+
+    # Each part has length 1 / sqrt(B), so B times their product is a cosine.
     return branches * jnp.stack(of_branches)
 
 

@@ -39,9 +39,8 @@ def identity_targets(
     Args:
       ids: (n,) int image ids g of the queries.
       bank_ids: (M,) int image ids g* of the bank.
-      pair_columns: (n,) int, the column of each query's own pair, from 0 to M - 1. Under a device
-        axis these are the rows' numbers in the global batch; a column outside the bank makes a row
-        of zeros.
+      pair_columns: (n,) int, the column of each query's own pair, from 0 to M - 1: the row's number
+        in the global batch. A column outside the bank makes a row of zeros.
       bank_valid: (M,) bool, False for slots never written.
       policy: one of ``ID_POLICIES``.
 
@@ -52,8 +51,7 @@ def identity_targets(
       ValueError: unknown policy, or an argument has another shape or type.
 
     Reference:
-      Li et al. 2021 (ALBEF), whose retrieval fine-tuning takes all captions of an image as
-      positives.
+      Li et al. 2021 (ALBEF): fine-tuning takes all captions of an image as positives.
 
     >>> args = jnp.array([7]), jnp.array([7, 7, 3]), jnp.array([0]), jnp.ones(3, bool)
     >>> identity_targets(*args).targets.tolist()
@@ -70,13 +68,17 @@ def identity_targets(
         bank_valid=(bank_valid, "bool[M]"),
     )
 
+    # Slots never written hold id 0, which an image may have: only valid columns can match.
     is_pair = pair_columns[:, None] == jnp.arange(bank_ids.shape[0])[None, :]  # (n, M)
     same_id = (ids[:, None] == bank_ids[None, :]) & bank_valid[None, :]
     valid = jnp.broadcast_to(bank_valid, same_id.shape)
 
+    # The pair itself is positive even if its column were not valid, so no row sums to 0.
     if policy == "multi_positive":
         positives = (same_id | is_pair).astype(jnp.float32)
         return IdentityTargets(positives / jnp.sum(positives, axis=-1, keepdims=True), valid)
+
+    # The other policies have one positive; they differ in what they do with the rest of its id.
     if policy == "mask":
         valid = valid & (is_pair | ~same_id)
     return IdentityTargets(is_pair.astype(jnp.float32), valid)
@@ -113,6 +115,8 @@ def distillation_targets(
         alpha=(alpha, "number[]"),
     )
     valid = jnp.broadcast_to(valid, targets.shape)
+
+    # The teacher's distribution over the valid columns.
     pseudo = jax.nn.softmax(momentum_logits.astype(jnp.float32), axis=-1, where=valid)
     pseudo = jnp.where(valid, pseudo, 0.0)
     return jax.lax.stop_gradient(alpha * pseudo + (1.0 - alpha) * targets)

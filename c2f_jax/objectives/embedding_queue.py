@@ -57,6 +57,7 @@ def create_queue(size: int, rows: Mapping[str, Any]) -> EmbeddingQueue:
         raise ValueError(f"size is {size}; it must be at least 0")
     if not rows:
         raise ValueError("rows is empty; it must name at least one array")
+
     entries = {}
     for name, row in rows.items():
         entries[name] = jnp.zeros((size, *row.shape[1:]), row.dtype)
@@ -101,6 +102,7 @@ def enqueue(queue: EmbeddingQueue, rows: Mapping[str, jax.Array]) -> EmbeddingQu
         newest = jax.lax.stop_gradient(rows[name][-written:])
         entries[name] = entry.at[slots].set(newest.astype(entry.dtype))
 
+    # The oldest row is at the cursor once the queue is full.
     cursor = (queue.cursor + written) % size
     return EmbeddingQueue(entries, cursor, jnp.minimum(queue.count + written, size))
 
@@ -159,6 +161,8 @@ def _check_rows(queue: EmbeddingQueue, rows: Mapping[str, jax.Array]) -> None:
         raise ValueError(
             f"rows has the names {', '.join(rows)}; they must be {', '.join(queue.entries)}"
         )
+
+    # jax would broadcast one row over all slots, or pair n rows with fewer ids, without a word.
     count = next(iter(rows.values())).shape[:1]
     for name, entry in queue.entries.items():
         expected = (*count, *entry.shape[1:])

@@ -68,8 +68,13 @@ def sample_hard_negatives(
     if sizes["M"] == 0:
         raise ValueError("candidate_ids has shape (0,); there must be at least one candidate")
 
+    # What may be drawn: another image, from a slot that was written.
     legal = (ids[:, None] != candidate_ids[None, :]) & candidate_valid[None, :]  # (n, M)
+
+    # The row's key draws its noise, so the draw does not depend on the number of devices.
     gumbel = jax.vmap(lambda key: jax.random.gumbel(key, (logits.shape[1],), jnp.float32))(keys)
+
+    # The index of the largest l + G is distributed as softmax(l).
     perturbed = jax.lax.stop_gradient(logits).astype(jnp.float32) + gumbel
     perturbed = jnp.where(legal, perturbed, -jnp.inf)
 

@@ -106,6 +106,7 @@ def step_key(training_key: jax.Array, step: jax.Array | int) -> jax.Array:
     Returns:
       A typed key.
     """
+    # The train state keeps raw key data, which checkpoints can hold.
     if not jax.dtypes.issubdtype(training_key.dtype, jax.dtypes.prng_key):
         training_key = jax.random.wrap_key_data(training_key)
     return jax.random.fold_in(training_key, step)

@@ -68,6 +68,7 @@ def assemble_pairs(
     check_rows("negative_speech", negative_speech, n)
     check_rows("negative_image", negative_image, n)
 
+    # One positive block of n rows, then two negative ones.
     labels = jnp.concatenate([jnp.ones(n, jnp.int32), jnp.zeros(2 * n, jnp.int32)])
     valid = jnp.concatenate([jnp.ones(n, bool), image_valid, speech_valid])
     return SimPairs(

@@ -82,11 +82,14 @@ def mine_negatives(
       Zhou and Li 2024 (C2F); Li et al. 2021 (ALBEF), section 3.3.
     """
     pool = negative_pool(token_queue, rows, candidates, logits, tau, method.negatives, axis_name)
+
+    # Logits are cosines over tau; rescaled, they are cosines over the mining temperature.
     scores = pool.logits
     if method.mining_tau is not None:
         rescale = tau / method.mining_tau
         scores = Directions(s2i=scores.s2i * rescale, i2s=scores.i2s * rescale)
 
+    # Each direction has its own keys: with the same ones both would draw the same columns.
     image_keys = fold_keys(rows.keys, Site.IMAGE_NEGATIVES)
     image = sample_hard_negatives(image_keys, scores.s2i, rows.ids, pool.ids, pool.valid)
     speech_keys = fold_keys(rows.keys, Site.SPEECH_NEGATIVES)
@@ -129,6 +132,8 @@ def negative_pool(
     own = Pair(
         speech=without_embedding(candidates.speech), image=without_embedding(candidates.image)
     )
+
+    # The columns of this device's rows in the global batch.
     if pool == "batch":
         first = rows.index[0]
         own_logits = Directions(
@@ -144,6 +149,7 @@ def negative_pool(
     if pool == "global":
         return NegativePool(gathered, in_batch, ids, jnp.ones((total,), bool))
 
+    # The token queue also keeps the embeddings of its rows, to score them by.
     queued = token_queue.entries
     queued_s2i = similarity_logits(candidates.speech.embedding, queued["image"], tau)
     queued_i2s = similarity_logits(candidates.image.embedding, queued["speech"], tau)

@@ -88,6 +88,7 @@ def train_step(
     Reference:
       Zhou and Li 2024 (C2F); Li et al. 2021 (ALBEF), algorithm 1.
     """
+    # Every draw below is keyed by these rows.
     rows = rows_of_this_device(state, batch["image_id"], axis_name)
 
     # Step 1. Momentum forward pass: no gradient, no dropout.
@@ -248,6 +249,7 @@ def make_banks(
     Returns:
       Banks.
     """
+    # In device order, so that row r of device d is column d n + r.
     speech, image, all_ids = all_gather(
         (keys.speech.embedding, keys.image.embedding, ids), axis_name
     )
@@ -280,11 +282,12 @@ def sic_targets(
     Returns:
       SicTargets.
     """
+    # Hard targets: other captions of the same image may be positives, by the id policy.
     hard, valid = identity_targets(rows.ids, banks.ids, rows.index, banks.valid, method.id_policy)
     if momentum is None or not method.alpha:
         return SicTargets(hard, Directions(s2i=hard, i2s=hard), valid)
 
-    # All branches together are the teacher.
+    # Soft targets: what the momentum model finds similar. All branches together are the teacher.
     momentum_s2i = similarity_logits(momentum.speech.embedding, banks.image, tau)
     momentum_i2s = similarity_logits(momentum.image.embedding, banks.speech, tau)
     soft = Directions(
@@ -312,10 +315,13 @@ def sic_of_branches(
       The loss of each row (n,), and Directions of the logits of whole embeddings (n, M): the means
       over the branches.
     """
-    logits_s2i = branch_logits(online.speech.embedding, banks.image, tau, branches)  # (B, n, M)
+    # (n, D) . (D, M) -> (n, M) for each branch
+    logits_s2i = branch_logits(online.speech.embedding, banks.image, tau, branches)
     logits_i2s = branch_logits(online.image.embedding, banks.speech, tau, branches)
     loss_of_each = jax.vmap(sic_loss, in_axes=(0, 0, None, None, None))
     losses = loss_of_each(logits_s2i, logits_i2s, *targets.soft, targets.valid)  # (B, n)
+
+    # Hard negatives are mined by what retrieval ranks by, the mean cosine of the branches.
     logits = Directions(s2i=jnp.mean(logits_s2i, axis=0), i2s=jnp.mean(logits_i2s, axis=0))
     return jnp.mean(losses, axis=0), logits
 
@@ -379,6 +385,7 @@ def match(model: C2FModel, params: Any, pairs: SimPairs, keys: jax.Array) -> jax
     Returns:
       (3n, 2) logits, "no match" and "match".
     """
+    # A row is in three pairs; each has its own dropout.
     pair_keys = jnp.concatenate(
         [
             fold_keys(keys, Site.POSITIVE_PAIRS),
@@ -408,6 +415,7 @@ def sim_metrics(
     Returns:
       Averages by name; ``queue_negatives`` is the share of negative images from the token queue.
     """
+    # The positives are the first third.
     n = pairs.labels.shape[0] // 3
     correct = (jnp.argmax(sim_logits, axis=-1) == pairs.labels).astype(jnp.float32)
     metrics = {
@@ -447,6 +455,7 @@ def update_momentum_and_queues(
             state = state.replace(momentum_params=online_params)
         return state
 
+    # The queue gets the embeddings of step 1, by the momentum parameters before this update.
     momentum_params = update_momentum(state.momentum_params, online_params, method.momentum)
     queue = enqueue(state.queue, all_gather(queue_rows(momentum, ids), axis_name))
     token_queue = state.token_queue
