@@ -49,6 +49,7 @@ def decode_audio(
     import soundfile
 
     name = name or (data if isinstance(data, str) else "audio")
+
     encoded = data if isinstance(data, bytes) else read_bytes(data)
     if not encoded:
         raise BadFileError(f"{name}: the file is empty", "zero length")
@@ -68,6 +69,7 @@ def decode_audio(
     except (RuntimeError, TypeError, ValueError, OverflowError, MemoryError) as e:
         raise _unreadable(name, e) from e
 
+    # libsndfile reads some files on past their end without a word.
     _check_whole(encoded, wave, promised, name)
     if rate != sample_rate:
         import soxr
@@ -132,6 +134,7 @@ def _missing_bytes(encoded: bytes) -> int:
 
     libsndfile says nothing of them in WAV, AIFF and Ogg.
     """
+    # A chunk is a name of four bytes, its size, and as many bytes, padded to an even number.
     if encoded[:4] in (b"RIFF", b"FORM"):
         order = "<I" if encoded[:4] == b"RIFF" else ">I"
         place = 12
@@ -143,6 +146,7 @@ def _missing_bytes(encoded: bytes) -> int:
                 return max(place + 8 + size - len(encoded), 0)
             place += 8 + size + size % 2
     elif encoded[:4] == b"OggS":
+        # The header of the last page says how many segments follow, and how long each is.
         page = encoded.rfind(b"OggS")
         segments = encoded[page + 26] if page + 26 < len(encoded) else 0
         table = encoded[page + 27 : page + 27 + segments]

@@ -109,6 +109,7 @@ def augment_image(
       uint8 (size, size, 3).
     """
     box = _random_box(rgb.shape[1], rgb.shape[0], options, rng)
+
     image = resize_box(Image.fromarray(rgb), box, size)
     if may_flip and rng.random() < options.flip:
         image = image[:, ::-1]
@@ -136,6 +137,8 @@ def _jitter(image: np.ndarray, factors: np.ndarray) -> np.ndarray:
     """Multiply brightness, contrast and saturation by the three factors."""
     brightness, contrast, saturation = factors.astype(np.float32)
     values = image.astype(np.float32) * brightness
+
+    # Contrast is about the mean of the whole image, saturation about the gray of each pixel.
     values = (values - values.mean()) * contrast + values.mean()
     gray = values @ LUMA
     values = (values - gray[..., None]) * saturation + gray[..., None]
@@ -160,6 +163,8 @@ def augment_wave(wave: np.ndarray, options: AugmentConfig, rng: np.random.Genera
     if options.speed:
         factor = rng.uniform(1 - options.speed, 1 + options.speed)
         values = _change_speed(values, factor)
+
+    # The room comes before the masks and the noise, as it would in a recording.
     if options.reverb_seconds and rng.random() < options.reverb:
         values = _reverberate(values, rng.uniform(0.1, 1.0) * options.reverb_seconds, rng)
 
@@ -196,9 +201,10 @@ def _reverberate(values: np.ndarray, seconds: float, rng: np.random.Generator) -
     from scipy.signal import fftconvolve
 
     times = np.arange(max(int(seconds * SAMPLE_RATE), 1)) / SAMPLE_RATE
+
     room = rng.standard_normal(len(times)) * 10 ** (-3 * times / seconds)
     room *= 0.5 / max(float(np.sqrt(np.sum(room**2))), 1e-9)
-    room[0] = 1.0
+    room[0] = 1.0  # the direct sound
     return fftconvolve(values, room.astype(np.float32))[: len(values)].astype(np.float32)
 
 
@@ -208,6 +214,7 @@ def _mute_band(values: np.ndarray, octaves: float, rng: np.random.Generator) -> 
     low = 100 * 2 ** rng.uniform(0, np.log2(70) - octaves)
     high = low * 2**octaves
     first, last = round(low * len(values) / SAMPLE_RATE), round(high * len(values) / SAMPLE_RATE)
+
     spectrum[first:last] = 0
     return np.fft.irfft(spectrum, len(values)).astype(np.float32)
 

@@ -53,8 +53,11 @@ def plan_epoch(
       (steps,); steps = floor(M / batch_size).
     """
     rng = host_rng(seed, Stream.BATCHES, epoch)
+
     order = rng.permutation(len(num_samples))
     bucket = bucket_of(num_samples, bucket_samples)[order]
+
+    # From the shortest bucket to the longest, so that what is left over can move up.
     batches, lengths = [], []
     left_over = order[:0]
     for k, samples in enumerate(bucket_samples):
@@ -89,6 +92,7 @@ def padding_share(
     plan, lengths = plan_epoch(
         num_samples, batch_size=batch_size, bucket_samples=bucket_samples, seed=seed, epoch=0
     )
+
     known = np.where(num_samples < 0, bucket_samples[-1], num_samples)
     used = np.minimum(known[plan], lengths[:, None]).sum()
     return float(1 - used / (lengths.sum() * batch_size))
@@ -122,6 +126,8 @@ def fit_buckets(
       UserError: the bound cannot be kept.
     """
     step = step or max(longest // 64, 1)
+
+    # Candidates are the lengths that occur, rounded up to a multiple of the step.
     lengths = np.where(num_samples < 0, longest, np.minimum(num_samples, longest))
     ends = _round_up(lengths, step).clip(min(MIN_SAMPLES, longest), longest)
     ends = np.unique([*ends, longest])
@@ -136,11 +142,13 @@ def fit_buckets(
             back.append(used.argmin(axis=0))
             best.append(used.min(axis=0))
 
+        # Read the best lengths back, from the longest one down.
         place, chosen = len(ends) - 1, [longest]
         for previous in reversed(back):
             place = int(previous[place])
             chosen.append(int(ends[place]))
         buckets = tuple(sorted(set(chosen)))
+
         share = padding_share(num_samples, batch_size=batch_size, bucket_samples=buckets)
         if share <= max_padding:
             return buckets
@@ -173,10 +181,12 @@ def check_plan(
             f"batch_size {batch_size} must be a multiple of the number of processes, "
             f"{process_count}"
         )
+
     if batch_size > count:
         raise UserError(
             f"batch_size {batch_size} is more than the {count} recordings of the training split"
         )
+
     increasing = all(a < b for a, b in zip(bucket_seconds, bucket_seconds[1:], strict=False))
     if not len(bucket_seconds) or not increasing or bucket_seconds[0] < MIN_SECONDS:
         raise UserError(

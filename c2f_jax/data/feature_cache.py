@@ -126,6 +126,8 @@ def open_features(path: PathLike) -> FeatureCache:
             f"{path}: there are no features; make them with `c2f features`, or name a .npz file of "
             "tokens"
         )
+
+    # A cache is kept open; the times of change say whether it is still the same.
     changes = [path.stat().st_mtime_ns]
     if path.is_dir():
         changes += [file.stat().st_mtime_ns for file in path.glob("*.json")]
@@ -152,6 +154,7 @@ def _open_file(path: Path) -> FeatureCache:
             f"{path}: not a token file ({error}); it must be .npz with `names` (N,) and `tokens` "
             "(N, P, C)"
         ) from error
+
     if tokens.ndim not in (3, 4) or len(names) != len(tokens) or len(lengths) != len(tokens):
         raise UserError(
             f"{path}: {len(names)} names, {len(lengths)} lengths and tokens of shape "
@@ -181,16 +184,20 @@ def _open_folder(path: Path) -> FeatureCache:
             f"{path} is not a feature cache (no card.json): make one with `c2f features`"
         )
     card = _read_json(path / "card.json")
+
+    # Shards are read in the order of their names; a later one may hold an item anew.
     items: dict[str, TokenRows] = {}
     shape = None
     for index in sorted(path.glob("*-*.json")):
         shard = _read_json(index)
         read = functools.cache(functools.partial(_map, index.with_suffix(".npy")))
+        # Tokens of the items follow each other in one array.
         start = 0
         for key, count in zip(shard["keys"], shard["lengths"], strict=True):
             items[key] = TokenRows(read, start, count)
             start += count
         shape = shard["shape"]
+
     if shape is None:
         raise UserError(
             f"{path} holds no finished shard: run `c2f features` again, it resumes where it stopped"
@@ -252,6 +259,7 @@ def has_card(folder: PathLike, card: Card) -> bool:
     if not path.exists():
         return False
     found = _read_json(path)
+
     differences = []
     for name in sorted(found.keys() | card.keys()):
         if found.get(name) != card.get(name):
@@ -286,6 +294,7 @@ def shard_exists(folder: PathLike, name: str, keys: Iterable[str]) -> bool:
     path = Path(folder) / f"{name}.json"
     if not path.exists():
         return False
+
     others = sorted(set(_read_json(path)["keys"]) - set(keys))
     if others:
         raise UserError(
@@ -309,6 +318,8 @@ def write_shard(
     folder = Path(folder)
     tokens = [np.asarray(t, np.float16) for _, t in items]
     data = np.concatenate(tokens) if tokens else np.zeros((0, *shape), np.float16)
+
+    # The index comes last: a shard without one is not finished.
     partial = folder / f"{name}.npy.partial"
     with open(partial, "wb") as file:
         np.save(file, data)

@@ -43,6 +43,7 @@ def decode_image(
     Raises:
       BadFileError: the file is missing, unreadable, cut off or larger than 100 million pixels.
     """
+    # The references of the other ways decode at full scale.
     rgb = open_rgb(data, size, reduce=resize == "square", name=name)
     if resize == "squash":
         return resize_box(rgb, (0, 0, *rgb.size), size)
@@ -85,6 +86,8 @@ def open_rgb(
                     f"{name}: {image.width} x {image.height} pixels are more than {MOST_PIXELS:,}",
                     "too large",
                 )
+
+            # JPEG decodes at a half, a quarter or an eighth of its size for less time.
             if reduce:
                 image.draft(image.mode, (2 * size, 2 * size))
             image.load()
@@ -136,6 +139,7 @@ def _short_side(rgb: Image.Image, resize_side: int, size: int) -> np.ndarray:
             min(y + half, rgb.height),
         )
         return _short_side(rgb.crop(middle), resize_side, size)
+
     resized = rgb.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return np.asarray(resized.crop((left, top, left + size, top + size)), np.uint8)
@@ -147,6 +151,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith(("I", "F")):
         return _deep_gray_to_rgb(image)
+
+    # Transparency shows white.
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, "white")
@@ -159,6 +165,8 @@ def _deep_gray_to_rgb(image: Image.Image) -> Image.Image:
     gray = np.array(image, np.float32)
     if not np.isfinite(gray).all():
         raise ValueError("it holds values that are not numbers")
+
+    # Floats have no fixed white.
     top = max(1.0, float(gray.max())) if image.mode == "F" else 65535
     np.multiply(gray, 255 / top, out=gray)
     np.round(gray, out=gray)

@@ -34,6 +34,7 @@ def load_wave(source: PairSource, index: int) -> np.ndarray | None:
         reason = f"only {len(wave)} samples at 16 kHz; {MIN_SAMPLES} are needed"
     except UserError as e:
         reason = str(e)
+
     name = source.recording_name(index)
     source.bad_items.add(name, reason.removeprefix(f"{name}: "))
     return None
@@ -119,6 +120,7 @@ def load_speech_input(source: PairSource, index: int, copy: int = 0) -> np.ndarr
         return load_wave(source, index)
     if copy:
         features = source.inputs.speech_copies[copy - 1]
+
     key = source.recording_key(index)
     return _read_tokens(source, features, key, lambda: source.recording_name(index))
 

@@ -91,6 +91,7 @@ def train_batches(
         bucket_seconds=options.bucket_seconds,
         process_count=options.process_count,
     )
+
     load = _TrainBatch(source, options)
     return _iterate(range(start_step, MOST_STEPS), load, options.threads, options.prefetch)
 
@@ -113,8 +114,11 @@ class _TrainBatch:
     def __init__(self, source: PairSource, options: BatchOptions) -> None:
         self.source, self.options = source, options
         self.augment = options.augment
+
         self.cache = _Cache(options.cache_mib * 2**20)
         self.steps_per_epoch = steps_per_epoch(source, options.batch_size)
+
+        # This process's rows of every batch.
         rows = options.batch_size // options.process_count
         self.rows = range(options.process_index * rows, (options.process_index + 1) * rows)
         # Threads that load ahead may be in two epochs.
@@ -136,14 +140,18 @@ class _TrainBatch:
     def __call__(self, step: int) -> tuple[int, Batch]:
         step = int(step)
         epoch, position = divmod(step, self.steps_per_epoch)
+
+        # The plan of the epoch gives the recordings of the batch and its length.
         plan, lengths = self.plan(epoch)
         batch = empty_speech(self.source, len(self.rows), int(lengths[position]))
         longest = _longest(batch)
+
         image_ids = np.zeros(len(self.rows), np.int32)
         images = []
         for out, row in enumerate(self.rows):
             index, speech, image = self._load_row(epoch, plan, position, row)
             image_ids[out] = self.source.image_ids[self.source.image_index[index]]
+            # Changes of speed alter the length, so the crop comes after them.
             speech = self._vary_speech(speech, epoch, index)
             images.append(self._vary_image(image, epoch, index, int(image_ids[out])))
             if len(speech) > longest:
@@ -151,6 +159,7 @@ class _TrainBatch:
                 start = rng.integers(len(speech) - longest + 1)
                 speech = speech[start : start + longest]
             _put_speech(batch, out, speech)
+
         batch["image_id"] = image_ids
         batch[_image_name(self.source)] = np.stack(images)
         return step, batch
@@ -221,6 +230,7 @@ class _Cache:
         array = self._items.get(key)
         if array is None:
             array = make()
+            # Another thread may have made the same array in the meantime.
             with self._lock:
                 if array is not None and key not in self._items and array.nbytes <= self._room:
                     self._items[key] = array
@@ -306,6 +316,7 @@ def speech_batches(
             _put_speech(batch, row, speeches[row][:longest])
         return batch
 
+    # Neighbors in length share a batch; those of unknown length count as the longest.
     known = np.where(source.num_samples < 0, shapes[-1], source.num_samples)
     order = np.argsort(known, kind="stable")
     return _everything(order, batch_size, load, threads, prefetch)
@@ -334,7 +345,10 @@ def image_batches(
 
     def load(rows: np.ndarray) -> Batch:
         images = [load_image_input(source, int(row), image_size) for row in rows]
+
         valid = np.array([image is not None for image in images])
+
+        # All rows need an image, so that the batches have one shape.
         black = empty_image(source, image_size)
         images = np.stack([black if image is None else image for image in images])
         return {_image_name(source): images, "valid": valid}

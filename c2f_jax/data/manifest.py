@@ -127,6 +127,7 @@ class ManifestSource(PairSource):
         Raises:
           UserError: an image has two image_ids.
         """
+        # Images and identities are numbered in the order in which they are first met.
         gallery: dict[str, int] = {}
         identities: dict[str, int] = {}
         image_index, image_ids = [], []
@@ -212,6 +213,7 @@ def load_manifest(
     """
     path = str(path)
     listing = read_listing(path)
+
     rows = [row for row in listing.rows if row["split"] == split]
     if not rows:
         counts = Counter(row["split"] for row in listing.rows)
@@ -221,6 +223,7 @@ def load_manifest(
             f"{listed or 'none, it has no rows'}"
         )
 
+    # Look for all files first, so that an error can count those that are missing.
     bad_items = BadItems(f"{path}, split {split}", len(rows), max_bad_share)
     there, missing = [], {}
     for row in rows:
@@ -229,6 +232,7 @@ def load_manifest(
             there.append(row)
         else:
             missing[name] = f"no such file ({row['where']})"
+
     bad_items.add_all(missing)
     return ManifestSource(path, split, there, bad_items, inputs)
 
@@ -302,6 +306,7 @@ def _read_rows(path: str, report: Report) -> Iterator[dict]:
         text = read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not UTF-8 text ({e})") from e
+
     parse = _parse_csv if path.lower().endswith(".csv") else _parse_jsonl
     for line, row in parse(path, text, report):
         where = f"{path}:{line}"
@@ -317,6 +322,7 @@ def _parse_jsonl(path: str, text: str, report: Report) -> Iterator[tuple[int, di
         if not content.strip():
             continue
         where = f"{path}:{line}"
+
         try:
             row = json.loads(content)
         except json.JSONDecodeError as e:
@@ -325,6 +331,7 @@ def _parse_jsonl(path: str, text: str, report: Report) -> Iterator[tuple[int, di
         except (ValueError, RecursionError) as e:  # thousands of digits, or of brackets
             report(where, f"not JSON of a row ({e}); write one object a line")
             continue
+
         if isinstance(row, dict):
             yield line, row
         else:
@@ -342,6 +349,8 @@ def _parse_csv(path: str, text: str, report: Report) -> Iterator[tuple[int, dict
                 f"{path}:1: no column {', '.join(absent)}; "
                 f"the header has {', '.join(header) or 'nothing'}"
             )
+
+        # csv puts surplus values under None, and None in place of lacking ones.
         for row in reader:
             if None in row or None in row.values():
                 report(
@@ -389,6 +398,8 @@ def _check_row(row: Mapping, where: str) -> dict:
         "caption": str(row.get("caption") or ""),
         "speaker": str(row.get("speaker") or ""),
     }
+
+    # JSON can spell half of a surrogate pair, which no file name or page can hold.
     for column, value in checked.items():
         if not isinstance(value, str) or value.isascii():
             continue

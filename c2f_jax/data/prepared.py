@@ -64,12 +64,15 @@ class PreparedSource(PairSource):
             raise UserError(
                 f"{name} has no split {split!r}; it has {', '.join(builder.info.splits)}"
             )
+
         about = builder.info.metadata[split]
         self._records = builder.as_data_source(split)
         # A record holds the image and all its recordings: keeping it briefly saves reading it
         # twice.
         self._record = functools.lru_cache(maxsize=RECORDS_KEPT)(self._records.__getitem__)
         count = len(self._records)
+
+        # The recordings of all images are numbered one after the other.
         captions = np.broadcast_to(np.asarray(about["captions"], np.int64), count)
         self._first = np.cumsum(captions) - captions
 

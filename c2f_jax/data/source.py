@@ -152,6 +152,7 @@ class PairSource(abc.ABC):
           inputs: what the model is given of each item; None for waveform and pixels.
         """
         self.name, self.split = name, split
+
         self.image_index = np.asarray(image_index, np.int32)
         self.image_ids = np.asarray(image_ids, np.int32)
         self.num_samples = np.asarray(num_samples, np.int32)

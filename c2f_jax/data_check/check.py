@@ -38,6 +38,7 @@ MOST_COMPARED = 100
 USUAL_SHARE = 0.75  # of the images that must have a number of captions for others to be odd
 
 Sources = dict[str, PairSource]  # by split
+FactsOfSplits = dict[str, list[Facts]]
 NAME_OF = {"picture": PairSource.image_name, "recording": PairSource.recording_name}
 
 
@@ -79,18 +80,15 @@ def check_data(
     """
     data_set = _open(str(spec), manual_dir, data_dir)
     sources = data_set.sources
+    # Everything is decoded once; what follows only compares facts.
     total = sum(len(source) + source.num_images for source in sources.values())
-    images, recordings = {}, {}
     with (
         tqdm(total=total, desc="checking", unit=" items", disable=not progress) as bar,
         concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool,
     ):
-        for split, source in sources.items():
-            read_image = functools.partial(image_facts, source)
-            read_recording = functools.partial(recording_facts, source, max_seconds=max_seconds)
-            images[split] = _facts_of_all(read_image, source.num_images, pool, bar)
-            recordings[split] = _facts_of_all(read_recording, len(source), pool, bar)
+        images, recordings = _decode_all(sources, max_seconds, pool, bar)
 
+    # Problems of single items decide what can be used.
     findings = [Finding(kind, name, detail) for kind, name, detail in data_set.notes]
     splits, seconds, left_out = {}, {}, {}
     for split, source in sources.items():
@@ -104,11 +102,13 @@ def check_data(
         seconds[split] = np.array(usable)
         splits[split] = _summary(source, seconds[split])
 
+    # Oddities that show only when items or splits are compared.
     findings += _duplicates(sources, images, "picture")
     findings += _duplicates(sources, recordings, "recording")
     findings += _shared_ids(sources)
     findings += _odd_numbers(sources)
     findings += _differing_counts(data_set.name, splits)
+
     severities, kinds = list(EXIT_CODES), list(KINDS)
     findings.sort(key=lambda f: (severities.index(f.severity), kinds.index(f.kind)))
     return Report(data_set.name, splits, seconds, findings, sources, left_out)
@@ -119,6 +119,7 @@ def _open(spec: str, manual_dir: str | None, data_dir: str | None) -> _DataSet:
     name = data_set_name(spec)
     if name not in DATA_SETS:
         spec = manifest_in(spec) or spec
+
     if manual_dir is not None:
         return _listed(name, layout_of(spec).listing([manual_dir]))
     if is_manifest(spec):
@@ -155,6 +156,19 @@ def _listed(name: str, listing: Listing) -> _DataSet:
         bad_items = BadItems(listing.name, len(part), 1.0)
         sources[split] = ManifestSource(listing.name, split, part, bad_items)
     return _DataSet(name, sources, listing.notes)
+
+
+def _decode_all(
+    sources: Sources, max_seconds: float, pool: concurrent.futures.ThreadPoolExecutor, bar: tqdm
+) -> tuple[FactsOfSplits, FactsOfSplits]:
+    """Read the facts of all images and of all recordings."""
+    images, recordings = {}, {}
+    for split, source in sources.items():
+        read_image = functools.partial(image_facts, source)
+        read_recording = functools.partial(recording_facts, source, max_seconds=max_seconds)
+        images[split] = _facts_of_all(read_image, source.num_images, pool, bar)
+        recordings[split] = _facts_of_all(read_recording, len(source), pool, bar)
+    return images, recordings
 
 
 def _facts_of_all(
@@ -225,7 +239,7 @@ class _Seen:
     fact: Facts
 
 
-def _duplicates(sources: Sources, facts: Mapping[str, list[Facts]], what: str) -> list[Finding]:
+def _duplicates(sources: Sources, facts: FactsOfSplits, what: str) -> list[Finding]:
     """Find items of equal content or look; in two splits they are a leak."""
     findings = []
     seen: dict[bytes, list[_Seen]] = collections.defaultdict(list)
@@ -234,6 +248,7 @@ def _duplicates(sources: Sources, facts: Mapping[str, list[Facts]], what: str) -
             if not fact.usable:
                 continue
             keys = fact.keys()
+            # Comparing looks is slow, so only items that share a key are compared.
             candidates = (item for key in keys for item in seen[key])
             like = next((item for item in candidates if fact.is_like(item.fact)), None)
             if like is not None:
@@ -249,6 +264,7 @@ def _duplicate(sources: Sources, what: str, item: _Seen, like: _Seen) -> Finding
     """Say in what way an item is like an earlier one."""
     source, other = sources[item.split], sources[like.split]
     first = NAME_OF[what](other, like.index)
+
     kind = f"duplicate {what}"
     same = "the same file" if item.fact.content == like.fact.content else "looks the same"
     detail = f"{same} as {first}"
@@ -256,6 +272,7 @@ def _duplicate(sources: Sources, what: str, item: _Seen, like: _Seen) -> Finding
         kind, detail = "split leak", f"also in {like.split}: {first}"
     elif what == "picture" and source.image_ids[item.index] == source.image_ids[like.index]:
         kind = "repeated picture"
+
     name = NAME_OF[what](source, item.index)
     return Finding(kind, name, detail, item.split, (what, item.index), (like.split, first))
 
@@ -281,6 +298,7 @@ def _odd_numbers(sources: Sources) -> list[Finding]:
     counts = {split: _captions_per_image(source) for split, source in sources.items()}
     joined = np.concatenate([*counts.values()])
     ((usual, images),) = collections.Counter(joined.tolist()).most_common(1)
+
     if images < USUAL_SHARE * len(joined):
         return []
 

@@ -59,13 +59,16 @@ def write_clean_manifest(report: Report, path: str | os.PathLike) -> int:
             f"{report.name} is prepared: fix the folder or manifest that it was made from "
             "(--manual-dir)"
         )
+
     folder = str(path.parent)
     if "://" not in folder:
         folder = os.path.abspath(folder)
+
     dropped = _leaks(report)
     rows = []
     for split in report.sources:
         rows += _clean_rows(report, split, dropped, folder)
+
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return len(rows)
@@ -77,6 +80,7 @@ def _leaks(report: Report) -> set[Item]:
     for finding in report.findings:
         if finding.kind == "split leak" and finding.like is not None:
             alike[finding.like] |= {finding.like, (finding.split, finding.name)}
+
     for finding in report.findings:
         if finding.kind in DUPLICATES and finding.like in alike:
             alike[finding.like].add((finding.split, finding.name))
@@ -93,6 +97,8 @@ def _clean_rows(
 ) -> list[dict[str, Any]]:
     """Return the rows of a split that are kept."""
     source = report.sources[split]
+
+    # Images that look the same get the image_id of the first of them.
     ids = {row["image"]: row["image_id"] for row in source.rows}
     first_of = {}
     for finding in report.findings:

@@ -43,6 +43,8 @@ class Facts:
         """
         if not self.look:
             return [self.content]
+
+        # Whether each of 8 x 8 cells is clearly brighter than its left neighbor.
         half = LOOK_SIDE // 2
         gray = np.frombuffer(self.look, np.uint8).reshape(half, 2, half, 2, 3).mean(axis=(1, 3, 4))
         return [self.content, np.packbits(gray[:, 1:] > gray[:, :-1] + 4).tobytes()]
@@ -80,6 +82,7 @@ def recording_facts(source: PairSource, index: int, max_seconds: float) -> Facts
     except BadFileError as e:
         return _unusable(e, source.recording_name(index))
 
+    # Oddities that do not keep the recording from being used.
     about, problems = soundfile.info(io.BytesIO(encoded)), []
     seconds, peak = len(wave) / SAMPLE_RATE, np.abs(wave).max()
     if about.samplerate != SAMPLE_RATE:

@@ -52,12 +52,14 @@ def write_check_page(path: str | os.PathLike, report: Report) -> None:
     body += section(
         "Lengths", "", f'<img class="curves" alt="histogram of lengths" src="{histogram}">'
     )
+
     for kind, count in report.counts().items():
         severity, meaning = KINDS[kind]
         shown = [finding for finding in report.findings if finding.kind == kind][:SHOWN]
         more = f" The first {SHOWN} are shown." if count > SHOWN else ""
         items = "".join(_finding(report, finding) for finding in shown)
         body += section(f"{severity.capitalize()}: {kind}, {count:,}", f"{meaning}.{more}", items)
+
     for split in report.sources:
         body += section(f"Pairs of {split}", "Drawn at random.", _random_pairs(report, split))
     write_page(path, f"Data check of {report.name}", body)
@@ -113,6 +115,7 @@ def _finding(report: Report, finding: Finding) -> str:
     unreadable = finding.severity == ERROR and finding.kind != "split leak"
     if finding.item is None or unreadable:
         return f"\n<article>{text}</article>"
+
     source = report.sources[finding.split]
     what, index = finding.item
     if what == "picture":

@@ -136,6 +136,7 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
         self, dl_manager: tfds.download.DownloadManager
     ) -> dict[str, list[_Shard]]:
         """Divide each split into shards."""
+        # split -> image -> its rows, in the order of the listing.
         splits: dict[str, dict[str, list[dict]]] = {}
         for row in self._listing(dl_manager).rows:
             splits.setdefault(row["split"], {}).setdefault(row["image"], []).append(row)
@@ -181,6 +182,8 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
         """Write a shard, unless it is there."""
         fingerprint = shard.fingerprint()
         path, about_path = folder / shard.name, folder / f"{shard.name}.json"
+
+        # A finished shard is kept unless the listing, or a file that was bad, has changed.
         if path.exists() and about_path.exists():
             about = json.loads(about_path.read_text())
             if about["fingerprint"] == fingerprint and about.get("stamps") == _stamps(about["bad"]):
@@ -195,6 +198,8 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
             "bad": {},
             "items": len(shard.images) + sum(map(len, shard.images)),
         }
+
+        # ArrayRecord writes to local files only; a shard for a bucket is copied there.
         remote = "://" in str(folder)
         with tempfile.TemporaryDirectory(dir=None if remote else folder) as local:
             part = os.path.join(local, "shard")
@@ -297,6 +302,7 @@ def _read_record(rows: list[dict], bad: dict[str, str]) -> tuple[dict, list[int]
     Returns:
       The record, and the samples of its recordings at 16 kHz; nothing where the image is bad.
     """
+    # Encoded files are stored as they are; decoding only shows whether they can be used.
     image = rows[0]["image"]
     try:
         encoded = read_bytes(image)

@@ -85,6 +85,7 @@ class DataConfig:
             speech = open_features(self.speech_features)
         if features and self.image_features is not None:
             image = open_features(self.image_features)
+
         inputs = ModelInputs(
             image_resize=self.image_resize,
             image_resize_side=self.image_resize_side,
@@ -127,6 +128,7 @@ class DataConfig:
                 source.num_samples, longest, batch_size=batch_size, max_padding=self.max_padding
             )
             bucket_seconds = tuple(count / SAMPLE_RATE for count in samples)
+
         return BatchOptions(
             batch_size=batch_size,
             image_size=self.image_size,

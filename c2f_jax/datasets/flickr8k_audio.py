@@ -40,12 +40,14 @@ def _read(parts: dict[str, epath.Path]) -> Listing:
                 "unreadable line", f"{order}:{number}", f"must be WAV JPG #K, but is {line!r}"
             )
             continue
+
         audio, image, which = fields[0], fields[1], int(fields[2].lstrip("#"))
         spoken.add(image)
         if image not in splits:
             unused.append(wavs / audio)
             listing.note("in no split", wavs / audio, f"{image} is in none of the lists of images")
             continue
+
         listing.add(
             image=images / image,
             audio=wavs / audio,

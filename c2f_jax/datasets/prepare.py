@@ -120,6 +120,8 @@ def dry_run(
     else:
         listing = read_listing(spec)
         lines.append(f"  prepared as {name or _default_name(spec)}")
+
+    # Nothing is missing: say what would be written.
     lines += _describe_listing(listing)
     lines.append(f"  would be written to {data_dir or 'the default directory of TFDS'}")
     return "\n".join(lines)

@@ -103,6 +103,7 @@ def open_builder(spec: str, data_dir: str | None = None) -> tfds.core.DatasetBui
     name, _, config = spec.partition("/")
     if name == SPOKEN_SCENES:
         return prepared_builder(config, data_dir)
+
     if name in PUBLISHED:
         if config:
             raise UserError(f"{name} has no configuration {config!r}; give {name} alone")
@@ -113,8 +114,10 @@ def open_builder(spec: str, data_dir: str | None = None) -> tfds.core.DatasetBui
                 f"`c2f data prepare {name} --dry-run` says what it needs"
             )
         return builder
+
     if is_prepared(spec):
         return open_prepared(spec)
+
     raise UserError(
         f"no data set {spec!r}: give one of {', '.join(sorted(DATA_SETS))}, the path of a manifest "
         f"(a file that ends in {' or '.join(MANIFEST_SUFFIXES)}), or a directory made by "
@@ -151,6 +154,8 @@ def load_pairs(
     options = {"max_bad_share": max_bad_share, "inputs": inputs}
     if is_manifest(spec):
         return load_manifest(spec, split, **options)
+
+    # The default configuration has one name in messages and results, however it was written.
     builder = open_builder(spec, data_dir)
     name = SPOKEN_SCENES if spec in ("spoken_scenes/", "spoken_scenes/default") else spec
     return PreparedSource(builder, split, name=name, **options)

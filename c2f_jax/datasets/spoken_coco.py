@@ -48,6 +48,7 @@ def _read(parts: dict[str, epath.Path]) -> Listing:
         "train2014": parts["pictures"].parent,
         "val2014": parts["pictures of val2014"].parent,
     }
+
     unused: list[epath.Path] = []
     if "ksplit" in path.name:
         entries = list(_ksplit_entries(path.parent))
@@ -58,14 +59,17 @@ def _read(parts: dict[str, epath.Path]) -> Listing:
         if entry.split is None:
             unused += [recordings / str(caption.get("wav")) for caption in entry.captions]
             continue
+
         year = entry.image.partition("/")[0]
         if year not in folders:
             raise UserError(
                 f"{entry.where}: the image must be below {' or '.join(folders)}, "
                 f"not {entry.image!r}; download the file again"
             )
+
         if not entry.captions:
             listing.note("picture without caption", entry.image, f"no recording ({entry.where})")
+
         for number, caption in enumerate(entry.captions):
             where = f"{entry.where}, caption {number}"
             listing.add(

@@ -124,6 +124,8 @@ class SpokenScenes(tfds.core.GeneratorBasedBuilder):
         config = self.builder_config
         seed = [config.seed, 1 + SPLITS.index(split)]
         count = config.captions[split]
+
+        # All is planned before anything is spoken: speaking is what takes long.
         plans = []
         for i, scene in enumerate(described):
             plans.append(_plan(scene, np.random.default_rng([*seed, i]), split, count))
@@ -166,10 +168,12 @@ def distinct_scenes(
             scene = scenes.draw_crowded_scene(rng)
         else:
             scene = scenes.draw_scene(rng, simple=config.simple)
+
         facts = scene.facts()
         ambiguous = config.crowded and split != "train" and facts & told
         if facts in seen or ambiguous:
             continue
+
         seen.add(facts)
         told |= facts
         drawn.append(scene)

@@ -125,6 +125,8 @@ def caption(scene: Scene | CrowdedScene, rng: np.random.Generator) -> str:
     if isinstance(scene, CrowdedScene):
         first, relation, second = _pick(rng, sorted(scene.facts()))
         scene = Scene((first, second), (relation,))
+
+    # The noun phrases come before the order is drawn; data on disk depend on this order.
     first, *others = (_noun_phrase(o, rng) for o in scene.objects)
     facts = list(zip(scene.relations, others, strict=True))
     if len(facts) == 1:
@@ -159,14 +161,19 @@ def draw_image(scene: Scene | CrowdedScene, rng: np.random.Generator) -> np.ndar
     radii = [RADII[o.size] * rng.uniform(0.9, 1.1) for o in scene.objects]
     centers = _grid_layout(rng) if isinstance(scene, CrowdedScene) else _layout(scene, radii, rng)
     scale = _SUPERSAMPLE
+
+    # Shapes are drawn at four times the size, which smooths their outlines.
     canvas = Image.fromarray(_background(rng)).resize(
         (PIXELS * scale,) * 2, Image.Resampling.BICUBIC
     )
+
     brush = ImageDraw.Draw(canvas)
     for item, radius, center in zip(scene.objects, radii, centers, strict=True):
         color = np.clip(np.array(COLORS[item.color]) + rng.normal(0, 9, 3), 0, 255).astype(int)
         points = (center + radius * _outline(item.shape, rng.uniform(-0.18, 0.18))) * scale
         brush.polygon([tuple(p) for p in points], fill=tuple(color.tolist()))
+
+    # Back to the size of the image, with a little noise.
     pixels = np.asarray(canvas.resize((PIXELS, PIXELS), Image.Resampling.BOX), np.float32)
     return np.clip(pixels + rng.normal(0, 3, pixels.shape), 0, 255).astype(np.uint8)
 
@@ -208,6 +215,7 @@ def _layout(scene: Scene, radii: list[float], rng: np.random.Generator) -> np.nd
         across = along[::-1] * rng.uniform(-4, 4)
         centers.append(centers[0] - along * distance + across)
 
+    # Move the objects as a whole to a random place inside the image.
     places = np.stack(centers)
     reach = np.array(radii)[:, None] + 1
     low, high = (places - reach).min(0), (places + reach).max(0)
@@ -265,5 +273,6 @@ def _outline(shape: str, angle: float) -> np.ndarray:
         points = np.stack([x, -y - 2], 1) / 16
     else:
         raise ValueError(f"no outline for the shape {shape!r}")
+
     c, s = np.cos(angle), np.sin(angle)
     return points @ np.array([(c, s), (-s, c)])

@@ -50,6 +50,8 @@ def prepared_builder(config: str = "", data_dir: str | None = None) -> SpokenSce
     builder = _open(config, data_dir)
     if builder.info.splits:
         return builder
+
+    # Making takes minutes, so a missing library is named first.
     speech.check_installed()
     print(f"making the data set spoken_scenes/{config} in {builder.data_dir} (once)", flush=True)
     try:

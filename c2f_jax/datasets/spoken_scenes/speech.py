@@ -110,6 +110,8 @@ def speak(
         if seconds <= WANTED_SECONDS:
             break
         rate = min(int(rate * 1.03 * seconds / WANTED_SECONDS) + 1, 450)
+
+    # The level is that of the whole recording; peaks are kept from clipping.
     wave = soxr.resample(wave, source_rate, SAMPLE_RATE)[: int(MOST_SECONDS * SAMPLE_RATE)]
     gain = 10 ** (level / 20) / max(float(np.sqrt(np.mean(wave**2))), 1e-4)
     wave = wave * min(gain, 0.95 / max(float(np.abs(wave).max()), 1e-4))
@@ -147,12 +149,15 @@ def _synthesize(
             return 0
 
         library.espeak_SetSynthCallback(collect)
+        # With a fixed seed the noise of the voices is the same in every call.
         library.espeak_ng_SetRandSeed(ctypes.c_long(1))
         if library.espeak_SetVoiceByName(voice.encode()) != 0:
             raise RuntimeError(f"espeak-ng has no voice {voice!r}")
+
         parameters = {_RATE: rate, _VOLUME: 100, _PITCH: pitch, _PITCH_RANGE: pitch_range}
         for parameter, value in parameters.items():
             library.espeak_SetParameter(parameter, int(value), 0)
+
         data = text.encode() + b"\0"
         library.espeak_Synth(data, len(data), 0, _CHARACTERS, 0, _UTF8, None, None)
         library.espeak_Terminate()
@@ -176,6 +181,7 @@ def _voice_data() -> str:
     original = Path(espeakng_loader.get_data_path())
     folder = tempfile.mkdtemp(prefix="espeak-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
     copy = Path(folder) / "espeak-ng-data"
     shutil.copytree(original / "voices" / "!v", copy / "voices" / "!v")
     (copy / "lang").mkdir()
@@ -223,6 +229,8 @@ def speak_all(utterances: Iterable[dict], *, processes: int | None = None) -> It
     """
     processes = processes or _cores()
     workers = [_start_worker() for _ in range(processes)]
+
+    # A thread waits for each worker, which is in the queue while it has nothing to do.
     free: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
     for worker in workers:
         free.put(worker)
@@ -293,6 +301,7 @@ def _serve() -> None:
     # it.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+
     while True:
         try:
             chunk = pickle.load(sys.stdin.buffer)
