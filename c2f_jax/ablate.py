@@ -21,36 +21,35 @@ from c2f_jax.errors import UserError
 from c2f_jax.retrieval.result import DIRECTIONS, EvaluationResult, StageMetrics
 from c2f_jax.train import train_and_evaluate
 
-PLAIN = {
-    "method.momentum": None,
-    "method.alpha": 0.0,
-    "queue_size": 0,
-    "token_queue_size": 0,
-    "method.sim_weight": 0.0,
-    "method.negatives": "global",
-}
-QUEUE = {k: v for k, v in PLAIN.items() if k not in ("method.momentum", "queue_size")}
-SIM = {k: v for k, v in QUEUE.items() if k != "method.sim_weight"}
-MINED = {"method.alpha": 0.0, "method.negatives": "queue"}
-FULL = {"method.negatives": "queue"}
-# Row -> what it sets on the configuration, which is that of the whole method. Each row adds one
-# idea to the row above.
+# What a row sets on the configuration, which is that of the whole method.
+FULL: dict[str, Any] = {"method.negatives": "queue"}
+MINED = FULL | {"method.alpha": 0.0}
+SIM: dict[str, Any] = {"method.alpha": 0.0, "token_queue_size": 0, "method.negatives": "global"}
+QUEUE = SIM | {"method.sim_weight": 0.0}
+PLAIN = QUEUE | {"method.momentum": None, "queue_size": 0}
+NOISE = "data.shuffled_share"
+
+# Each row adds one idea to the row above; the last two repeat two rows with wrong captions.
 ROWS = {
     "in-batch contrastive": PLAIN,
     "+ embedding queue": QUEUE,
     "+ SIM": SIM,
     "+ queue-mined negatives": MINED,
     "+ momentum distillation": FULL,
-    "noisy, without distillation": MINED | {"data.shuffled_share": "noise"},
-    "noisy, with distillation": FULL | {"data.shuffled_share": "noise"},
+    "noisy, without distillation": MINED | {NOISE: "noise"},
+    "noisy, with distillation": FULL | {NOISE: "noise"},
 }
 # Row -> the row that it is compared with, seed by seed.
-COMPARED_WITH = dict(zip(list(ROWS)[1:5], list(ROWS)[:4], strict=True)) | {
+COMPARED_WITH = {
+    "+ embedding queue": "in-batch contrastive",
+    "+ SIM": "+ embedding queue",
+    "+ queue-mined negatives": "+ SIM",
+    "+ momentum distillation": "+ queue-mined negatives",
     "noisy, without distillation": "+ queue-mined negatives",
     "noisy, with distillation": "noisy, without distillation",
 }
 # (direction, metric) of each column.
-METRICS = [(direction, metric) for direction in DIRECTIONS for metric in ("R@1", "R@10")]
+METRICS = (("s2i", "R@1"), ("s2i", "R@10"), ("i2s", "R@1"), ("i2s", "R@10"))
 STAGES = ("coarse", "fine")
 
 Results = Mapping[str, Sequence[EvaluationResult]]
@@ -102,6 +101,7 @@ def ablate(
     """
     rows = rows or tuple(ROWS)
     _check(config, seeds, rows)
+
     # All rows before the first run: a mistake in the last must not surface hours later.
     for row in rows:
         create_experiment(row_config(config, row, config.seed, noise))
@@ -115,12 +115,8 @@ def ablate(
             markdown = f"{format_rows(results)}\n{format_differences(results)}"
             (epath.Path(workdir) / "table.md").write_text(markdown)
 
-    summary = {}
-    for row, stages in summarize(results).items():
-        summary[row] = {}
-        for stage, means in stages.items():
-            summary[row][stage] = {name: mean.to_json() for name, mean in means.items()}
-    (epath.Path(workdir) / "table.json").write_text(json.dumps(summary, indent=2) + "\n")
+    summary = json.dumps(summarize(results), indent=2, default=SeedMean.to_json)
+    (epath.Path(workdir) / "table.json").write_text(summary + "\n")
     return markdown
 
 
@@ -129,13 +125,20 @@ def row_config(config: ConfigDict, row: str, seed: int, noise: float) -> ConfigD
     changes = ROWS[row]
     config = config.copy_and_resolve_references()
     config.seed = seed
+    # The warm-up is the common start.
     config.steps -= config.method.warm_up_steps
     config.method.warm_up_steps = 0
+
+    # Mined negatives come from the token queue; without a size it is as long as the other.
     if changes.get("method.negatives") == "queue":
         config.token_queue_size = config.token_queue_size or config.queue_size
+
+    # A value may become None, or the other way round.
+    changes = dict(changes)
+    if NOISE in changes:
+        changes[NOISE] = noise
     with config.ignore_type():
-        for key, value in changes.items():
-            config.update_from_flattened_dict({key: noise if value == "noise" else value})
+        config.update_from_flattened_dict(changes)
     return config
 
 
@@ -163,9 +166,9 @@ def summarize(results: Results) -> dict[str, dict[str, dict[str, SeedMean]]]:
     for row, evaluations in results.items():
         summary[row] = {}
         for stage in STAGES:
-            stages = [getattr(evaluation, stage) for evaluation in evaluations]
-            if all(metrics is not None for metrics in stages):
-                summary[row][stage] = _column_means([_columns(metrics) for metrics in stages])
+            columns = [_columns(getattr(evaluation, stage)) for evaluation in evaluations]
+            if None not in columns:
+                summary[row][stage] = _column_means(columns)
     return summary
 
 
@@ -190,6 +193,7 @@ def format_differences(results: Results) -> str:
         pairs = list(zip(results.get(row, ()), results.get(other, ()), strict=False))
         for stage in STAGES:
             if pairs and all(getattr(result, stage) is not None for result, _ in pairs):
+                # Differences first, then their mean: this is what pairs the seeds.
                 means = _column_means(list(_differences(pairs, stage)))
                 cells = " | ".join(_cell(mean, signed=True) for mean in means.values())
                 lines.append(f"| {row} | {stage} | {other} | {cells} |")
@@ -222,8 +226,10 @@ def _run_row(
 
     stored = run / "result.json"
     if stored.exists():
-        save_config(row_values, run)  # refuses the result of another configuration
+        # Refuses the result of another configuration.
+        save_config(row_values, run)
     else:
+        # The start is trained by the first row that needs it; the others find it finished.
         if config.method.warm_up_steps:
             train_and_evaluate(start_config(config, row_values), start, test=False)
         result = train_and_evaluate(row_values, run)
@@ -237,8 +243,10 @@ def _directory(workdir: str | PathLike[str], name: str, seed: int) -> epath.Path
     return epath.Path(workdir) / f"{short}-{seed}"
 
 
-def _columns(metrics: StageMetrics) -> dict[str, float]:
-    """Return the value of each column, named like "speech_to_image/R@1"."""
+def _columns(metrics: StageMetrics | None) -> dict[str, float] | None:
+    """Return the value of each column, named like "speech_to_image/R@1"; None without a stage."""
+    if metrics is None:
+        return None
     columns = {}
     for direction, metric in METRICS:
         name = f"{DIRECTIONS[direction]}/{metric}"

@@ -74,11 +74,15 @@ def evaluate_source(
             "step %d is in the warm-up, before SIM: only the coarse ranking is reported", model.step
         )
     encoded = model.encode_split(source, progress)
+
+    # A protocol may evaluate a part of the split, or several.
     if protocol is None:
         result = evaluate_encoded(model, encoded)
     else:
         evaluate = functools.partial(evaluate_encoded, model)
         result, encoded = evaluate_protocol(protocol, encoded, evaluate)
+
+    # What the numbers are of, for the files.
     result = dataclasses.replace(
         result,
         data_set=source.name,
@@ -106,6 +110,7 @@ def evaluate_by_voice(model: TrainedModel, source: PairSource) -> dict[str, Eval
       UserError: the data set does not name its speakers.
     """
     data = model.experiment.data
+    # Speakers, not the training itself, define which voices were heard.
     train = data.load(data.train_split)
     heard = {train.recording(row)["speaker"] for row in range(len(train))}
     groups = split_voices(model.encode_split(source, progress=True), source, heard)
@@ -124,6 +129,7 @@ def data_set_label(source: PairSource) -> str:
     after its name.
     """
     path = epath.Path(source.name)
+    # The name of a manifest's file, often "manifest.jsonl", says little.
     if path.suffix in MANIFEST_SUFFIXES or path.parent.parent.name == "manifest_pairs":
         return path.parent.name
     return source.name.replace("/", "-")
@@ -141,6 +147,7 @@ def choose_examples(
       count: spoken queries to draw at random; half as many of the other groups.
     """
 
+    # Cached, since one item may be in the lists of several queries.
     @functools.cache
     def show_image(row: int) -> Media:
         return image_media(decode_image(source.image(int(encoded.images[row])), THUMBNAIL))
@@ -187,6 +194,7 @@ def _write_files(
     if model.history:
         curves_path = epath.Path(model.workdir) / "learning_curves.png"
         curves = learning_curves_png(curves_path, model.history)
+
     examples = choose_examples(source, encoded, result)
     page = folder / f"{stem}.html"
     write_results_page(
@@ -197,6 +205,8 @@ def _write_files(
         examples=examples,
         curves_png=curves,
     )
+
+    # The first of the same examples, as an image for README files and slides.
     results_png(
         folder / f"{stem}.png",
         examples.speech[:SHEET_EXAMPLES],

@@ -126,6 +126,7 @@ class TrainedModel:
           The encoded items, unreadable ones left out and recorded in ``source.bad_items``.
         """
         experiment, params = self.experiment, self.params
+        # Each device takes a share of every batch.
         batch_size = round_up_rows(params, experiment.eval.batch_size)
         speech, recordings = _encode_all(
             lambda batch: encode_speech(
@@ -137,6 +138,8 @@ class TrainedModel:
             total=len(source),
             label="recordings" if progress else None,
         )
+
+        # The same for images, which all have one shape.
         image, images = _encode_all(
             lambda batch: encode_image(
                 experiment.model, params, split_rows(params, image_input(batch))
@@ -147,6 +150,8 @@ class TrainedModel:
             total=source.num_images,
             label="images" if progress else None,
         )
+
+        # A recording has the identity of its image.
         speech_ids = source.image_ids[source.image_index[recordings]]
         return EncodedSplit(speech, image, speech_ids, source.image_ids[images], recordings, images)
 
@@ -163,6 +168,7 @@ class TrainedModel:
         """
         size = round_up_rows(self.params, min(self.experiment.eval.batch_size, len(items)))
         encode = self._encode_waveforms if kind == "speech" else self._encode_images
+
         parts = []
         for start in range(0, len(items), size):
             chunk = list(items[start : start + size])
@@ -175,7 +181,7 @@ class TrainedModel:
     def match(
         self, speech_tokens: np.ndarray, speech_lengths: np.ndarray, image_tokens: np.ndarray
     ) -> jax.Array:
-        """Compute the SIM logits of pairs, as ``retrieval.ranking.match_candidates`` asks for them.
+        """Compute the SIM logits of pairs, as ``reranking.match_candidates`` asks for them.
 
         Args:
           speech_tokens: (b, T, W), b a multiple of the number of devices.
@@ -189,6 +195,7 @@ class TrainedModel:
         return match(self.experiment.model, self.params, *rows)
 
     def _encode_waveforms(self, waveforms: Sequence[np.ndarray]) -> Encoded:
+        # All to one length, so that one shape is compiled.
         samples = round(self.experiment.data.max_seconds * SAMPLE_RATE)
         padded = np.stack([np.pad(wave, (0, samples - len(wave))) for wave in waveforms])
         lengths = np.array([len(wave) for wave in waveforms], np.int32)
@@ -282,6 +289,7 @@ def _encode_all(
     parts, rows = [], []
     with tqdm(total=total, desc=label, disable=label is None, unit="", leave=False) as bar:
         for batch in batches:
+            # The last batch is padded, and unreadable items are in it as zeros.
             valid = batch["valid"]
             encoded = jax.device_get(encode(batch))
             parts.append(jax.tree.map(lambda x, keep=valid: np.asarray(x)[keep], encoded))
@@ -291,6 +299,8 @@ def _encode_all(
     # Batches of short recordings have fewer tokens.
     longest = max(part.tokens.shape[1] for part in parts)
     parts = [part._replace(tokens=_pad_tokens(part.tokens, longest)) for part in parts]
+
+    # Batches come sorted by length: back to the order of the split.
     order = np.argsort(np.concatenate(rows))
     encoded = jax.tree.map(lambda *leaves: np.concatenate(leaves)[order], *parts)
     return encoded, np.concatenate(rows)[order]

@@ -23,7 +23,8 @@ from c2f_jax.reports.figures import results_png
 from c2f_jax.reports.html import Media, image_media, speech_media
 from c2f_jax.reports.results_page import write_search_page
 from c2f_jax.retrieval.index import AUDIO_SUFFIXES, IMAGE_SUFFIXES, GalleryIndex, list_media
-from c2f_jax.retrieval.ranking import coarse_top_k, fine_scores, match_candidates, rerank
+from c2f_jax.retrieval.ranking import coarse_top_k
+from c2f_jax.retrieval.reranking import fine_scores, match_candidates, rerank
 
 ANSWER_SIDE = 128  # pixels of an image on the page
 
@@ -64,6 +65,8 @@ class Query:
         """
         if sum(bool(names) for names in (self.audio, self.say, self.images)) != 1:
             raise UserError("a query needs one of audio, say and images")
+
+        # Options are named as on the command line, where most mistakes are made.
         for name, value in (("top", self.top), ("k", self.k)):
             if value is not None and value < 1:
                 raise UserError(f"--{name}={value}: must be at least 1")
@@ -113,25 +116,27 @@ def build_index(
       UserError: no file can be read, or there is no such gallery.
     """
     names, files = _gallery_files(model.experiment, gallery, kind, split)
-    decoded, kept = [], []
-    for position, (name, file) in enumerate(zip(names, files, strict=True)):
+    decoded, kept_names, media = [], [], []
+    for name, file in zip(names, files, strict=True):
         try:
             decoded.append(_decode(model.experiment, kind, file))
-            kept.append(position)
         except UserError as error:
             print(f"left out: {name}: {error}")
-    if not kept:
+            continue
+        kept_names.append(name)
+        media.append(file if isinstance(file, bytes) else epath.Path(file).read_bytes())
+    if not decoded:
         raise UserError(f"{gallery}: none of the {len(files)} files can be read")
 
     encoded = model.encode_items(kind, decoded)
     return GalleryIndex(
         kind=kind,
         model=model.name,
-        names=[names[position] for position in kept],
-        media=[_read(files[position]) for position in kept],
-        embeddings=encoded.embedding,
-        tokens=encoded.tokens,
-        lengths=encoded.lengths,
+        names=kept_names,
+        media=media,
+        embeddings=np.asarray(encoded.embedding),
+        tokens=np.asarray(encoded.tokens),
+        lengths=np.asarray(encoded.lengths),
     )
 
 
@@ -155,24 +160,22 @@ def search(model: TrainedModel, query: Query) -> epath.Path:
     encoded = model.encode_items(query.kind, decoded)
     coarse, fine = _rank(model, query, encoded, items)
 
+    # An item that answers several queries is encoded once for the page.
     show = functools.cache(lambda row: _media(items.kind, items.media[row], items.names[row]))
     unknown = [False] * min(query.top, len(items.names))  # nobody knows the right answers
     examples = []
     for row, name in enumerate(query.names):
-        best = (coarse if fine is None else fine)[row, : query.top].tolist()
+        asked = _media(query.kind, decoded[row], name)
+        best = coarse[row, : query.top].tolist()
+        example = Example(asked, list(map(show, best)), unknown)
+        if fine is not None:
+            best = fine[row, : query.top].tolist()
+            example = dataclasses.replace(example, fine=list(map(show, best)), fine_hits=unknown)
+        examples.append(example)
+
         print(f"\n{name}")
         for place, item in enumerate(best, 1):
             print(f"  {place}. {items.names[item]}")
-
-        example = Example(
-            _media(query.kind, decoded[row], name),
-            coarse=[show(item) for item in coarse[row, : query.top].tolist()],
-            coarse_hits=unknown,
-        )
-        if fine is not None:
-            shown = [show(item) for item in best]
-            example = dataclasses.replace(example, fine=shown, fine_hits=unknown)
-        examples.append(example)
 
     _write_answers(page, examples, items, query, model.experiment.data.name)
     return page
@@ -221,19 +224,22 @@ def _rank(
       Rows of the gallery, best first, at least ``query.top`` of them: (Q, L) coarse, and (Q, L)
       fine; None before SIM is trained.
     """
+    # Candidates for SIM, and enough answers to show.
     k = min(query.k or model.experiment.eval.k, len(items.names))
     cosine, coarse = coarse_top_k(queries.embedding, items.embeddings, max(k, query.top))
     if not model.has_sim:
         return coarse, None
 
-    spoken = query.kind == "speech"
+    direction, speech_lengths = "i2s", items.lengths
+    if query.kind == "speech":
+        direction, speech_lengths = "s2i", np.asarray(queries.lengths)
     logits = match_candidates(
         model.match,
-        queries.tokens,
+        np.asarray(queries.tokens),
         items.tokens,
         coarse[:, :k],
-        direction="s2i" if spoken else "i2s",
-        speech_lengths=queries.lengths if spoken else items.lengths,
+        direction=direction,
+        speech_lengths=speech_lengths,
         pair_chunk=model.pair_batch_size,
         length_buckets=LENGTH_BUCKETS,
     )
@@ -256,6 +262,8 @@ def _gallery_files(
         data.data_dir,
         max_bad_share=data.max_bad_share,
     )
+
+    # A recording is named by its caption, if it has one.
     names, files = [], []
     if kind == "image":
         for row in range(source.num_images):
@@ -267,10 +275,6 @@ def _gallery_files(
             names.append(item["caption"] or f"recording {index}")
             files.append(item["audio"])
     return names, files
-
-
-def _read(file: File) -> bytes:
-    return file if isinstance(file, bytes) else epath.Path(file).read_bytes()
 
 
 def _decode(experiment: Experiment, kind: str, file: File) -> np.ndarray:

@@ -112,45 +112,29 @@ def train_and_evaluate(
     parallel.check_batch_size(experiment.batch_size)
     if experiment.init_from:
         load_saved_config(experiment.init_from)  # fails early if there is no such run
-    # The test split is opened before training, so that a typo does not surface hours later.
     source, validation, test_source = _open_splits(experiment, test)
 
-    is_main = jax.process_index() == 0
-    if is_main:
-        save_config(config, workdir)
-        check_weights(workdir, experiment.weights, write=True)
-    recorder = Recorder(
-        workdir if is_main else None,
-        steps=experiment.steps,
-        batch_size=experiment.batch_size,
-        sim_from=_alarm_from(experiment),
-    )
+    # From here on, files are written.
+    recorder = _open_workdir(config, experiment, workdir)
     experiment = fit_to_data(experiment, source, recorder.say)
     source.image_index = shuffled_images(
         source.image_index, experiment.data.shuffled_share, experiment.seed
     )
-
     optimizer = create_optimizer(experiment.optimizer, experiment.steps)
     state = parallel.place_state(_new_state(experiment, optimizer))
-    run = _Run(
-        experiment=experiment,
-        workdir=workdir,
-        parallel=parallel,
-        optimizer=optimizer,
-        source=source,
-        validation=validation,
-        checkpoints=Checkpoints(workdir),
-        recorder=recorder,
-    )
+    checkpoints = Checkpoints(workdir)
+    run = _Run(experiment, workdir, parallel, optimizer, source, validation, checkpoints, recorder)
     state, start = _resume_or_start(run, state)
     if start < experiment.steps:
         state = _train(run, state, start)
+
+    # All processes restore the best checkpoint; the first evaluates and the others wait.
     evaluation = page = None
     if test_source is not None:
         best = _best_model(run, state)
-        if is_main:  # the other processes wait
+        if jax.process_index() == 0:
             evaluation, page = evaluate_source(best, test_source)
-    run.checkpoints.close()
+    checkpoints.close()
     wait_for_all()
     recorder.close()
     return TrainResult(state, recorder.history, evaluation, page)
@@ -210,7 +194,10 @@ def shuffled_images(image_index: np.ndarray, share: float, seed: int) -> np.ndar
 def _open_splits(
     experiment: Experiment, test: bool
 ) -> tuple[PairSource, PairSource, PairSource | None]:
-    """Prepare the data set and its feature caches; open the training, validation and test split."""
+    """Prepare the data set and its feature caches; open the training, validation and test split.
+
+    The test split is opened before training, so that a typo does not surface hours later.
+    """
     data = experiment.data
     first_process_first(lambda: make_data_set(data.name, data.data_dir))
     splits = [data.train_split, data.validation_split]
@@ -227,6 +214,22 @@ def _open_splits(
         process_count=jax.process_count(),
     )
     return source, validation, data.load(data.test_split) if test else None
+
+
+def _open_workdir(
+    config: ConfigDict, experiment: Experiment, workdir: str | PathLike[str]
+) -> Recorder:
+    """Save the configuration, or compare it with the saved one, and open the logs."""
+    is_main = jax.process_index() == 0
+    if is_main:
+        save_config(config, workdir)
+        check_weights(workdir, experiment.weights, write=True)
+    return Recorder(
+        workdir if is_main else None,
+        steps=experiment.steps,
+        batch_size=experiment.batch_size,
+        sim_from=_alarm_from(experiment),
+    )
 
 
 def _new_state(experiment: Experiment, optimizer: optax.GradientTransformation) -> C2FTrainState:
@@ -291,12 +294,16 @@ def _train(run: _Run, state: C2FTrainState, start: int) -> C2FTrainState:
     method = experiment.method
     warm_up_step, full_step = _compile_step(run, method.warm_up()), _compile_step(run, method)
     batches = _training_batches(run, start)
+
     recorder.start(start)
     with _stop_request() as stop_requested:
         for step in range(start + 1, experiment.steps + 1):
+            # Waiting for data is timed apart, to show whether decoding limits the speed.
             began = time.perf_counter()
             _, batch = next(batches)
             waited = time.perf_counter() - began
+
+            # One step on all devices; the host does not wait for it.
             step_fn = full_step if step > method.warm_up_steps else warm_up_step
             state, metrics = step_fn(state, parallel.place_batch(batch))
             recorder.add(metrics, waited)
@@ -305,9 +312,12 @@ def _train(run: _Run, state: C2FTrainState, start: int) -> C2FTrainState:
             last = step == experiment.steps
             if last or _due(step, experiment.log_every):
                 recorder.log(step)
+
             score = None
             if last or _due(step, experiment.eval_every):
                 score = _evaluate_validation(run, state, step)
+
+            # A step that was scored is saved, since it may be the best.
             stopping = not last and (
                 stop_requested.is_set() or run.checkpoints.reached_preemption(step)
             )

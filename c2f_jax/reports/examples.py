@@ -82,6 +82,7 @@ def worst_queries(ranked: RankedLists, count: int) -> np.ndarray:
     Returns:
       (n,) int, places in ``ranked``, the worst first.
     """
+    # The last stage there is decides.
     final = ranked.coarse_rank if ranked.fine_rank is None else ranked.fine_rank
     worst = np.argsort(-final, kind="stable")[:count]
     return worst[final[worst] > 1]
@@ -107,6 +108,7 @@ def make_examples(
     """
     examples = []
     for place in places:
+        # Lists have rows of the gallery; ranked.queries has the rows of the queries.
         query = int(ranked.queries[place])
         example = Example(
             query=query_media(query),

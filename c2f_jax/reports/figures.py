@@ -51,6 +51,7 @@ def learning_curves_png(path: Path | None, history: Mapping[str, Curve]) -> byte
     Returns:
       The PNG.
     """
+    # Which metrics belong to which panel.
     names = {
         "loss": [name for name in history if "loss" in name],
         "tau": [name for name in history if name.endswith("tau")],
@@ -62,6 +63,7 @@ def learning_curves_png(path: Path | None, history: Mapping[str, Curve]) -> byte
         if any(len(history[name]) for name in group):
             panels[title] = group
 
+    # Two panels side by side.
     columns, rows = (2, -(-len(panels) // 2)) if len(panels) > 1 else (1, 1)
     figure = _figure(4.4 * columns, 3.1 * rows)
     figure.set_layout_engine("constrained", w_pad=0.14, h_pad=0.12)
@@ -71,6 +73,7 @@ def learning_curves_png(path: Path | None, history: Mapping[str, Curve]) -> byte
         axes = figure.add_subplot(rows, columns, place)
         for number, name in enumerate(group):
             _draw_curve(axes, name, history[name], PLAIN[number % len(PLAIN)])
+        # A SIM loss that stays here comes from a matcher that ignores its input.
         if title == "loss" and any("sim" in name for name in group):
             axes.axhline(COLLAPSE_VALUE, color=GRAY, lw=1, ls=":", label="SIM collapse")
         _style_panel(axes, title)
@@ -96,6 +99,7 @@ def histogram_png(
     drawn = {name: np.asarray(numbers, float) for name, numbers in values.items() if len(numbers)}
     figure = _figure(6.4, 1.0 + 1.35 * max(len(drawn), 1))
     figure.set_layout_engine("constrained")
+    # A few long recordings would leave all others in the first bars.
     end = 1.0
     if drawn:
         end = float(np.percentile(np.concatenate(list(drawn.values())), 99.5))
@@ -129,6 +133,7 @@ def results_png(
     Returns:
       The PNG.
     """
+    # Where the images of each stage begin, and where the first query does.
     starts = {"coarse": CAPTION}
     if any(example.fine is not None for example in examples):
         starts["fine"] = CAPTION + top * CELL + GAP
@@ -141,6 +146,7 @@ def results_png(
     canvas.axis("off")
     if title:
         canvas.text(MARGIN, 0.3, title, fontsize=13, va="center", parse_math=False, **BOLD)
+
     heads = {"coarse": "coarse (SIC)", "fine": "fine (SIM)"}
     style = {"fontsize": 10.5, "fontweight": "bold", "color": SOFT, "va": "center"}
     for stage, x in starts.items():
@@ -192,6 +198,7 @@ def _draw_query(canvas: Axes, example: Example, y: float) -> None:
     lines = textwrap.fill(caption, 32)
     canvas.text(MARGIN, y + 0.05, lines, fontsize=9, color=INK, va="top", parse_math=False)
 
+    # Speaker and ranks, where they are known.
     notes = []
     if example.query.speaker:
         notes.append(textwrap.shorten(example.query.speaker, 38, placeholder=" …"))

@@ -43,6 +43,7 @@ def image_media(image: np.ndarray, caption: str = "", max_side: int = 224) -> Me
     shown = Image.fromarray(np.asarray(image, np.uint8))
     shown.thumbnail((max_side, max_side))
     png, jpeg = io.BytesIO(), io.BytesIO()
+    # Drawings are smaller as PNG, photographs as JPEG.
     shown.save(png, "PNG")
     shown.save(jpeg, "JPEG", quality=90)
     if len(jpeg.getvalue()) < len(png.getvalue()):
@@ -82,6 +83,7 @@ def write_page(path: str | PathLike[str], title: str, body: str) -> None:
     """
     from etils import epath
 
+    # Inlined, so that the page is one file that can be sent by mail.
     style = resources.files("c2f_jax.reports").joinpath("style.css").read_text(encoding="utf-8")
     file = epath.Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -126,6 +128,7 @@ def page_header(
     for name, value in facts:
         if value is not None:
             listed += f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>"
+
     shown = ""
     for name, number, unit, note in tiles:
         shown += f'<div class="tile"><span>{name}</span><b>{number}<i>{unit}</i></b>'

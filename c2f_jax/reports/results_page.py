@@ -14,8 +14,8 @@ from c2f_jax.reports.html import (
     sound,
     write_page,
 )
-from c2f_jax.retrieval.ranking import SCORES
 from c2f_jax.retrieval.recall import Metric
+from c2f_jax.retrieval.reranking import SCORES
 from c2f_jax.retrieval.result import DIRECTIONS, TABLE_METRICS, EvaluationResult
 
 ARROWS = {"s2i": "Speech → image", "i2s": "Image → speech"}
@@ -53,6 +53,7 @@ def write_results_page(
         curves = f'<img class="curves" alt="learning curves" src="{source}">'
         body += section("Learning curves", "", curves)
 
+    # A group without examples gets no section.
     examples = examples or PageExamples()
     groups = (
         (
@@ -110,6 +111,8 @@ def _header(title: str, data_set: str, result: EvaluationResult) -> str:
         ("recordings", f"{result.queries.gallery_recordings:,}"),
         ("reranked", f"top {result.k} by {result.score}" if fine else "no"),
     ]
+
+    # The final numbers are large, the coarse ones beside them small.
     coarse, final = result.coarse, result.final
     numbers = (
         (f"{ARROWS['s2i']} R@1", coarse.speech_to_image["R@1"], final.speech_to_image["R@1"]),
@@ -143,6 +146,7 @@ def _direction_table(result: EvaluationResult, direction: str) -> str:
             cells += _cell(metric, name, digits, signed=stage == "difference")
         rows += _table_row(name.replace("_", " "), cells)
 
+    # There is no time for a difference.
     times = ""
     for stage in stages:
         seconds = result.seconds.get(f"{stage}_{direction}")
@@ -186,6 +190,8 @@ def _cell(metric: Metric, name: str, digits: int, signed: bool) -> str:
         # A smaller median rank is better, of all other metrics a larger value.
         better = (low > 0) != (name == "median_rank")
         style = ' class="better"' if better else ' class="worse"'
+
+    # A real minus sign, as wide as a plus.
     text = f"{metric.value:{number}}<small>{low:{number}}\u2009…\u2009{high:{number}}</small>"
     return f"<td{style}>{text.replace('-', '−')}</td>"
 
@@ -224,6 +230,7 @@ def _example(example: Example, direction: str) -> str:
             shown = f'<img alt="right image" src="{data_uri(example.answer)}">'
         query += f'<div class="answer"><span>right answer</span>{shown}</div>'
 
+    # Both rankings beside each other, so that one sees what SIM changed.
     lists = _list("Coarse (SIC)", example.coarse, example.coarse_hits, direction)
     if example.fine is not None:
         lists += _list("Fine (SIM)", example.fine, example.fine_hits, direction)

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from c2f_jax.errors import UserError
-from c2f_jax.retrieval import ranking, recall
+from c2f_jax.retrieval import ranking, recall, reranking
 from c2f_jax.retrieval.checks import check_finite
 from c2f_jax.retrieval.encoded import EncodedSplit
-from c2f_jax.retrieval.ranking import SCORES, MatchFunction
 from c2f_jax.retrieval.recall import Metric
+from c2f_jax.retrieval.reranking import SCORES, MatchFunction
 from c2f_jax.retrieval.result import (
+    DIRECTIONS,
     Bootstrap,
     EvaluationResult,
     QueryCounts,
@@ -66,7 +67,7 @@ def evaluate_retrieval(
       match_fn: SIM logits of pairs; None to report the coarse stage alone.
       tau: temperature that divides the cosine in the score "joint".
       length_buckets: numbers of speech tokens that pairs are matched at, see
-        ``ranking.match_candidates``.
+        ``reranking.match_candidates``.
       seed: seed of the bootstrap.
 
     Returns:
@@ -76,6 +77,7 @@ def evaluate_retrieval(
       UserError: NaN or infinity (naming where), embeddings that are not normalized, shapes that do
         not fit, or an option out of range.
     """
+    # Everything wrong is found before the first ranking.
     _check_config(config)
     sides = {
         "s2i": _Side(
@@ -87,27 +89,16 @@ def evaluate_retrieval(
     matcher = None
     if match_fn is not None:
         _check_tokens(encoded)
-        matcher = _Matcher(encoded, match_fn, config.pair_batch_size, length_buckets)
+        matcher = _Matcher(encoded, match_fn, tau, config, length_buckets)
 
+    # Both directions, ranked and measured.
     seconds: dict[str, float] = {}
     lists, measured = {}, {}
-    for direction, other in (("s2i", "i2s"), ("i2s", "s2i")):
-        gallery = sides[other]
-        answered = np.flatnonzero(np.isin(sides[direction].ids, gallery.ids))
-        queries = sides[direction].select(answered)
-
-        start = time.perf_counter()
-        cosine, coarse = _rank_coarse(queries, gallery, max(config.k, LEAST_DEPTH))
-        seconds[f"coarse_{direction}"] = time.perf_counter() - start
-        rankings = {"coarse": coarse}
-        if matcher is not None:
-            start = time.perf_counter()
-            logits = matcher.match(direction, answered, coarse.items[:, : config.k])
-            rankings |= _rerank_by_each_score(coarse, cosine[:, : config.k], logits, tau)
-            seconds[f"fine_{direction}"] = time.perf_counter() - start
-
-        lists[direction] = _ranked_lists(answered, coarse, rankings.get(config.score))
-        measured[direction] = _measure(rankings, queries, gallery, config.resamples, seed)
+    for direction in DIRECTIONS:
+        ranked = _rank_direction(sides, direction, config, matcher)
+        seconds |= ranked.seconds
+        lists[direction] = ranked.lists(config.score)
+        measured[direction] = _measure(ranked, config.resamples, seed)
 
     return EvaluationResult(
         **_stages(measured, config.score),
@@ -143,6 +134,27 @@ class _Ranking:
 
 
 @dataclass(frozen=True)
+class _RankedDirection:
+    """All rankings of the queries of one direction."""
+
+    queries: _Side  # q queries, those with a right item
+    gallery: _Side
+    rows: np.ndarray  # (q,) row of each query in its own table
+    rankings: dict[str, _Ranking]  # "coarse", and one for each score if there is a matcher
+    seconds: dict[str, float]
+
+    def lists(self, score: str) -> RankedLists:
+        """Return the lists for pages, the fine ones by ``score``."""
+        coarse, fine = self.rankings["coarse"], self.rankings.get(score)
+        lists = RankedLists(self.rows, coarse.items, coarse.hits, coarse.ranks)
+        if fine is None:
+            return lists
+        return dataclasses.replace(
+            lists, fine=fine.items, fine_hits=fine.hits, fine_rank=fine.ranks
+        )
+
+
+@dataclass(frozen=True)
 class _Measured:
     """The metrics of one ranking and their bootstrap samples."""
 
@@ -152,30 +164,79 @@ class _Measured:
 
 @dataclass(frozen=True)
 class _Matcher:
-    """The pairs of one split, and what SIM says of them."""
+    """What SIM says about the pairs of one split."""
 
     encoded: EncodedSplit
     match_fn: MatchFunction
-    pair_chunk: int
+    tau: float
+    config: EvalConfig
     length_buckets: int
 
-    def match(self, direction: str, answered: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-        """Return the match logits (q, k) of the answered queries and their candidates."""
+    def rerank(
+        self, direction: str, rows: np.ndarray, coarse: _Ranking, cosine: np.ndarray
+    ) -> dict[str, _Ranking]:
+        """Rerank the first k items of each query by each of the five scores.
+
+        Args:
+          direction: "s2i" or "i2s".
+          rows: (q,) row of each query in its own table.
+          coarse: their coarse ranking.
+          cosine: (q, L) cosines of its items.
+        """
+        # One pass of SIM serves all five scores.
+        k = self.config.k
+        logits = self._match(direction, rows, coarse.items[:, :k])
+        rankings = {}
+        for name, scores in reranking.fine_scores(cosine[:, :k], logits, self.tau).items():
+            rankings[name] = _Ranking(
+                reranking.rerank(coarse.items, scores),
+                reranking.rerank(coarse.hits, scores),
+                reranking.fine_ranks(coarse.ranks, scores, coarse.hits[:, :k]),
+            )
+        return rankings
+
+    def _match(self, direction: str, rows: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        """Return the match logits (q, k) of some queries and their candidates."""
         speech, image = self.encoded.speech, self.encoded.image
         queries, gallery = (speech, image) if direction == "s2i" else (image, speech)
-        rows: np.ndarray | slice = answered
-        if len(answered) == len(queries.tokens):
-            rows = slice(None)  # copies no tokens
-        return ranking.match_candidates(
+
+        chosen: np.ndarray | slice = rows
+        if len(rows) == len(queries.tokens):
+            chosen = slice(None)  # copies no tokens
+
+        return reranking.match_candidates(
             self.match_fn,
-            np.asarray(queries.tokens)[rows],
+            np.asarray(queries.tokens)[chosen],
             np.asarray(gallery.tokens),
             candidates,
             direction=direction,
-            speech_lengths=speech.lengths[rows] if direction == "s2i" else speech.lengths,
-            pair_chunk=self.pair_chunk,
+            speech_lengths=speech.lengths[chosen] if direction == "s2i" else speech.lengths,
+            pair_chunk=self.config.pair_batch_size,
             length_buckets=self.length_buckets,
         )
+
+
+def _rank_direction(
+    sides: Mapping[str, _Side], direction: str, config: EvalConfig, matcher: _Matcher | None
+) -> _RankedDirection:
+    """Rank the gallery for the queries of one direction, coarse and, with a matcher, fine."""
+    gallery = sides["i2s" if direction == "s2i" else "s2i"]
+    # Queries without a right item are left out; the gallery stays whole.
+    rows = np.flatnonzero(np.isin(sides[direction].ids, gallery.ids))
+    queries = sides[direction].select(rows)
+
+    # Coarse: the best items by cosine.
+    start = time.perf_counter()
+    cosine, coarse = _rank_coarse(queries, gallery, max(config.k, LEAST_DEPTH))
+    seconds = {f"coarse_{direction}": time.perf_counter() - start}
+    rankings = {"coarse": coarse}
+
+    # Fine: the first k of them in another order.
+    if matcher is not None:
+        start = time.perf_counter()
+        rankings |= matcher.rerank(direction, rows, coarse, cosine)
+        seconds[f"fine_{direction}"] = time.perf_counter() - start
+    return _RankedDirection(queries, gallery, rows, rankings, seconds)
 
 
 def _rank_coarse(queries: _Side, gallery: _Side, depth: int) -> tuple[np.ndarray, _Ranking]:
@@ -191,49 +252,28 @@ def _rank_coarse(queries: _Side, gallery: _Side, depth: int) -> tuple[np.ndarray
     return cosine, _Ranking(items, hits, ranks)
 
 
-def _rerank_by_each_score(
-    coarse: _Ranking, cosine: np.ndarray, logits: np.ndarray, tau: float
-) -> dict[str, _Ranking]:
-    """Rerank the k candidates of each query by each of the five scores."""
-    rankings = {}
-    for name, scores in ranking.fine_scores(cosine, logits, tau).items():
-        candidate_hits = coarse.hits[:, : scores.shape[1]]
-        rankings[name] = _Ranking(
-            ranking.rerank(coarse.items, scores),
-            ranking.rerank(coarse.hits, scores),
-            ranking.fine_ranks(coarse.ranks, scores, candidate_hits),
-        )
-    return rankings
+def _measure(ranked: _RankedDirection, resamples: int, seed: int) -> dict[str, _Measured]:
+    """Compute the metrics of each ranking of one direction."""
+    # How many right items the gallery has for each query.
+    ids, counts = np.unique(ranked.gallery.ids, return_counts=True)
+    relevant_counts = counts[np.searchsorted(ids, ranked.queries.ids)]
 
-
-def _measure(
-    rankings: Mapping[str, _Ranking], queries: _Side, gallery: _Side, resamples: int, seed: int
-) -> dict[str, _Measured]:
-    """Compute the metrics of each ranking of the same queries."""
-    ids, counts = np.unique(gallery.ids, return_counts=True)
-    relevant_counts = counts[np.searchsorted(ids, queries.ids)]
     measured = {}
-    for name, ranked in rankings.items():
-        metrics = recall.rank_metrics(ranked.ranks)
-        metrics |= recall.list_metrics(ranked.hits, relevant_counts)
+    for name, one in ranked.rankings.items():
+        metrics = recall.rank_metrics(one.ranks)
+        metrics |= recall.list_metrics(one.hits, relevant_counts)
         samples = recall.bootstrap_metrics(
-            ranked.ranks, queries.ids, resamples=resamples, seed=seed
+            one.ranks, ranked.queries.ids, resamples=resamples, seed=seed
         )
         measured[name] = _Measured(metrics, samples)
     return measured
-
-
-def _ranked_lists(answered: np.ndarray, coarse: _Ranking, fine: _Ranking | None) -> RankedLists:
-    lists = RankedLists(answered, coarse.items, coarse.hits, coarse.ranks)
-    if fine is None:
-        return lists
-    return dataclasses.replace(lists, fine=fine.items, fine_hits=fine.hits, fine_rank=fine.ranks)
 
 
 def _stages(measured: Mapping[str, Mapping[str, _Measured]], score: str) -> dict[str, Any]:
     """Collect direction -> ranking -> metrics into the stages of an EvaluationResult."""
     s2i, i2s = measured["s2i"], measured["i2s"]
     stages: dict[str, Any] = {"coarse": _stage(s2i["coarse"], i2s["coarse"])}
+    # Without a matcher, "coarse" is all there is.
     if score in s2i:
         stages["fine"] = _stage(s2i[score], i2s[score])
         stages["fine_scores"] = {name: _stage(s2i[name], i2s[name]) for name in SCORES}
@@ -262,6 +302,8 @@ def _difference(
             fine.metrics, coarse.metrics, fine.samples, coarse.samples
         )
         gains.append(gain)
+
+    # The mean of six is paired like its parts.
     fine_mean, fine_samples = _mean_recall(s2i[score], i2s[score])
     coarse_mean, coarse_samples = _mean_recall(s2i["coarse"], i2s["coarse"])
     mean = _mean_metric(fine_mean - coarse_mean, fine_samples - coarse_samples)
@@ -318,6 +360,8 @@ def _check_sides(sides: Mapping[str, _Side]) -> None:
                 f"{side.ids.shape}."
             )
         check_finite(name, embeddings)
+
+        # Cosines are computed as plain products.
         norms = np.linalg.norm(embeddings, axis=1)
         errors = np.abs(norms - 1.0)
         if np.any(errors > MOST_NORM_ERROR):
@@ -326,6 +370,8 @@ def _check_sides(sides: Mapping[str, _Side]) -> None:
                 f"{name} must be L2-normalized, so that their products are cosines; row {row} has "
                 f"norm {norms[row]:.3g}. Divide each row by its norm."
             )
+
+    # Ids of different numberings would leave out every query.
     if not np.isin(sides["s2i"].ids, sides["i2s"].ids).any():
         raise UserError(
             "no recording shares its id with an image; speech_ids and image_ids must name the same "

@@ -43,6 +43,7 @@ class GalleryIndex:
         Raises:
           UserError: the file cannot be written.
         """
+        # numpy has no ragged arrays: all files in one, with the places where they begin.
         sizes = [len(data) for data in self.media]
         buffer = io.BytesIO()
         np.savez(
@@ -56,6 +57,7 @@ class GalleryIndex:
             tokens=self.tokens.astype(np.float16),
             lengths=self.lengths,
         )
+
         file = epath.Path(path)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +97,8 @@ class GalleryIndex:
                 tokens=stored["tokens"].astype(np.float32),
                 lengths=stored["lengths"],
             )
+
+        # A file that was cut off or edited may still be a valid .npz.
         parts = (index.names, index.media, index.embeddings, index.tokens, index.lengths)
         if len({len(part) for part in parts}) > 1 or offsets[-1] != len(data):
             raise ValueError("its parts have different lengths")

@@ -121,13 +121,15 @@ def open_protocol(
     source = _first_split(load, data or protocol.data_set, (split,) if split else protocol.splits)
     if not protocol.all_images:
         return source
+
+    # All other splits there are.
     others = []
     for other in ("train", "validation", "test"):
         if other != source.split:
             try:
                 others.append(load(data or protocol.data_set, other))
-            except UserError:  # a data set without this split: the others make up the gallery
-                continue
+            except UserError:
+                continue  # a data set without this split
     return WithMoreImages(source, others)
 
 
@@ -208,18 +210,22 @@ def evaluate_protocol(
         raise UserError(
             f"{protocol.name} cuts {protocol.folds} folds, but there are {of_images} images"
         )
+
+    # The part of the split that the protocol is defined on.
     if protocol.one_recording:
         first = np.sort(np.unique(encoded.speech_ids, return_index=True)[1])
         encoded = encoded.select_recordings(first)
     if protocol.images is not None and not protocol.all_images and of_images > protocol.images:
         encoded = encoded.select_images(np.arange(protocol.images))
 
+    # Consecutive folds, as the field cuts them.
     folds = [encoded]
     if protocol.folds > 1:
         parts = np.array_split(np.arange(len(encoded.images)), protocol.folds)
         folds = [encoded.select_images(rows) for rows in parts]
     results = [evaluate(fold) for fold in folds]
 
+    # Numbers compare only if exactly the published items were used.
     images = sum(len(fold.images) for fold in folds)
     recordings = sum(len(fold.recordings) for fold in folds)
     report = ProtocolReport(
@@ -233,6 +239,7 @@ def evaluate_protocol(
         as_published=protocol.images in (None, images)
         and protocol.recordings in (None, recordings),
     )
+
     mean = EvaluationResult.from_json(mean_of_folds([result.to_json() for result in results]))
     return dataclasses.replace(mean, protocol=report, lists=results[0].lists), folds[0]
 
@@ -270,6 +277,7 @@ def _mean_of_dicts(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if key.endswith("_interval"):
             centers = np.array([result[key.removesuffix("_interval")] for result in results])
             squares = (np.array(values) - centers[:, None]) ** 2
+            # Half-widths below and above the value, each in quadrature.
             low, high = np.sqrt(np.sum(squares, axis=0)) / len(results)
             merged[key] = [float(centers.mean() - low), float(centers.mean() + high)]
         elif isinstance(value, dict | float | int):

@@ -58,6 +58,7 @@ def rank_metrics(ranks: ArrayLike) -> dict[str, float]:
     True
     """
     checked = _checked_ranks(ranks)
+
     metrics = {}
     for cut in RECALL_AT:
         metrics[f"R@{cut}"] = 100.0 * float(np.mean(checked <= cut))
@@ -101,10 +102,12 @@ def list_metrics(hits: ArrayLike, relevant_counts: ArrayLike) -> dict[str, float
             f"shape {relevant_counts.shape}."
         )
 
+    # nDCG: found gains over those of an ideal list, which has all right items first.
     gains = 1.0 / np.log2(np.arange(2, LIST_DEPTH + 2))
     top = hits[:, :LIST_DEPTH]
     ideal = np.cumsum(gains)[np.minimum(relevant_counts, LIST_DEPTH) - 1]
     found = (top * gains[None, : top.shape[1]]).sum(1)
+
     metrics = {"nDCG@10": float(np.mean(found / ideal))}
     for cut in RECALL_AT:
         fraction = hits[:, :cut].sum(1) / relevant_counts
@@ -225,6 +228,7 @@ def difference_with_intervals(
     ... )
     {'R@1': Metric(value=10.0, interval=(9.0, 9.0))}
     """
+    # Sample by sample, since both stages have the same draws: this pairs them.
     values, samples = {}, {}
     for name in fine_samples:
         values[name] = fine[name] - coarse[name]
@@ -263,6 +267,8 @@ def _weighted_medians(ranks: np.ndarray, counts: np.ndarray, cluster_of: np.ndar
         block = counts[start : start + MEDIAN_BLOCK]
         up_to = np.cumsum(block[:, cluster_of], axis=1)
         total = up_to[:, -1:]
+
+        # The ranks at the two middle places, the same place if the number of queries is odd.
         lower = ranks[(up_to > (total - 1) // 2).argmax(1)]
         upper = ranks[(up_to > total // 2).argmax(1)]
         medians.append(0.5 * (lower + upper))

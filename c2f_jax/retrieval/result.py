@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from c2f_jax.retrieval.ranking import SCORES
 from c2f_jax.retrieval.recall import RECALL_AT, Metric
+from c2f_jax.retrieval.reranking import SCORES
 
 DIRECTIONS = {"s2i": "speech_to_image", "i2s": "image_to_speech"}
 ARROWS = {"s2i": "speech -> image", "i2s": "image -> speech"}
@@ -229,6 +229,7 @@ class EvaluationResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as it is stored in eval/*.json; ``from_json`` reads it back."""
+        # The order of the keys is that of the files.
         result: dict[str, Any] = {"coarse": self.coarse.to_json()}
         if self.fine is not None and self.difference is not None:
             scores = (self.fine_scores or {}).items()
@@ -243,6 +244,8 @@ class EvaluationResult:
         result["queries"] = dataclasses.asdict(self.queries)
         result["bootstrap"] = dataclasses.asdict(self.bootstrap)
         result["bootstrap"]["percentiles"] = list(self.bootstrap.percentiles)
+
+        # What is unknown is left out.
         if self.protocol is not None:
             result["protocol"] = self.protocol.to_json()
         for name in ("data_set", "split", "trained_on", "step", "bad_items"):
@@ -258,13 +261,17 @@ class EvaluationResult:
         for name in STAGES:
             if name in values:
                 stages[name] = StageMetrics.from_json(values[name])
+
         fine_scores = None
         if "fine_scores" in values:
             scores = values["fine_scores"].items()
             fine_scores = {name: StageMetrics.from_json(stage) for name, stage in scores}
+
         protocol = None
         if "protocol" in values:
             protocol = ProtocolReport.from_json(values["protocol"])
+
+        # JSON has lists where the result has tuples.
         bootstrap = dict(values["bootstrap"])
         bootstrap["percentiles"] = tuple(bootstrap["percentiles"])
         return cls(
@@ -288,11 +295,12 @@ class EvaluationResult:
 
     def table(self) -> str:
         """Return the console table: stages side by side with 95 % intervals, both directions."""
-        lines = [*_protocol_lines(self)]
+        lines = list(_protocol_lines(self))
         for direction in DIRECTIONS:
             lines += _direction_lines(self, direction)
         lines.append(_row("mean R@K", 14, _mean_cells(self)))
         lines += _score_lines(self)
+
         paired = ", fine - coarse paired." if self.fine is not None else "."
         lines.append(
             f"\nR@K in %. [95 % intervals]: {self.bootstrap.resamples} bootstrap resamples of "
@@ -301,6 +309,7 @@ class EvaluationResult:
         return "\n".join(lines)
 
     def __repr__(self) -> str:
+        # The data set, if it is known, and the numbers of the last stage.
         parts = [part for part in (self.data_set, self.split) if part]
         parts.append("coarse" if self.fine is None else "fine")
         for direction, arrow in ARROWS.items():
@@ -358,6 +367,8 @@ def _direction_lines(result: EvaluationResult, direction: str) -> list[str]:
     counts = dataclasses.asdict(result.queries)
     gallery = counts["gallery_images" if direction == "s2i" else "gallery_recordings"]
     queries = counts[DIRECTIONS[direction]]
+
+    # Heads of the columns.
     stages = result.stages()
     heads = {
         "coarse": "coarse (SIC)",
@@ -367,6 +378,7 @@ def _direction_lines(result: EvaluationResult, direction: str) -> list[str]:
     lines = [f"{ARROWS[direction]}: {queries} queries, gallery of {gallery}"]
     lines.append(_row("", 14, [heads[name] for name in stages]))
 
+    # One line per metric, and the time each stage took.
     for metric, digits in TABLE_METRICS.items():
         cells = []
         for name, stage in stages.items():
@@ -404,6 +416,8 @@ def _protocol_lines(result: EvaluationResult) -> Iterator[str]:
         f"  {report.images:,} images, {report.recordings:,} recordings, {verdict}; "
         f"{result.data_set}, {result.split} split, trained on {result.trained_on}"
     )
+
+    # MTEB reports metrics that the table does not have.
     if report.name == "mteb":
         for direction, arrow in ARROWS.items():
             metrics = result.final.direction(direction)

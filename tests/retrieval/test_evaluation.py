@@ -7,7 +7,7 @@ import pytest
 
 from c2f_jax.errors import UserError
 from c2f_jax.models.c2f import Encoded
-from c2f_jax.retrieval import ranking, recall
+from c2f_jax.retrieval import recall, reranking
 from c2f_jax.retrieval.encoded import EncodedSplit
 from c2f_jax.retrieval.evaluation import EvalConfig, evaluate_retrieval
 from c2f_jax.retrieval.result import EvaluationResult
@@ -88,7 +88,7 @@ def oracle(queries, gallery, query_ids, gallery_ids, logits, k, score):
 
 
 @pytest.mark.parametrize("k", [1, 4, 13, 18, 500])
-@pytest.mark.parametrize("score", ranking.SCORES)
+@pytest.mark.parametrize("score", reranking.SCORES)
 def test_both_directions_equal_brute_force(k, score):
     inputs, logits = small_world()
     result = evaluate(inputs, k=k, score=score, pair_batch_size=32, resamples=20)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from c2f_jax.errors import UserError
-from c2f_jax.retrieval import ranking
+from c2f_jax.retrieval import ranking, reranking
 
 
 def tied_embeddings(rows, seed):
@@ -134,7 +134,7 @@ def test_matching_gives_each_pair_its_own_logit(direction, dtype):
         [np.random.default_rng(row).permutation(columns)[:4] for row in range(rows)]
     )
     tokens = (speech, images) if direction == "s2i" else (images, speech)
-    logits = ranking.match_candidates(
+    logits = reranking.match_candidates(
         match_fn, *tokens, candidates, direction=direction, speech_lengths=lengths, pair_chunk=7
     )
     for row in range(rows):
@@ -160,7 +160,7 @@ def test_matching_with_a_jitted_matcher_compiles_once_and_larger_chunks_change_n
 
     candidates = np.array([rng.permutation(6) for _ in range(8)])
     results = [
-        ranking.match_candidates(
+        reranking.match_candidates(
             match_fn,
             speech,
             images,
@@ -199,17 +199,19 @@ def test_length_buckets_hand_over_fewer_frames_and_the_same_answers(direction):
     tokens = (speech, images) if direction == "s2i" else (images, speech)
     candidates = np.tile(np.arange(columns), (rows, 1))
     settings = {"direction": direction, "speech_lengths": lengths, "pair_chunk": 4}
-    whole = ranking.match_candidates(match_fn, *tokens, candidates, **settings)
+    whole = reranking.match_candidates(match_fn, *tokens, candidates, **settings)
     assert seen == {10: set(lengths.tolist())}
     seen.clear()
-    bucketed = ranking.match_candidates(match_fn, *tokens, candidates, length_buckets=3, **settings)
+    bucketed = reranking.match_candidates(
+        match_fn, *tokens, candidates, length_buckets=3, **settings
+    )
     assert seen == {4: {1, 2, 3, 4}, 7: {5, 6, 7}, 10: {10}}
     np.testing.assert_allclose(bucketed, whole, rtol=1e-5, atol=1e-6)
 
 
 def test_fine_scores_are_the_written_formulas():
     cosine, match = np.array([[0.5, -0.25]]), np.array([[3.0, -800.0]])
-    scores = ranking.fine_scores(cosine, match, tau=0.05)
+    scores = reranking.fine_scores(cosine, match, tau=0.05)
     np.testing.assert_array_equal(scores["sic"], cosine)
     np.testing.assert_array_equal(scores["sim"], match)
     np.testing.assert_allclose(scores["sum"], [[3.5, -800.25]])
@@ -232,10 +234,10 @@ def test_joint_score_recovers_the_posterior_that_sic_missed():
     tau = 0.1
     cosine = tau * np.log(noise)
     match = np.log(joint) - np.log(2 * noise)  # log p(s,i) - log[p(s) q(i|s) + p(i) q(s|i)]
-    scores = ranking.fine_scores(cosine, match, tau)
+    scores = reranking.fine_scores(cosine, match, tau)
     expected = np.argsort(-joint, axis=1)
-    np.testing.assert_array_equal(ranking.fine_order(scores["joint"]), expected)
-    assert not np.array_equal(ranking.fine_order(scores["sim"]), expected)
+    np.testing.assert_array_equal(reranking.fine_order(scores["joint"]), expected)
+    assert not np.array_equal(reranking.fine_order(scores["sim"]), expected)
 
 
 def test_fine_ranks_equal_brute_force():
@@ -243,7 +245,7 @@ def test_fine_ranks_equal_brute_force():
     scores = rng.integers(0, 4, (200, 9)).astype(float)  # many ties
     relevant = rng.random((200, 9)) < 0.15
     coarse = np.where(relevant.any(1), relevant.argmax(1) + 1, rng.integers(10, 50, 200))
-    for row, rank in enumerate(ranking.fine_ranks(coarse, scores, relevant)):
+    for row, rank in enumerate(reranking.fine_ranks(coarse, scores, relevant)):
         order = sorted(range(9), key=lambda place, row=row: (-scores[row, place], place))
         hits = [new for new, place in enumerate(order, 1) if relevant[row, place]]
         assert rank == (hits[0] if hits else coarse[row])
@@ -252,7 +254,7 @@ def test_fine_ranks_equal_brute_force():
 def test_a_matcher_without_an_opinion_leaves_the_coarse_ranking():
     relevant = np.eye(6, dtype=bool)
     np.testing.assert_array_equal(
-        ranking.fine_ranks(np.arange(1, 7), np.zeros((6, 6)), relevant), np.arange(1, 7)
+        reranking.fine_ranks(np.arange(1, 7), np.zeros((6, 6)), relevant), np.arange(1, 7)
     )
 
 
@@ -265,7 +267,7 @@ def bad_match(**changes):
         "speech_lengths": np.ones(2),
     } | changes
     logits = settings.pop("logits", np.zeros((1, 2)))
-    return lambda: ranking.match_candidates(lambda *_: logits, pair_chunk=1, **settings)
+    return lambda: reranking.match_candidates(lambda *_: logits, pair_chunk=1, **settings)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +295,7 @@ def bad_match(**changes):
         (bad_match(direction="t2i"), "'s2i'.*'t2i'"),
         (bad_match(speech_lengths=np.ones(3)), "3 speech_lengths for 2"),
         (bad_match(logits=np.array([[0.0, np.nan]])), r"match logits \(s2i\): 2 of 2"),
-        (lambda: ranking.fine_scores(0.5, 0.0, tau=0.0), "tau must be above 0"),
+        (lambda: reranking.fine_scores(0.5, 0.0, tau=0.0), "tau must be above 0"),
         (lambda: ranking.coarse_top_k(np.ones(3), np.ones((4, 3)), 1), r"queries must have rank 2"),
         (lambda: ranking.coarse_top_k(np.ones((2, 3)), np.ones(3), 1), r"gallery must have rank 2"),
         (
@@ -304,12 +306,12 @@ def bad_match(**changes):
         (bad_match(candidates=np.zeros((3, 1), int)), "3 rows of candidates for 2 queries"),
         (bad_match(query_tokens=np.zeros((2, 3))), "query_tokens must have rank 3"),
         (bad_match(gallery_tokens=np.zeros((2, 3))), "gallery_tokens must have rank 3"),
-        (lambda: ranking.fine_scores([0.5], [[0.0]], tau=1.0), "match_logit must have the shape"),
-        (lambda: ranking.fine_order([1.0, 2.0]), "scores must have rank 2"),
-        (lambda: ranking.rerank([1, 2], [[1.0, 2.0]]), "lists must have rank 2"),
-        (lambda: ranking.rerank([[1], [2]], [[1.0]]), "2 lists, but scores of 1 queries"),
-        (lambda: ranking.rerank([[1]], [[1.0, 2.0]]), "2 scores .* lists of 1"),
-        (lambda: ranking.fine_ranks([[1]], [[1.0]], [[True]]), "coarse_rank must have rank 1"),
+        (lambda: reranking.fine_scores([0.5], [[0.0]], tau=1.0), "match_logit must have the shape"),
+        (lambda: reranking.fine_order([1.0, 2.0]), "scores must have rank 2"),
+        (lambda: reranking.rerank([1, 2], [[1.0, 2.0]]), "lists must have rank 2"),
+        (lambda: reranking.rerank([[1], [2]], [[1.0]]), "2 lists, but scores of 1 queries"),
+        (lambda: reranking.rerank([[1]], [[1.0, 2.0]]), "2 scores .* lists of 1"),
+        (lambda: reranking.fine_ranks([[1]], [[1.0]], [[True]]), "coarse_rank must have rank 1"),
     ],
 )
 def test_bad_input_is_one_clear_error(call, message):
