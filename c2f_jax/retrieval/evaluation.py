@@ -55,35 +55,31 @@ def evaluate_retrieval(
     length_buckets: int = 1,
     seed: int = 0,
 ) -> EvaluationResult:
-    """Compute all retrieval numbers of one split.
+    """Compute all retrieval numbers of one split, in both directions.
 
-    Queries are the recordings, ranked against all images, and the images, ranked against all
-    recordings. A query without a right item is left out and counted. SIM reranks the k best
-    candidates; ``result.fine`` is by ``config.score``, and ``result.fine_scores`` has all five.
+    A query without a right item is left out and counted. SIM reranks the k best candidates of each
+    query; ``result.fine`` is by ``config.score``, and ``result.fine_scores`` has all five scores.
 
     Args:
       encoded: the split; tokens and lengths are needed only with match_fn.
       config: k, score, pair_batch_size and resamples.
       match_fn: SIM logits of pairs; None to report the coarse stage alone.
       tau: temperature that divides the cosine in the score "joint".
-      length_buckets: numbers of speech tokens that pairs are matched at, see
-        ``reranking.match_candidates``.
+      length_buckets: see ``reranking.match_candidates``.
       seed: seed of the bootstrap.
 
     Returns:
       The result with its ranked lists.
 
     Raises:
-      UserError: NaN or infinity (naming where), embeddings that are not normalized, shapes that do
-        not fit, or an option out of range.
+      UserError: values that are not finite, embeddings that are not normalized, shapes that do not
+        fit, or an option out of range.
     """
-    # Everything wrong is found before the first ranking.
     _check_config(config)
+    speech, image = encoded.speech.embedding, encoded.image.embedding
     sides = {
-        "s2i": _Side(
-            "speech", np.asarray(encoded.speech.embedding, np.float32), encoded.speech_ids
-        ),
-        "i2s": _Side("image", np.asarray(encoded.image.embedding, np.float32), encoded.image_ids),
+        "s2i": _Side("speech", np.asarray(speech, np.float32), encoded.speech_ids),
+        "i2s": _Side("image", np.asarray(image, np.float32), encoded.image_ids),
     }
     _check_sides(sides)
     matcher = None
