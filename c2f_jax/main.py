@@ -5,9 +5,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from c2f_jax.commands.extras import missing_extra
 from c2f_jax.commands.parser import create_parser
-from c2f_jax.errors import UserError
+from c2f_jax.errors import UserError, missing_extra
 
 
 def main(argv: Sequence[str] | None = None) -> int:

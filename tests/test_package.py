@@ -1,10 +1,20 @@
 """Importing the package and the objectives in a fresh interpreter: what they load, and how long it takes."""
 
+import ast
+import functools
+import importlib
+import os
+import shutil
 import subprocess
 import sys
 import time
 
 import pytest
+from helpers.paths import CONFIGS, ROOT
+
+import c2f_jax
+from c2f_jax.errors import EXTRA_OF_MODULE
+from c2f_jax.main import main
 
 REPORT = """
 import sys, jax._src.xla_bridge
@@ -76,7 +86,64 @@ def test_importing_the_package_is_fast_and_light():
 
 
 def test_an_unknown_name_is_an_attribute_error():
-    import c2f_jax
-
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         c2f_jax.trian  # noqa: B018
+
+
+def test_editors_and_users_see_the_same_names():
+    tree = ast.parse((ROOT / "c2f_jax" / "__init__.py").read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    for name in c2f_jax.__all__:
+        value = getattr(c2f_jax, name)
+        if name in seen and name != "objectives":
+            assert value is getattr(importlib.import_module(seen[name]), name)
+    assert seen.keys() | {"UserError"} == set(c2f_jax.__all__)
+    assert c2f_jax.objectives.sic_loss
+
+
+def test_a_missing_extra_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ml_collections", None)  # importing it raises
+    for name in ("c2f_jax.config.files", "c2f_jax.config.default", "c2f_jax.config"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert main(["evaluate", "--workdir=x"]) == 2
+    expected = "c2f evaluate needs the extra `train`: pip install 'c2f_jax[train]'"
+    assert capsys.readouterr().err.strip() == expected
+
+
+def test_each_package_of_an_extra_is_known_by_its_module():
+    text = (ROOT / "setup.py").read_text()
+    modules = {"orbax": "orbax-checkpoint", "absl": "absl-py", "PIL": "pillow"}
+    for module in EXTRA_OF_MODULE:
+        package = modules.get(module, module)
+        assert package in text or package.replace("_", "-") in text, module
+
+
+@pytest.mark.slow
+def test_the_light_core_alone(tmp_path):
+    """`pip install .` brings the losses, the models and the training step, and a command says what it lacks."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "c2f_jax", source / "c2f_jax")
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    binaries = tmp_path / "venv" / "bin"
+    subprocess.run([binaries / "pip", "install", "--quiet", source], check=True)
+
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    run = functools.partial(
+        subprocess.run, capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    done = run([binaries / "python", ROOT / "tests" / "helpers" / "core_program.py"])
+    assert done.returncode == 0, done.stderr
+    needed = "c2f_jax.train_and_evaluate needs the extra `train`: pip install 'c2f_jax[train]'"
+    assert done.stdout.strip() == needed
+
+    train = run(
+        [binaries / "c2f", "train", f"--config={CONFIGS}/spoken_scenes.py", "--workdir=run"]
+    )
+    assert train.returncode == 2
+    needed = "c2f train needs the extra `train`: pip install 'c2f_jax[train]'"
+    assert train.stderr.strip() == needed
+    assert run([binaries / "c2f", "--help"]).returncode == 0

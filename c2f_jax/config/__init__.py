@@ -1,4 +1,4 @@
-"""Configurations: options, files, what they build."""
+"""Configurations: their options, their files, and the experiments they describe."""
 
 from c2f_jax.config.default import default_config
 

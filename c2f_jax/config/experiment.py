@@ -149,8 +149,8 @@ def _with_weights(
     """Look up the networks of published weights.
 
     Returns:
-      The values of ``model`` with the networks that the weights' cards describe, the weights of each
-      part, and the image preprocessing that the weights need, as values of ``data``.
+      The values of ``model`` with the networks that the weights' cards describe, the weights of
+      each part, and the image preprocessing that the weights need, as values of ``data``.
 
     Raises:
       UserError: if weights are missing, or given for an encoder that takes none.

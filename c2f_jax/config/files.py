@@ -39,7 +39,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
       The configuration, locked: assigning an option that does not exist raises.
 
     Raises:
-      UserError: if the file does not exist or fails, or an option does not exist or has another type.
+      UserError: if the file does not exist or fails, or an option does not exist or has another
+        type.
     """
     config = _call_get_config(path)
     for word in overrides:
@@ -50,9 +51,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
 def save_config(config: ConfigDict, workdir: str | os.PathLike) -> None:
     """Write ``<workdir>/config.json``, unless the workdir holds another experiment.
 
-    A run can be prolonged, so ``CAN_CHANGE`` and ``eval`` may differ from run to run. A run that ended
-    before its first checkpoint is no experiment yet: its configuration and its record of weights (see
-    ``pretrained.weights.check_weights``) are overwritten.
+    A run can be prolonged, so ``CAN_CHANGE`` and ``eval`` may differ from run to run. A run that
+    ended before its first checkpoint is no experiment yet: its configuration and its record of
+    weights (see ``pretrained.weights.check_weights``) are overwritten.
 
     Raises:
       UserError: if the workdir holds another experiment, with the options that differ, or cannot be

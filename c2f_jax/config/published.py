@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 from c2f_jax.config.default import default_config
 
-# Argument of a data set's configuration: the size of HuBERT, and whether its transformer is trained too.
+# Argument of a configuration -> the size of HuBERT, and whether its transformer is trained too.
 PUBLISHED_ENCODERS = {
     "base": ("base", False),
     "large": ("large", False),
@@ -13,22 +13,20 @@ PUBLISHED_ENCODERS = {
 }
 
 
-def data_set_config(name, encoders, light_steps):
-    """A data set of ``c2f data prepare`` with light or published encoders.
+def data_set_config(name: str, encoders: str, light_steps: int) -> ConfigDict:
+    """Return the configuration of a data set made by ``c2f data prepare``.
 
     Args:
-      name: of the data set.
+      name: name of the data set.
       encoders: "light", or a key of ``PUBLISHED_ENCODERS``.
-      light_steps: steps with light encoders; published ones take 50,000.
+      light_steps: steps with light encoders; published encoders take 50,000.
 
     Raises:
-      ValueError: no such encoders.
+      ValueError: if there are no such encoders.
     """
     known = ("light", *PUBLISHED_ENCODERS)
     if encoders not in known:
-        raise ValueError(
-            f"argument {encoders!r} after the colon: one of {', '.join(known)} is expected"
-        )
+        raise ValueError(f"after the colon, {encoders!r} must be one of {', '.join(known)}")
     config = default_config()
     config.data.name = name
     config.data.max_seconds = 25.0
@@ -45,11 +43,11 @@ def data_set_config(name, encoders, light_steps):
     return config
 
 
-def _set_published_encoders(config, size, finetuned):
-    """The paper's encoders: HuBERT, and BLIP-2's image side, frozen, its query tokens cached.
+def _set_published_encoders(config: ConfigDict, size: str, finetuned: bool) -> None:
+    """Set the encoders of the paper: HuBERT, and the image side of BLIP-2 with cached tokens.
 
-    Hyper-parameters of frozen encoders are SpeechCLIP's, of fine-tuned ones ALBEF's. Without fine-tuning HuBERT is
-    frozen and a weighted sum of its layers learnt.
+    Without fine-tuning, HuBERT is frozen and a weighted sum of its layers is learned. The
+    hyper-parameters of frozen encoders are SpeechCLIP's, those of fine-tuned ones ALBEF's.
     """
     config.batch_size = 256
     config.steps = 50_000
@@ -59,9 +57,12 @@ def _set_published_encoders(config, size, finetuned):
     config.data.threads = 16
     config.model.dtype = "bfloat16"
     config.model.remat = True
+    config.eval.batch_size = 32
+
     head = {"width": 768, "heads": 12, "dropout_rate": 0.1, "pooling": "cls"}
     speech = head | {"name": "published", "weights": f"weights/hubert_{size}", "depth": 2}
-    if finetuned:  # layer drop and masking are off, and can be given on the command line
+    if finetuned:
+        # Layer drop and masking are off; listed here, they can be set on the command line.
         speech |= {"frozen": "conv", "layer": "last"}
         speech["tower"] = {"layer_drop": 0.0, "mask_time": 0.0, "mask_channels": 0.0}
     else:
@@ -70,9 +71,9 @@ def _set_published_encoders(config, size, finetuned):
     image = head | {"name": "published", "weights": "weights/blip2", "frozen": "tower", "depth": 1}
     config.model.image = ConfigDict(image)
     config.model.multimodal = ConfigDict(head | {"depth": 4, "mlp_ratio": 4.0})
+
     config.optimizer.learning_rate = 1e-5 if finetuned else 1e-4
     config.optimizer.weight_decay = 0.02 if finetuned else 1e-6
     config.optimizer.warmup_steps = 5000
     config.optimizer.final_fraction = 0.0
     config.optimizer.b2 = 0.999
-    config.eval.batch_size = 32
