@@ -1,16 +1,17 @@
-"""From files on disk to ready batches: examples per second against a torch DataLoader, and the padding of batches.
+"""Examples per second from files to batches, against a torch DataLoader; the padding of batches.
 
-    pip install torch soundfile pillow  # torch for this comparison alone, its CPU build will do
+    pip install torch  # only for this comparison; the CPU build is enough
     python benchmarks/data.py [--manifest=manifest.jsonl] [--image-size=224] [--batch-size=64]
 
-Without a manifest it makes photographs of 500 x 375 with five FLAC recordings each, lengths as in Flickr8k
-Audio, in a temporary folder. Every loader makes the same batches: 16 kHz float32 waveforms padded or cropped to one
-length, uint8 centre squares. They take turns in one process; the median of the rounds is told.
+Without a manifest, it writes photographs of 500 x 375 with five FLAC recordings each, as long as
+those of Flickr8k Audio, to a temporary folder. Every loader makes the same batches: 16 kHz float32
+waveforms, padded or cropped to one length, and square uint8 images. The loaders take turns in one
+process; the table shows the median of the rounds.
 
-    DataLoader          soundfile.read, Image.open, resize, centre crop, as such data sets are usually written
+    DataLoader          soundfile.read, Image.open, resize, center crop, as is usual
     DataLoader, c2f     the same loader with the decoding functions of this package
-    c2f, no cache       every picture and recording is read and decoded whenever it comes up
-    c2f                 decoded items are kept within a limit, so a picture with five recordings is decoded once
+    c2f, no cache       each image and recording is read and decoded whenever it is needed
+    c2f                 decoded items are kept, so an image with five recordings is decoded once
 
 All start with empty caches and run through less than one epoch.
 """
@@ -36,15 +37,15 @@ RATE = 16_000
 
 
 def seconds_like_flickr8k(rng, count=None):
-    """Lengths with the mean of Flickr8k Audio, 4.1 s, gamma distributed."""
+    """Draw lengths in seconds: gamma distributed, with the mean of Flickr8k Audio, 4.1 s."""
     return np.clip(rng.gamma(9.0, 0.46, count), 0.3, 24)
 
 
-def make_files(folder, pictures, captions=5):
-    """A manifest of photograph-like JPEGs and speech-like FLAC files; lengths gamma distributed, mean 4.1 s."""
+def make_files(folder, images, captions=5):
+    """Write JPEGs like photographs, FLAC files like speech, and their manifest."""
     rng = np.random.default_rng(0)
     rows = []
-    for number in range(pictures):
+    for number in range(images):
         coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize(
             (500, 375)
         )
@@ -69,7 +70,7 @@ def make_files(folder, pictures, captions=5):
 
 
 def plain_wave(path):
-    """A recording as data sets of this kind usually read it."""
+    """Read a recording as is usual."""
     wave, rate = soundfile.read(path, dtype="float32")
     wave = wave if wave.ndim == 1 else wave.mean(1)
     if rate != RATE:
@@ -80,7 +81,7 @@ def plain_wave(path):
 
 
 def plain_image(path, size):
-    """A picture as data sets of this kind usually read it: shorter side to size, centre crop."""
+    """Read an image as is usual: resize the short side, crop the center."""
     with Image.open(path) as image:
         image = image.convert("RGB")
     scale = size / min(image.size)
@@ -106,11 +107,11 @@ class Files:
             self.pairs.image(int(self.pairs.image_index[index])),
         )
         wave = decode_audio(audio) if self.ours else plain_wave(audio)
-        picture = decode_image(image, self.size) if self.ours else plain_image(image, self.size)
-        return wave[: self.samples], picture
+        pixels = decode_image(image, self.size) if self.ours else plain_image(image, self.size)
+        return wave[: self.samples], pixels
 
     def collate(self, items):
-        """The batch of the package's loader."""
+        """Return the batch that the package's loader makes."""
         import torch
 
         waves = np.zeros((len(items), self.samples), np.float32)
@@ -119,12 +120,12 @@ class Files:
         return {
             "waveform": torch.from_numpy(waves),
             "speech_lengths": torch.tensor([len(wave) for wave, _ in items], dtype=torch.int32),
-            "image": torch.from_numpy(np.stack([picture for _, picture in items])),
+            "image": torch.from_numpy(np.stack([pixels for _, pixels in items])),
         }
 
 
 def torch_batches(pairs, options, workers, ours):
-    """An iterator of a shuffling torch DataLoader."""
+    """Return an iterator over a shuffling torch DataLoader."""
     import torch
 
     files = Files(pairs, options.image_size, round(options.seconds * RATE), ours)
@@ -141,7 +142,7 @@ def torch_batches(pairs, options, workers, ours):
 
 
 def our_batches(pairs, options, workers, cache_mib):
-    """An iterator of the package's loader."""
+    """Return an iterator over the package's loader."""
     batch_options = loader.BatchOptions(
         batch_size=options.batch_size,
         image_size=options.image_size,
@@ -154,7 +155,7 @@ def our_batches(pairs, options, workers, cache_mib):
 
 
 def rate_of(batches, count, batch_size):
-    """Examples per second of wall time, and per second of processor time of this process and its children."""
+    """Return examples per second of wall time, and per second of CPU time with child processes."""
     wall, used = time.perf_counter(), sum(os.times()[:4])
     for _ in range(count):
         batch = next(batches)
@@ -165,33 +166,38 @@ def rate_of(batches, count, batch_size):
 
 
 def padding(lengths, seconds, batch_size):
-    """One line: the share of padding with one length, and with those chosen for a bound of 10 %."""
+    """Return a line with the share of padding for one length, and for lengths chosen for 10 %."""
     longest = round(seconds * RATE)
     chosen = batch_plan.fit_buckets(lengths, longest, batch_size=batch_size, max_padding=0.1)
     one, several = (
         batch_plan.padding_share(lengths, batch_size=batch_size, bucket_samples=buckets)
         for buckets in ((longest,), chosen)
     )
-    told = ", ".join(f"{count / RATE:g}" for count in chosen)
-    return f"padding of {len(lengths):,}, batches of {batch_size}: {one:.1%} in one length, {several:.1%} in {told} s"
+    lengths_chosen = ", ".join(f"{count / RATE:g}" for count in chosen)
+    return (
+        f"padding of {len(lengths):,} recordings, batches of {batch_size}: "
+        f"{one:.1%} with one length, {several:.1%} with {lengths_chosen} s"
+    )
 
 
 def main():
-    """Prints one line a loader and the padding."""
+    """Print one line for each loader, and the padding."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--manifest")
-    parser.add_argument("--pictures", type=int, default=600, help="made, without a manifest")
+    parser.add_argument("--images", type=int, default=600, help="images to make without a manifest")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=8.0, help="length of the waveforms")
-    parser.add_argument("--batches", type=int, default=30, help="of each loader in each round")
+    parser.add_argument(
+        "--batches", type=int, default=30, help="batches of each loader in each round"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        manifest = options.manifest or make_files(Path(folder), options.pictures)
+        manifest = options.manifest or make_files(Path(folder), options.images)
         pairs = load_pairs(str(manifest), "train")
         batches = min(options.batches, len(pairs) // options.batch_size)
         loaders = {
@@ -204,8 +210,11 @@ def main():
         for _ in range(options.rounds):
             for name, start in loaders.items():
                 rates[name].append(rate_of(start(), batches, options.batch_size))
-        print(f"{len(pairs):,} pairs, {batches} batches of {options.batch_size}, {options.workers} workers,"
-              f" images {options.image_size} px, {options.rounds} rounds, {os.cpu_count()} cores")  # fmt: skip
+        print(
+            f"{len(pairs):,} pairs, {batches} batches of {options.batch_size}, "
+            f"{options.workers} workers, images {options.image_size} px, {options.rounds} rounds, "
+            f"{os.cpu_count()} cores"
+        )
         base = statistics.median(wall for wall, _ in rates["DataLoader"])
         for name, values in rates.items():
             wall, core = (statistics.median(column) for column in zip(*values, strict=True))
@@ -214,7 +223,7 @@ def main():
             )
         if options.manifest:
             print(padding(np.asarray(pairs.num_samples), options.seconds, options.batch_size))
-        else:  # what is made for the timing is too little for lengths to be chosen
+        else:  # the files made for timing are too few to choose lengths for
             print(
                 padding(
                     (seconds_like_flickr8k(np.random.default_rng(0), 30_000) * RATE).astype(int),

@@ -1,13 +1,15 @@
-"""Time of published encoders, forward and forward + backward, against PyTorch on the same machine.
+"""Time of published encoders, forward and backward, against PyTorch on the same machine.
 
-    python benchmarks/encoders.py                       # CPU: HuBERT base and ViT-B/16 against transformers
-    python benchmarks/encoders.py --large               # GPU, bf16: HuBERT large, ViT-L/14, ViT-g/14, share of the peak
+    python benchmarks/encoders.py           # CPU: HuBERT base and ViT-B/16 against transformers
+    python benchmarks/encoders.py --large   # GPU, bf16: HuBERT large, ViT-L/14, ViT-g/14
 
-Random weights. CPU: float32, 8 utterances of 4 s and 16 images of 224 x 224, PyTorch eager and torch.compile, each
-library in a process of its own on the same cores. All begin at the waveform or the uint8 pixels and end with the last
-layer norm, without dropout; ours also masks by the lengths. Prints one JSON line a measurement: the median of
-``--repeats`` runs after one to compile, and the fastest and slowest. FLOPs are XLA's count of the program before it is
-compiled, which leaves out cuDNN's attention.
+Weights are random. On a CPU: float32, 8 utterances of 4 s and 16 images of 224 x 224, PyTorch eager
+and torch.compile, each library in its own process on the same cores. All start from the waveform or
+the uint8 pixels and end with the last layer norm, without dropout; ours also masks by the lengths.
+
+Each measurement is one line of JSON: the median of ``--repeats`` runs after one to compile, and the
+fastest and slowest; on a GPU also the share of the peak. FLOPs are XLA's count of the program
+before compilation, which leaves out cuDNN's attention.
 """
 
 import argparse
@@ -18,11 +20,8 @@ import subprocess
 import sys
 import time
 
-PEAK_TFLOPS = {
-    "H100": 989.0,
-    "H200": 989.0,
-    "A100": 312.0,
-}  # dense bf16, from the makers' data sheets
+# Dense bf16, from the data sheets.
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
 CPU_CASES = ("hubert_base", "vit_b_16")
 GPU_CASES = ("hubert_large", "vit_l_14", "vit_g_14")
 HUBERT_LARGE = {
@@ -60,7 +59,7 @@ TOWERS = {
 
 
 def inputs(case, batch):
-    """numpy inputs: 4 s of noise, or noise pictures."""
+    """Return noise as numpy inputs: 4 s of sound, or images."""
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -72,7 +71,7 @@ def inputs(case, batch):
 
 
 def timed(run, repeats):
-    """Seconds of each of ``repeats`` runs after a first one."""
+    """Return the seconds of each of ``repeats`` runs after a first one."""
     run()
     seconds = []
     for _ in range(repeats):
@@ -83,7 +82,7 @@ def timed(run, repeats):
 
 
 def measure_jax(case, batch, repeats, dtype, attention):
-    """(what, seconds, FLOPs, device) of the forward pass and of forward + backward."""
+    """Yield (what, seconds, FLOPs, device) for the forward pass and for forward + backward."""
     import jax
     import jax.numpy as jnp
 
@@ -107,7 +106,7 @@ def measure_jax(case, batch, repeats, dtype, attention):
 
 
 def measure_torch(case, batch, repeats, compiled):
-    """The same for transformers' model on the CPU, from the same inputs to the same last layer."""
+    """Yield the same for the model of transformers on a CPU, same inputs and same last layer."""
     import torch
     import transformers
 
@@ -144,13 +143,16 @@ def measure_torch(case, batch, repeats, compiled):
 
 
 def main():
+    """Measure the encoders; print one line of JSON for each measurement."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--large", action="store_true", help="the large networks in bf16, on an accelerator"
+        "--large", action="store_true", help="measure the large networks in bf16, on an accelerator"
     )
-    parser.add_argument("--cases", nargs="+", choices=sorted(TOWERS), help="these networks only")
+    parser.add_argument(
+        "--cases", nargs="+", choices=sorted(TOWERS), help="measure only these networks"
+    )
     parser.add_argument("--attention", default="xla", choices=("xla", "cudnn"))
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=5)
@@ -174,7 +176,7 @@ def main():
                 ]
                 subprocess.run([*command, f"--threads={args.threads}"], env=environment, check=True)
         return
-    if args.only:  # before either library counts the cores
+    if args.only:  # set before either library counts the cores
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     for case in cases:
         batch = {"hubert": 8, "vit": 16}[case.partition("_")[0]] * (4 if args.large else 1)

@@ -1,14 +1,17 @@
-"""Flickr8k's photographs with synthetic speech: a frozen Whisper and frozen image tokens, C2F trained on top.
+"""Flickr8k's photographs with synthetic speech: a frozen Whisper, frozen image tokens, C2F on top.
 
     c2f train --config=configs/flickr8k_tts.py:path/to/data --workdir=runs/flickr8k_tts --by-voice
 
-``path/to/data`` holds three things: ``flickr8k_tts/manifest.jsonl``, the photographs' tokens in
-``flickr8k_tts/features/effnet_lite0_tokens.npz``, and the published files of Whisper's encoder in
-``weights/whisper-tiny.en-encoder``.
-The first run writes Whisper's tokens of all recordings to ``runs/features`` (1.2 GB), and those of two copies of each
-training recording at other speeds and pitches (0.7 GB each); later runs read them.
-``--by-voice`` reports voices heard in training and others apart. The speech is synthetic: numbers cannot be compared
-with those of Flickr8k Audio.
+``path/to/data`` holds three things: the manifest ``flickr8k_tts/manifest.jsonl``, the tokens of the
+photographs ``flickr8k_tts/features/effnet_lite0_tokens.npz``, and the published files of Whisper's
+encoder in ``weights/whisper-tiny.en-encoder``.
+
+The first run writes Whisper's tokens of all recordings to ``runs/features`` (1.2 GB), and those of
+two copies of each training recording with another speed and pitch (0.7 GB each). Later runs read
+them. ``--by-voice`` reports voices heard in training and other voices separately.
+
+Expected result: docs/results.md. The speech is synthetic, so the numbers cannot be compared with
+those of Flickr8k Audio.
 """
 
 from ml_collections import ConfigDict
@@ -16,10 +19,14 @@ from ml_collections import ConfigDict
 from c2f_jax.config import default_config
 
 
-def get_config(arg=""):
-    """The configuration; ``arg`` is the folder of the data and the weights."""
+def get_config(arg: str = "") -> ConfigDict:
+    """Return the configuration.
+
+    Args:
+      arg: folder of the data and the weights.
+    """
     if not arg:
-        raise ValueError("a folder is expected after a colon: configs/flickr8k_tts.py:path/to/data")
+        raise ValueError("give the folder after a colon: configs/flickr8k_tts.py:path/to/data")
     config = default_config()
     config.data.name = f"{arg}/flickr8k_tts/manifest.jsonl"
     config.data.image_features = f"{arg}/flickr8k_tts/features/effnet_lite0_tokens.npz"
@@ -34,10 +41,9 @@ def get_config(arg=""):
     config.eval_every = config.checkpoint_every = 350
     config.queue_size = 1024
 
-    config.model.branches = (
-        3  # models of so few pairs err differently from seed to seed: their mean cosine errs less
-    )
-    # One caption a photograph is little: 5,253 pairs are learnt by heart without dropout of this size.
+    # Models trained on so few pairs err differently from seed to seed; their mean errs less.
+    config.model.branches = 3
+    # With one caption per photograph, 5,253 pairs are memorized without dropout of this size.
     head = {
         "width": 192,
         "heads": 4,
@@ -45,8 +51,8 @@ def get_config(arg=""):
         "dropout_rate": 0.3,
         "token_dropout": 0.2,
         "token_mask": 0.3,
+        "pooling": "mean",  # a [CLS] takes more than twice the steps
     }
-    head |= {"pooling": "mean"}  # a [CLS] takes more than twice the steps
     speech = {
         "name": "published",
         "weights": f"{arg}/weights/whisper-tiny.en-encoder",
@@ -62,7 +68,7 @@ def get_config(arg=""):
 
     config.method.momentum = 0.98
     config.method.warm_up_steps = 700
-    config.method.mining_tau = 0.5  # SIM learns nothing from the negatives that tau draws
+    config.method.mining_tau = 0.5  # SIM learns nothing from negatives drawn with tau
     config.method.alpha_ramp_steps = 100
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 2e-3

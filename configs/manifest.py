@@ -1,19 +1,26 @@
-"""Your own pictures and recordings, listed in a manifest (JSONL or CSV: image, audio, split, ...), light encoders.
+"""Your own images and recordings, listed in a manifest (JSONL or CSV); light encoders.
 
     c2f train --config=configs/manifest.py:path/to/manifest.jsonl --workdir=runs/mine
 
-Paths in the manifest are relative to it. It needs the splits train, validation and test; name others with
-``--config.data.validation_split=...``. Longer recordings: ``--config.data.bucket_seconds='(8.0,)'``.
+A row of the manifest has the keys image, audio, split and more; paths are relative to the manifest.
+The splits are train, validation and test; use others with ``--config.data.validation_split=...``.
+For longer recordings, set ``--config.data.bucket_seconds=8.0``.
 """
+
+from ml_collections import ConfigDict
 
 from c2f_jax.config import default_config
 
 
-def get_config(arg=""):
-    """The configuration; ``arg`` is the path of the manifest, local or gs://."""
+def get_config(arg: str = "") -> ConfigDict:
+    """Return the configuration.
+
+    Args:
+      arg: path of the manifest, local or gs://.
+    """
     if not arg:
         raise ValueError(
-            "the manifest's path is expected after a colon: configs/manifest.py:path/to/manifest.jsonl"
+            "give the manifest after a colon: configs/manifest.py:path/to/manifest.jsonl"
         )
     config = default_config()
     config.data.name = arg

@@ -6,20 +6,26 @@
     c2f convert Salesforce/blip2-itm-vit-g --output=weights/blip2
     c2f train --config=configs/spoken_coco.py:large --workdir=runs/spoken_coco_large
 
-The argument names the encoders as in configs/flickr8k_audio.py: ``base``, ``large``, ``base_finetuned``,
-``large_finetuned`` (HuBERT and BLIP-2's image side, whose 32 query tokens of each picture are cached once, 6.1 GB) or
+The argument names the encoders, as in configs/flickr8k_audio.py: ``base``, ``large``,
+``base_finetuned``, ``large_finetuned`` (HuBERT and BLIP-2, whose tokens take 6.1 GB of cache) or
 ``light`` (no weights).
 
-Not run yet. A step costs what it costs in configs/flickr8k_audio.py, where the estimates of time and memory stand; the
-cache of BLIP-2's tokens takes 66 PFLOP, 6 minutes at 40 % of 495 TFLOP/s (TF32); ``light`` takes five times as many
-steps.
+Expected result: not run yet. A step costs what it costs in configs/flickr8k_audio.py. The cache of
+BLIP-2's tokens takes 66 PFLOP, 6 minutes at 40 % of 495 TFLOP/s (TF32). ``light`` takes five times
+as many steps.
 """
+
+from ml_collections import ConfigDict
 
 from c2f_jax.config.published import data_set_config
 
 
-def get_config(arg="base"):
-    """The configuration; ``arg`` is "light", "base", "large", "base_finetuned" or "large_finetuned"."""
+def get_config(arg: str = "base") -> ConfigDict:
+    """Return the configuration.
+
+    Args:
+      arg: "light", "base", "large", "base_finetuned" or "large_finetuned".
+    """
     config = data_set_config("spoken_coco", arg, light_steps=60_000)
     config.queue_size = 65_536
     config.eval.k = 128 if arg == "light" else 256

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# GPU nodes under Slurm: one process a node, which drives all of the node's GPUs; jax finds its peers from Slurm.
+# Train on GPU nodes under Slurm. One process per node drives all GPUs of the node; jax finds the
+# other processes from Slurm.
 #
 #   sbatch --nodes=4 launch/slurm.sh --config=configs/spoken_scenes.py --workdir=/shared/runs/scenes
 #
-# The workdir must be visible to all nodes. A job that Slurm stops (signal below) saves a checkpoint, exits with 42 and
-# is put back into the queue, where the same command goes on from there.
+# All nodes must see the workdir. When Slurm stops the job (signal below), it saves a checkpoint, exits
+# with status 42 and is requeued; the same command then resumes the run.
 #SBATCH --job-name=c2f
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -16,6 +17,7 @@ srun --kill-on-bad-exit=0 c2f train --distributed "$@" &
 job=$!
 trap 'pkill -TERM -P "$job" 2>/dev/null || kill -TERM "$job"' TERM
 wait "$job"; status=$?
-if [ "$status" -gt 128 ]; then wait "$job"; status=$?; fi  # the trap ended the first wait: let the checkpoint be written
+# The trap ends the first wait; wait again, for the checkpoint to be written.
+if [ "$status" -gt 128 ]; then wait "$job"; status=$?; fi
 if [ "$status" -eq 42 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$status"

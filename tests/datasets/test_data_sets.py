@@ -405,7 +405,7 @@ def test_the_shipped_configuration_with_light_encoders_opens(name):
     assert experiment.data.name == name and experiment.data.max_padding == 0.1
     with pytest.raises(
         UserError,
-        match="argument 'small' after the colon: one of light, base, large, base_finetuned",
+        match="after the colon, 'small' must be one of light, base, large, base_finetuned",
     ):
         load_config(f"{path}:small")
 
