@@ -12,10 +12,12 @@ from c2f_jax.errors import UserError, missing_extra
 if TYPE_CHECKING:  # for editors and type checkers; _MODULE_OF_NAME says the same at run time
     from c2f_jax import objectives
     from c2f_jax.datasets.registry import load_pairs
+    from c2f_jax.inference import TrainedModel
     from c2f_jax.models.c2f import C2FModel
     from c2f_jax.models.factory import create_model
     from c2f_jax.objectives.embedding_queue import EmbeddingQueue
-    from c2f_jax.train import train_and_evaluate
+    from c2f_jax.retrieval.encoded import EncodedSplit
+    from c2f_jax.train import TrainResult, train_and_evaluate
     from c2f_jax.training.method import MethodConfig
     from c2f_jax.training.train_state import C2FTrainState, create_train_state
 
@@ -25,7 +27,10 @@ __all__ = [
     "C2FModel",
     "C2FTrainState",
     "EmbeddingQueue",
+    "EncodedSplit",
     "MethodConfig",
+    "TrainResult",
+    "TrainedModel",
     "UserError",
     "create_model",
     "create_train_state",
@@ -38,7 +43,10 @@ _MODULE_OF_NAME = {
     "C2FModel": "c2f_jax.models.c2f",
     "C2FTrainState": "c2f_jax.training.train_state",
     "EmbeddingQueue": "c2f_jax.objectives.embedding_queue",
+    "EncodedSplit": "c2f_jax.retrieval.encoded",
     "MethodConfig": "c2f_jax.training.method",
+    "TrainResult": "c2f_jax.train",
+    "TrainedModel": "c2f_jax.inference",
     "create_model": "c2f_jax.models.factory",
     "create_train_state": "c2f_jax.training.train_state",
     "load_pairs": "c2f_jax.datasets.registry",

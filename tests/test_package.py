@@ -15,6 +15,8 @@ from helpers.paths import CONFIGS, ROOT
 import c2f_jax
 from c2f_jax.errors import EXTRA_OF_MODULE
 from c2f_jax.main import main
+from c2f_jax.training.average import Average
+from c2f_jax.training.recorder import Recorder
 
 REPORT = """
 import sys, jax._src.xla_bridge
@@ -109,6 +111,25 @@ def test_a_missing_extra_is_one_line(monkeypatch, capsys):
     assert main(["evaluate", "--workdir=x"]) == 2
     expected = "c2f evaluate needs the extra `train`: pip install 'c2f_jax[train]'"
     assert capsys.readouterr().err.strip() == expected
+
+
+def test_training_without_tensorflow_says_once_that_there_are_no_event_files(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "clu"]:
+        monkeypatch.delitem(sys.modules, name)
+    recorder = Recorder(tmp_path, steps=2, batch_size=4, sim_from=None)
+    assert capsys.readouterr().err.strip() == (
+        "writing no event files: TensorBoard needs the extra `tensorboard`: "
+        "pip install 'c2f_jax[tensorboard]'"
+    )
+    recorder.start(0)
+    recorder.add({"loss": Average.of(2.0), "tau": Average.of(0.07)}, 0.0)
+    recorder.log(1)
+    recorder.close()
+    assert [list(point) for point in recorder.history["train/loss"]] == [[1, 2.0]]
+    assert not list(tmp_path.iterdir())
 
 
 def test_each_package_of_an_extra_is_known_by_its_module():

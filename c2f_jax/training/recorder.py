@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from c2f_jax.errors import missing_extra
 from c2f_jax.objectives import COLLAPSE_VALUE
 from c2f_jax.training.average import Average
 
@@ -57,11 +58,7 @@ class Recorder:
 
         self._alarmed = False
         self._bar = None
-        self._writer = None
-        if self._reports:
-            from clu import metric_writers  # imports TensorFlow
-
-            self._writer = metric_writers.SummaryWriter(str(logdir))
+        self._writer = _event_writer(logdir) if self._reports else None
 
     def start(self, step: int) -> None:
         """Show the progress bar and start the clocks.
@@ -223,3 +220,16 @@ class Recorder:
                 "items apart yet (is R@1 rising?); false negatives (wrong image_id); a multimodal "
                 "encoder too shallow. If it stays there, change one of these."
             )
+
+
+def _event_writer(logdir: str | PathLike[str]) -> Any:
+    """Return a writer of TensorBoard events, or None if TensorFlow, which it needs, is missing."""
+    try:
+        from clu import metric_writers
+    except ModuleNotFoundError as error:
+        line = missing_extra("writing no event files: TensorBoard", error)
+        if line is None:
+            raise
+        print(line, file=sys.stderr)
+        return None
+    return metric_writers.SummaryWriter(str(logdir))
