@@ -176,7 +176,8 @@ def augment_wave(wave: np.ndarray, options: AugmentConfig, rng: np.random.Genera
         values[start : start + length] = 0.0
 
     if options.noise_db:
-        level = np.sqrt(np.mean(values**2)) * 10 ** (-rng.uniform(*options.noise_db) / 20)
+        lowest, highest = options.noise_db
+        level = np.sqrt(np.mean(values**2)) * 10 ** (-rng.uniform(lowest, highest) / 20)
         values = values + level * rng.standard_normal(len(values), dtype=np.float32)
     if options.gain_db:
         values = values * np.float32(10 ** (rng.uniform(-options.gain_db, options.gain_db) / 20))

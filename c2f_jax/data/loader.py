@@ -312,8 +312,9 @@ def speech_batches(
 
         batch["speech_lengths"][:] = min(MIN_SAMPLES, longest)
         batch["valid"] = np.array([speech is not None for speech in speeches])
-        for row in np.flatnonzero(batch["valid"]):
-            _put_speech(batch, row, speeches[row][:longest])
+        for row, speech in enumerate(speeches):
+            if speech is not None:
+                _put_speech(batch, row, speech[:longest])
         return batch
 
     # Neighbors in length share a batch; those of unknown length count as the longest.
@@ -350,8 +351,8 @@ def image_batches(
 
         # All rows need an image, so that the batches have one shape.
         black = empty_image(source, image_size)
-        images = np.stack([black if image is None else image for image in images])
-        return {_image_name(source): images, "valid": valid}
+        stacked = np.stack([black if image is None else image for image in images])
+        return {_image_name(source): stacked, "valid": valid}
 
     return _everything(np.arange(source.num_images), batch_size, load, threads, prefetch)
 

@@ -13,7 +13,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -130,7 +130,8 @@ class ManifestSource(PairSource):
         # Images and identities are numbered in the order in which they are first met.
         gallery: dict[str, int] = {}
         identities: dict[str, int] = {}
-        image_index, image_ids = [], []
+        image_index: list[int] = []
+        image_ids: list[int] = []
         self._image_names: list[str] = []
         for row in rows:
             identity = identities.setdefault(row["image_id"], len(identities))
@@ -410,7 +411,7 @@ def _check_row(row: Mapping, where: str) -> dict:
     return checked
 
 
-def _samples(seconds: object) -> int:
+def _samples(seconds: Any) -> int:
     """Convert a length as written to samples; -1 for none given."""
     if seconds in (None, ""):
         return -1

@@ -109,9 +109,13 @@ def check_data(
     findings += _odd_numbers(sources)
     findings += _differing_counts(data_set.name, splits)
 
-    severities, kinds = list(EXIT_CODES), list(KINDS)
-    findings.sort(key=lambda f: (severities.index(f.severity), kinds.index(f.kind)))
+    findings.sort(key=_place)
     return Report(data_set.name, splits, seconds, findings, sources, left_out)
+
+
+def _place(finding: Finding) -> tuple[int, int]:
+    """Order findings by severity, then by kind."""
+    return list(EXIT_CODES).index(finding.severity), list(KINDS).index(finding.kind)
 
 
 def _open(spec: str, manual_dir: str | None, data_dir: str | None) -> _DataSet:
@@ -279,7 +283,8 @@ def _duplicate(sources: Sources, what: str, item: _Seen, like: _Seen) -> Finding
 
 def _shared_ids(sources: Sources) -> list[Finding]:
     """Find image_ids that occur in two splits."""
-    findings, seen = [], {}
+    findings: list[Finding] = []
+    seen: dict[str, str] = {}  # image_id -> the first split that it is in
     for split, source in sources.items():
         first_rows = np.unique(source.image_ids, return_index=True)[1]
         for name in sorted({source.image_id(row) for row in first_rows}):

@@ -28,12 +28,12 @@ def check_name(path: str | os.PathLike) -> epath.Path:
     Raises:
       UserError: it does not end in .jsonl, or exists.
     """
-    path = epath.Path(path)
-    if path.suffix != ".jsonl":
+    file = epath.Path(path)
+    if file.suffix != ".jsonl":
         raise UserError(f"--fix={path}: give a name that ends in .jsonl")
-    if path.exists():
+    if file.exists():
         raise UserError(f"--fix={path}: exists; nothing is overwritten, give another name")
-    return path
+    return file
 
 
 def write_clean_manifest(report: Report, path: str | os.PathLike) -> int:
@@ -53,14 +53,14 @@ def write_clean_manifest(report: Report, path: str | os.PathLike) -> int:
     Raises:
       UserError: as `check_name`, and for a prepared set, which has no files.
     """
-    path = check_name(path)
+    file = check_name(path)
     if not all(isinstance(source, ManifestSource) for source in report.sources.values()):
         raise UserError(
             f"{report.name} is prepared: fix the folder or manifest that it was made from "
             "(--manual-dir)"
         )
 
-    folder = str(path.parent)
+    folder = str(file.parent)
     if "://" not in folder:
         folder = os.path.abspath(folder)
 
@@ -69,8 +69,8 @@ def write_clean_manifest(report: Report, path: str | os.PathLike) -> int:
     for split in report.sources:
         rows += _clean_rows(report, split, dropped, folder)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return len(rows)
 
 

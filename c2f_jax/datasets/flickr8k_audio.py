@@ -116,8 +116,8 @@ def _captions(path: epath.Path | None) -> dict[str, dict[int, str]]:
         for _, line in text_lines(path)[1:]:
             # Line by line, or one stray quote would swallow what follows it. Captions with a comma
             # are not always quoted: all that follows the first comma is the caption.
-            image, *text = next(csv.reader([line]))
-            captions[image][len(captions[image])] = ",".join(text)
+            image, *rest = next(csv.reader([line]))
+            captions[image][len(captions[image])] = ",".join(rest)
     else:
         for _, line in text_lines(path):
             name, _, text = line.partition("\t")

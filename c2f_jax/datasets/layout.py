@@ -212,7 +212,7 @@ def note_strays(listing: Listing, folder: PathLike, unused: Iterable[PathLike] =
     listed = {row["audio"] for row in listing.rows}
     listed.update(map(str, unused))
 
-    found = set()
+    found: set[str] = set()
     for place, _, names in os.walk(str(folder)):
         found.update(os.path.join(place, name) for name in names)
     for path in sorted(found - listed):

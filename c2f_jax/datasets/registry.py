@@ -62,7 +62,9 @@ def layout_of(name: str) -> Layout:
         raise UserError(
             f"{name} is no published data set: --manual-dir goes with one of {', '.join(PUBLISHED)}"
         )
-    return published_builder(name).LAYOUT
+    layout = published_builder(name).LAYOUT
+    assert layout is not None  # the builders of published sets have one
+    return layout
 
 
 def make_data_set(spec: str, data_dir: str | None = None) -> None:
@@ -151,11 +153,10 @@ def load_pairs(
       UserError: the data set or the split is unknown, or cannot be used.
     """
     spec = str(spec)
-    options = {"max_bad_share": max_bad_share, "inputs": inputs}
     if is_manifest(spec):
-        return load_manifest(spec, split, **options)
+        return load_manifest(spec, split, max_bad_share=max_bad_share, inputs=inputs)
 
     # The default configuration has one name in messages and results, however it was written.
     builder = open_builder(spec, data_dir)
     name = SPOKEN_SCENES if spec in ("spoken_scenes/", "spoken_scenes/default") else spec
-    return PreparedSource(builder, split, name=name, **options)
+    return PreparedSource(builder, split, name=name, max_bad_share=max_bad_share, inputs=inputs)

@@ -162,12 +162,10 @@ def distinct_scenes(
     Returns:
       The scenes.
     """
-    drawn, told = [], set()
+    drawn: list[Described] = []
+    told: set[scenes.Fact] = set()
     while len(drawn) < config.images[split]:
-        if config.crowded:
-            scene = scenes.draw_crowded_scene(rng)
-        else:
-            scene = scenes.draw_scene(rng, simple=config.simple)
+        scene = _draw(config, rng)
 
         facts = scene.facts()
         ambiguous = config.crowded and split != "train" and facts & told
@@ -178,6 +176,12 @@ def distinct_scenes(
         told |= facts
         drawn.append(scene)
     return drawn
+
+
+def _draw(config: SpokenScenesConfig, rng: np.random.Generator) -> Described:
+    if config.crowded:
+        return scenes.draw_crowded_scene(rng)
+    return scenes.draw_scene(rng, simple=config.simple)
 
 
 def _plan(scene: Described, rng: np.random.Generator, split: str, count: int) -> list[dict]:

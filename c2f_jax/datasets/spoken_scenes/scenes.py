@@ -109,7 +109,8 @@ def draw_scene(rng: np.random.Generator, *, simple: bool = False) -> Scene:
 
 def draw_crowded_scene(rng: np.random.Generator) -> CrowdedScene:
     """Draw a random scene of four objects."""
-    return CrowdedScene(_draw_objects(rng, 4, ("small", "large")))
+    a, b, c, d = _draw_objects(rng, 4, ("small", "large"))
+    return CrowdedScene((a, b, c, d))
 
 
 def caption(scene: Scene | CrowdedScene, rng: np.random.Generator) -> str:
@@ -191,7 +192,7 @@ def _draw_objects(
 
 
 def _pick(rng: np.random.Generator, options: Sequence) -> Any:
-    return options[rng.integers(len(options))]
+    return options[int(rng.integers(len(options)))]
 
 
 def _words(relation: str, rng: np.random.Generator) -> str:
