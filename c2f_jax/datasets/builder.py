@@ -74,6 +74,7 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
     """
 
     VERSION = tfds.core.Version("1.0.0")
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "See `c2f data prepare --dry-run`."
     LAYOUT: Layout | None = None
 
     def __init__(

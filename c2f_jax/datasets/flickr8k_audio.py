@@ -179,4 +179,3 @@ class Flickr8kAudio(FilePairs):
     """Flickr8k Audio: 8,000 photographs, five spoken captions each (Harwath and Glass, 2015)."""
 
     LAYOUT = FLICKR8K_AUDIO
-    MANUAL_DOWNLOAD_INSTRUCTIONS = "See `c2f data prepare flickr8k_audio --dry-run`."

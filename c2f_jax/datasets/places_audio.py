@@ -74,4 +74,3 @@ class PlacesAudio(FilePairs):
     """Places Audio, the splits of 2020 or the older ones (Harwath, Torralba and Glass, 2016)."""
 
     LAYOUT = PLACES_AUDIO
-    MANUAL_DOWNLOAD_INSTRUCTIONS = "See `c2f data prepare places_audio --dry-run`."

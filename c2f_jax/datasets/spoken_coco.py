@@ -170,4 +170,3 @@ class SpokenCoco(FilePairs):
     """SpokenCOCO, the Karpathy split (Hsu, Harwath, Song and Glass, 2020)."""
 
     LAYOUT = SPOKEN_COCO
-    MANUAL_DOWNLOAD_INSTRUCTIONS = "See `c2f data prepare spoken_coco --dry-run`."
