@@ -7,6 +7,7 @@ them.
 """
 
 from enum import IntEnum
+from typing import overload
 
 import jax
 import numpy as np
@@ -134,6 +135,10 @@ def row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
 
 
+@overload
+def fold_keys(keys: jax.Array, site: Site, *numbers: int) -> jax.Array: ...
+@overload
+def fold_keys(keys: None, site: Site, *numbers: int) -> None: ...
 def fold_keys(keys: jax.Array | None, site: Site, *numbers: int) -> jax.Array | None:
     """Make the keys of one purpose: fold_in(fold_in(key, site), number).
 

@@ -17,7 +17,7 @@ from c2f_jax.objectives import (
 )
 from c2f_jax.objectives.collectives import AxisName
 from c2f_jax.training.method import MethodConfig
-from c2f_jax.training.pairs import Directions, Pair, Rows
+from c2f_jax.training.pairs import Directions, Pair, Rows, Tokens
 
 
 class NegativePool(NamedTuple):
@@ -26,13 +26,13 @@ class NegativePool(NamedTuple):
     There are C = n of them ("batch"), N ("global") or N + token queue slots ("queue").
 
     Attributes:
-      candidates: Pair of Encoded without embeddings, leaves (C, ...).
+      candidates: Pair of Tokens, leaves (C, ...).
       logits: Directions of (n, C) SIC logits that the candidates are drawn by.
       ids: (C,) int32 image ids.
       valid: (C,) bool, False for slots never written.
     """
 
-    candidates: Pair[Encoded]
+    candidates: Pair[Tokens]
     logits: Directions[jax.Array]
     ids: jax.Array
     valid: jax.Array
@@ -42,12 +42,12 @@ class MinedNegatives(NamedTuple):
     """A hard negative speech for each image, a hard negative image for each speech.
 
     Attributes:
-      tokens: Pair of Encoded without embeddings, leaves (n, ...).
+      tokens: Pair of Tokens, leaves (n, ...).
       valid: Pair of (n,) bool, False where the pool holds no other image.
       image_from_queue: (n,) bool, whether the negative image comes from the token queue.
     """
 
-    tokens: Pair[Encoded]
+    tokens: Pair[Tokens]
     valid: Pair[jax.Array]
     image_from_queue: jax.Array
 
@@ -129,13 +129,11 @@ def negative_pool(
       NegativePool.
     """
     n = rows.ids.shape[0]
-    own = Pair(
-        speech=without_embedding(candidates.speech), image=without_embedding(candidates.image)
-    )
+    own = Pair(speech=tokens_of(candidates.speech), image=tokens_of(candidates.image))
 
     # The columns of this device's rows in the global batch.
     if pool == "batch":
-        first = rows.index[0]
+        first = rows.numbers[0]
         own_logits = Directions(
             s2i=jax.lax.dynamic_slice_in_dim(logits.s2i, first, n, axis=1),
             i2s=jax.lax.dynamic_slice_in_dim(logits.i2s, first, n, axis=1),
@@ -183,36 +181,37 @@ def with_momentum_tokens(online: Pair[Encoded], momentum: Pair[Encoded]) -> Pair
     )
 
 
-def replace_first_rows(encoded: Encoded, chosen: jax.Array, other: Encoded) -> Encoded:
+def replace_first_rows(sequences: Tokens, chosen: jax.Array, other: Encoded) -> Tokens:
     """Replace the tokens of some of the first n rows by those of another encoder.
 
     Args:
-      encoded: Encoded with leaves (m, ...), m >= n.
+      sequences: Tokens with leaves (m, ...), m >= n.
       chosen: (n,) bool, the rows to replace.
       other: Encoded with leaves (n, ...), with at most as many tokens.
 
     Returns:
-      Encoded with leaves (m, ...).
+      Tokens with leaves (m, ...).
     """
     n, length = other.tokens.shape[:2]
-    replaced = jnp.where(chosen[:, None, None], other.tokens, encoded.tokens[:n, :length])
-    return encoded._replace(tokens=encoded.tokens.at[:n, :length].set(replaced))
+    replaced = jnp.where(chosen[:, None, None], other.tokens, sequences.tokens[:n, :length])
+    return sequences._replace(tokens=sequences.tokens.at[:n, :length].set(replaced))
 
 
-def without_embedding(encoded: Encoded) -> Encoded:
-    """Drop the embedding, which matching does not read."""
-    return encoded._replace(embedding=None)
+def tokens_of(encoded: Encoded) -> Tokens:
+    """Leave out the embedding, which matching does not read."""
+    return Tokens(encoded.tokens, encoded.lengths)
 
 
-def take_rows(encoded: Encoded, rows: jax.Array) -> Encoded:
-    """Pick rows of every leaf."""
-    return jax.tree.map(lambda x: x[rows], encoded)
+def take_rows(sequences: Tokens, rows: jax.Array) -> Tokens:
+    """Pick rows of the token sequences."""
+    return Tokens(sequences.tokens[rows], sequences.lengths[rows])
 
 
-def pad_tokens(encoded: Encoded, length: int) -> Encoded:
+def pad_tokens(sequences: Tokens, length: int) -> Tokens:
     """Pad tokens, where a shorter bucket meets the queue; ``lengths`` hide the padding."""
-    missing = length - encoded.tokens.shape[1]
-    return encoded._replace(tokens=jnp.pad(encoded.tokens, ((0, 0), (0, missing), (0, 0))))
+    missing = length - sequences.tokens.shape[1]
+    padded = jnp.pad(sequences.tokens, ((0, 0), (0, missing), (0, 0)))
+    return sequences._replace(tokens=padded)
 
 
 def queue_rows(momentum: Pair[Encoded], ids: jax.Array) -> dict[str, jax.Array]:
@@ -224,7 +223,7 @@ def token_rows(
     momentum: Pair[Encoded], ids: jax.Array, token_queue: EmbeddingQueue
 ) -> dict[str, jax.Array]:
     """Name what enters the token queue: also momentum tokens, padded to the longest bucket."""
-    speech = pad_tokens(momentum.speech, token_queue.entries["speech_tokens"].shape[1])
+    speech = pad_tokens(tokens_of(momentum.speech), token_queue.entries["speech_tokens"].shape[1])
     return queue_rows(momentum, ids) | {
         "speech_tokens": speech.tokens,
         "speech_lengths": speech.lengths,
@@ -233,19 +232,17 @@ def token_rows(
     }
 
 
-def _append_queue(gathered: Pair[Encoded], token_queue: EmbeddingQueue) -> Pair[Encoded]:
+def _append_queue(gathered: Pair[Tokens], token_queue: EmbeddingQueue) -> Pair[Tokens]:
     """Append the token queue to the candidates of the global batch."""
     queued = token_queue.entries
     speech = pad_tokens(gathered.speech, queued["speech_tokens"].shape[1])
     image = gathered.image
     return Pair(
-        speech=Encoded(
-            embedding=None,
+        speech=Tokens(
             tokens=_append(speech.tokens, queued["speech_tokens"]),
             lengths=_append(speech.lengths, queued["speech_lengths"]),
         ),
-        image=Encoded(
-            embedding=None,
+        image=Tokens(
             tokens=_append(image.tokens, queued["image_tokens"]),
             lengths=_append(image.lengths, queued["image_lengths"]),
         ),

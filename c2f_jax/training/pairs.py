@@ -26,10 +26,22 @@ class Rows(NamedTuple):
 
     Attributes:
       ids: (n,) int32 image ids.
-      index: (n,) int32 row numbers in the global batch.
+      numbers: (n,) int32 row numbers in the global batch.
       keys: (n,) typed PRNG keys, one for each (seed, step, global row); all draws come from them.
     """
 
     ids: jax.Array
-    index: jax.Array
+    numbers: jax.Array
     keys: jax.Array
+
+
+class Tokens(NamedTuple):
+    """Token sequences, all that matching reads of an encoded batch.
+
+    Attributes:
+      tokens: (n, T, W).
+      lengths: (n,) int32 valid tokens.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array

@@ -15,8 +15,7 @@ from c2f_jax.objectives import EmbeddingQueue, create_queue, run_keys
 _INPUTS = ("waveform", "speech_tokens", "speech_lengths", "image", "image_tokens")
 
 
-@struct.dataclass
-class C2FTrainState:
+class C2FTrainState(struct.PyTreeNode):
     """State of a training run. Nothing in it depends on the batch size or the number of devices.
 
     Attributes:

@@ -47,8 +47,8 @@ from c2f_jax.training.negative_pool import (
     queue_rows,
     replace_first_rows,
     token_rows,
+    tokens_of,
     with_momentum_tokens,
-    without_embedding,
 )
 from c2f_jax.training.pairs import Directions, Pair, Rows
 from c2f_jax.training.train_state import C2FTrainState
@@ -149,13 +149,13 @@ def c2f_loss(
 
     # Step 2. Online forward pass, with dropout.
     online = encode(model, params, batch, fold_keys(rows.keys, Site.ENCODERS))
-    tau = model.apply({"params": params}, method="tau")
+    tau = apply_model(model, params, method="tau")
 
     # Step 3. Banks: the momentum embeddings of the global batch, then the queue.
     banks = make_banks(online if momentum is None else momentum, rows.ids, state.queue, axis_name)
 
     # Step 4. SIC: identity targets, softened by momentum distillation.
-    alpha = alpha_at(state.step - method.warm_up_steps, method.alpha, method.alpha_ramp_steps)
+    alpha = distillation_weight(state.step, method)
     targets = sic_targets(momentum, banks, rows, tau, alpha, method)
     sic_rows, logits = sic_of_branches(online, banks, targets, tau, model.branches)
     loss = pmean(jnp.mean(sic_rows), axis_name)
@@ -167,6 +167,7 @@ def c2f_loss(
     # Step 5. Hard negatives, mined by the similarities of SIC.
     candidates = online
     if method.negatives == "queue":
+        assert momentum is not None  # MethodConfig.check
         candidates = with_momentum_tokens(online, momentum)
     negatives = mine_negatives(state.token_queue, rows, candidates, logits, tau, method, axis_name)
 
@@ -211,8 +212,13 @@ class SicTargets(NamedTuple):
 def rows_of_this_device(state: C2FTrainState, ids: jax.Array, axis_name: AxisName) -> Rows:
     """Number this device's rows in the global batch and make their keys."""
     n = ids.shape[0]
-    index = axis_index(axis_name) * n + jnp.arange(n)
-    return Rows(ids, index, row_keys(step_key(state.rng, state.step), index))
+    numbers = axis_index(axis_name) * n + jnp.arange(n)
+    return Rows(ids, numbers, row_keys(step_key(state.rng, state.step), numbers))
+
+
+def apply_model(model: C2FModel, params: Any, *inputs: Any, method: str) -> Any:
+    """Call a method of the model with these parameters."""
+    return model.apply({"params": params}, *inputs, method=method)
 
 
 def encode(
@@ -229,9 +235,8 @@ def encode(
     Returns:
       Pair of Encoded.
     """
-    variables = {"params": params}
-    speech = model.apply(variables, *speech_input(batch), keys, method="encode_speech")
-    image = model.apply(variables, image_input(batch), keys, method="encode_image")
+    speech = apply_model(model, params, *speech_input(batch), keys, method="encode_speech")
+    image = apply_model(model, params, image_input(batch), keys, method="encode_image")
     return Pair(speech=speech, image=image)
 
 
@@ -261,6 +266,15 @@ def make_banks(
     )
 
 
+def distillation_weight(step: jax.Array, method: MethodConfig) -> jax.Array:
+    """Ramp alpha from the end of the warm-up; raise ValueError without a ramp length."""
+    if method.alpha_ramp_steps is None:
+        raise ValueError(
+            "method.alpha_ramp_steps is None, which stands for one epoch; give its steps"
+        )
+    return alpha_at(step - method.warm_up_steps, method.alpha, method.alpha_ramp_steps)
+
+
 def sic_targets(
     momentum: Pair[Encoded] | None,
     banks: Banks,
@@ -283,7 +297,7 @@ def sic_targets(
       SicTargets.
     """
     # Hard targets: other captions of the same image may be positives, by the id policy.
-    hard, valid = identity_targets(rows.ids, banks.ids, rows.index, banks.valid, method.id_policy)
+    hard, valid = identity_targets(rows.ids, banks.ids, rows.numbers, banks.valid, method.id_policy)
     if momentum is None or not method.alpha:
         return SicTargets(hard, Directions(s2i=hard, i2s=hard), valid)
 
@@ -351,11 +365,11 @@ def make_pairs(
       method: MethodConfig.
 
     Returns:
-      SimPairs of Encoded without embeddings.
+      SimPairs of Tokens.
     """
     pairs = assemble_pairs(
-        pad_tokens(without_embedding(online.speech), negatives.tokens.speech.tokens.shape[1]),
-        without_embedding(online.image),
+        pad_tokens(tokens_of(online.speech), negatives.tokens.speech.tokens.shape[1]),
+        tokens_of(online.image),
         negatives.tokens.speech,
         negatives.tokens.image,
         negatives.valid.speech,
@@ -393,7 +407,7 @@ def match(model: C2FModel, params: Any, pairs: SimPairs, keys: jax.Array) -> jax
             fold_keys(keys, Site.SPEECH_NEGATIVE_PAIRS),
         ]
     )
-    return model.apply({"params": params}, pairs.speech, pairs.image, pair_keys, method="match")
+    return apply_model(model, params, pairs.speech, pairs.image, pair_keys, method="match")
 
 
 def sim_metrics(
@@ -454,6 +468,8 @@ def update_momentum_and_queues(
             # Warm-up: the momentum model will start from the online one.
             state = state.replace(momentum_params=online_params)
         return state
+
+    assert method.momentum is not None
 
     # The queue gets the embeddings of step 1, by the momentum parameters before this update.
     momentum_params = update_momentum(state.momentum_params, online_params, method.momentum)
