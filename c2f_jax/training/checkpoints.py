@@ -48,11 +48,12 @@ class Checkpoints:
             )
         self._read_only = read_only
 
+        # Orbax reads the scores of all checkpoints here, as JSON.
         try:
             self._manager = ocp.CheckpointManager(
                 self.directory, options=_options(read_only), item_names=_ITEMS
             )
-        except ValueError as error:  # the scores of all checkpoints are read here, as JSON
+        except ValueError as error:
             raise UserError(
                 f"a score in {self.directory}, <step>/metrics/metrics, is damaged ({error}): "
                 "remove that step's folder"
@@ -76,6 +77,7 @@ class Checkpoints:
             of one kind: a step ranked by SIC alone, because SIM is not trained yet, has none.
           wait: block until it is on disk.
         """
+        # Without metrics a step is never the best.
         metrics = None
         if score is not None:
             metrics = {"score": float(score)}
@@ -122,6 +124,7 @@ class Checkpoints:
         Raises:
           UserError: no checkpoint of that step, or it is damaged or of another model.
         """
+        # Parameters are an item apart, as saved.
         rest = abstract_state.replace(params={})
         restored = self._restore(
             step,

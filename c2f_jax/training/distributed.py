@@ -40,6 +40,8 @@ def initialize(
             "--coordinator, --num-processes and --process-id go together: give all three, or none "
             "on a pod"
         )
+
+    # CPUs have no collectives of their own.
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
 

@@ -87,9 +87,12 @@ def muon_dimensions(params: Any) -> Any:
     """
 
     def dimensions(path: tuple, value: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        # Muon is for matrices; Adam keeps biases, norms, tokens and tau.
         *_, module, name = "", *_names(path)
         if name != "kernel":
             return None
+
+        # Axes before this one are inputs. Attention splits its outputs into (heads, width).
         first_output = 1 if module in ("query", "key", "value") else value.ndim - 1
         axes = tuple(range(value.ndim))
         return optax.contrib.MuonDimensionNumbers(axes[:first_output], axes[first_output:])
@@ -126,6 +129,7 @@ def create_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTrans
     else:
         raise UserError(f"optimizer.name={config.name!r}: choose one of {', '.join(OPTIMIZERS)}")
 
+    # The gradient is clipped before the optimizer sees it.
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
 
 

@@ -107,6 +107,8 @@ class DataParallel:
           Function (state, batch) -> (state, metrics) of a placed state and batch.
         """
         step = partial(step, axis_name=AXIS)
+
+        # The state has no device axis: one copy in, one out. Donated, it is not in memory twice.
         if self.mode == "pmap":
             return jax.pmap(
                 step,
@@ -137,6 +139,8 @@ class DataParallel:
         """
         if self.mode == "pmap":
             return replicate(state, self.local_devices)
+
+        # Each process has the whole state; together they make one global array.
         host = jax.tree.map(np.asarray, state)
         return multihost_utils.host_local_array_to_global_array(host, self.mesh, P())
 
@@ -149,6 +153,7 @@ class DataParallel:
         Returns:
           The placed batch by name.
         """
+        # pmap wants a leading axis of devices.
         if self.mode == "pmap":
             local = len(self.local_devices)
             split = {}
@@ -157,6 +162,7 @@ class DataParallel:
             mesh = Mesh(np.array(self.local_devices), (AXIS,))
             return jax.device_put(split, NamedSharding(mesh, P(AXIS)))
 
+        # shard_map wants global arrays, of which each process gives its rows.
         sharding = NamedSharding(self.mesh, P(AXIS))
         placed = {}
         for name, rows in batch.items():
@@ -174,6 +180,8 @@ class DataParallel:
         """
         if jax.process_count() == 1 or self.mode == "shard_map":
             return state
+
+        # pmap's arrays belong to one process, and Orbax refuses those.
         host = jax.tree.map(np.asarray, state)
         return multihost_utils.host_local_array_to_global_array(host, self.mesh, P())
 

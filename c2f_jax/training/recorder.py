@@ -38,7 +38,7 @@ class Recorder:
 
     def __init__(
         self,
-        logdir: str | PathLike | None,
+        logdir: str | PathLike[str] | None,
         *,
         steps: int,
         batch_size: int,
@@ -57,8 +57,10 @@ class Recorder:
         self._window_steps = 0
 
         self._alarmed = False
-        self._bar = None
-        self._writer = _event_writer(logdir) if self._reports else None
+        self._bar: tqdm | None = None
+        self._writer = None
+        if logdir is not None:
+            self._writer = _event_writer(logdir)
 
     def start(self, step: int) -> None:
         """Show the progress bar and start the clocks.

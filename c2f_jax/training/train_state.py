@@ -68,6 +68,8 @@ def create_train_state(
       C2FTrainState.
     """
     init_key, training_key = run_keys(seed)
+
+    # Shapes of parameters do not depend on the batch size: one row is enough.
     one_row = {name: jnp.asarray(batch[name][:1]) for name in _INPUTS if name in batch}
 
     # Published parameters are not drawn at random first: they may fill most of the memory.
@@ -76,6 +78,7 @@ def create_train_state(
     initialize = jax.jit(lambda key, row: split_params(model.init(key, row)["params"], given)[0])
     params = merge_params(initialize(init_key, one_row), jax.tree.map(jnp.asarray, weights))
 
+    # The queues hold what the encoders return, one row a slot.
     rows, token_rows = _queue_shapes(model, params, one_row)
     params, frozen = split_params(params, model.frozen)
     momentum_params = {}
