@@ -117,12 +117,23 @@ def make_examples(
             coarse_rank=int(ranked.coarse_rank[place]),
             answer=answer(query) if answer else None,
         )
-        if ranked.fine is not None:
-            example = dataclasses.replace(
-                example,
-                fine=[gallery_media(int(row)) for row in ranked.fine[place, :top]],
-                fine_hits=ranked.fine_hits[place, :top].tolist(),
-                fine_rank=int(ranked.fine_rank[place]),
-            )
-        examples.append(example)
+        examples.append(_with_fine(example, ranked, place, gallery_media, top))
     return examples
+
+
+def _with_fine(
+    example: Example,
+    ranked: RankedLists,
+    place: int,
+    gallery_media: Callable[[int], Media],
+    top: int,
+) -> Example:
+    """Add the fine ranking to an example, if there is one."""
+    if ranked.fine is None or ranked.fine_hits is None or ranked.fine_rank is None:
+        return example
+    return dataclasses.replace(
+        example,
+        fine=[gallery_media(int(row)) for row in ranked.fine[place, :top]],
+        fine_hits=ranked.fine_hits[place, :top].tolist(),
+        fine_rank=int(ranked.fine_rank[place]),
+    )

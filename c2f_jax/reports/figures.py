@@ -6,7 +6,7 @@ import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,8 +25,8 @@ INK, SOFT, GRAY, LIGHT = "#1b1f27", "#5c6675", "#9aa4b2", "#edf0f4"
 COLORS = {"s2i": "#2f5bd0", "i2s": "#c2571a"}
 PLAIN = ("#2f5bd0", "#c2571a", "#5b3a9e", "#0a7d3c", "#8a6d00")
 HIT = "#0a7d3c"
-BOLD = {"fontweight": "bold", "color": INK}
-SMALL = {"fontsize": 9, "color": SOFT}
+BOLD: dict[str, Any] = {"fontweight": "bold", "color": INK}
+SMALL: dict[str, Any] = {"fontsize": 9, "color": SOFT}
 
 # Layout of the contact sheet, in inches.
 MARGIN = 0.15
@@ -107,7 +107,7 @@ def histogram_png(
 
     for place, (name, numbers) in enumerate(drawn.items(), 1):
         axes = figure.add_subplot(len(drawn), 1, place)
-        axes.hist(np.minimum(numbers, edges[-1]), edges, color=PLAIN[0])
+        axes.hist(np.minimum(numbers, edges[-1]), list(edges), color=PLAIN[0])
         axes.set_title(f"{name}: {len(numbers):,}", loc="left", fontsize=10, **BOLD)
         axes.tick_params(colors=SOFT, labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
@@ -148,7 +148,7 @@ def results_png(
         canvas.text(MARGIN, 0.3, title, fontsize=13, va="center", parse_math=False, **BOLD)
 
     heads = {"coarse": "coarse (SIC)", "fine": "fine (SIM)"}
-    style = {"fontsize": 10.5, "fontweight": "bold", "color": SOFT, "va": "center"}
+    style: dict[str, Any] = {"fontsize": 10.5, "fontweight": "bold", "color": SOFT, "va": "center"}
     for stage, x in starts.items():
         canvas.text(x + 0.04, first_row - 0.17, heads[stage], **style)
 
@@ -156,7 +156,7 @@ def results_png(
         y = first_row + ROW * row
         _draw_query(canvas, example, y)
         _draw_images(canvas, example.coarse[:top], example.coarse_hits[:top], starts["coarse"], y)
-        if example.fine is not None:
+        if example.fine is not None and example.fine_hits is not None:
             _draw_images(canvas, example.fine[:top], example.fine_hits[:top], starts["fine"], y)
     # Drawing images has changed the limits.
     canvas.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
@@ -205,7 +205,7 @@ def _draw_query(canvas: Axes, example: Example, y: float) -> None:
     ranks = [str(rank) for rank in (example.coarse_rank, example.fine_rank) if rank is not None]
     if ranks:
         notes.append("rank " + " → ".join(ranks))
-    style = {"fontsize": 8, "color": SOFT, "va": "bottom", "parse_math": False}
+    style: dict[str, Any] = {"fontsize": 8, "color": SOFT, "va": "bottom", "parse_math": False}
     canvas.text(MARGIN, y + 0.94, "\n".join(notes), **style)
 
 

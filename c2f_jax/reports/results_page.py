@@ -1,6 +1,6 @@
 """The page of an evaluation and the page of a search."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from os import PathLike
 
@@ -16,7 +16,7 @@ from c2f_jax.reports.html import (
 )
 from c2f_jax.retrieval.recall import Metric
 from c2f_jax.retrieval.reranking import SCORES
-from c2f_jax.retrieval.result import DIRECTIONS, TABLE_METRICS, EvaluationResult
+from c2f_jax.retrieval.result import DIRECTIONS, TABLE_METRICS, EvaluationResult, StageMetrics
 
 ARROWS = {"s2i": "Speech → image", "i2s": "Image → speech"}
 HEADS = {"coarse": "coarse", "fine": "fine", "difference": "fine − coarse"}
@@ -132,7 +132,7 @@ def _metrics(result: EvaluationResult) -> str:
     for direction in DIRECTIONS:
         tables += _direction_table(result, direction)
     if result.fine_scores is not None:
-        tables += _score_table(result)
+        tables += _score_table(result.fine_scores)
     return f'<div class="tables">{tables}</div>'
 
 
@@ -158,12 +158,12 @@ def _direction_table(result: EvaluationResult, direction: str) -> str:
     return _table(caption, [HEADS[stage] for stage in stages], rows)
 
 
-def _score_table(result: EvaluationResult) -> str:
+def _score_table(fine_scores: Mapping[str, StageMetrics]) -> str:
     rows = ""
     for direction, arrow in ARROWS.items():
         cells = ""
         for score in SCORES:
-            metrics = result.fine_scores[score].direction(direction)
+            metrics = fine_scores[score].direction(direction)
             cells += f"<td>{metrics['R@1'].value:.1f}</td>"
         rows += _table_row(arrow, cells)
     return _table("R@1 by the score that reranks", SCORES, rows, ' class="wide"')
@@ -184,7 +184,8 @@ def _table_row(head: str, cells: str, attributes: str = "") -> str:
 def _cell(metric: Metric, name: str, digits: int, signed: bool) -> str:
     """Return a metric with its interval; a difference that excludes 0 is colored."""
     number = f"{'+' if signed else ''}.{digits}f"
-    low, high = metric.interval
+    # Without bootstrap samples the interval is the value itself.
+    low, high = metric.interval or (metric.value, metric.value)
     style = ""
     if signed and (low > 0 or high < 0):
         # A smaller median rank is better, of all other metrics a larger value.
@@ -232,7 +233,7 @@ def _example(example: Example, direction: str) -> str:
 
     # Both rankings beside each other, so that one sees what SIM changed.
     lists = _list("Coarse (SIC)", example.coarse, example.coarse_hits, direction)
-    if example.fine is not None:
+    if example.fine is not None and example.fine_hits is not None:
         lists += _list("Fine (SIM)", example.fine, example.fine_hits, direction)
     return (
         f'\n<article class="{direction}"><div class="query">{query}</div>'

@@ -135,7 +135,7 @@ class _RankedDirection:
 
     queries: _Side  # q queries, those with a right item
     gallery: _Side
-    rows: np.ndarray  # (q,) row of each query in its own table
+    rows: np.ndarray  # (q,) row of each query among all recordings or images
     rankings: dict[str, _Ranking]  # "coarse", and one for each score if there is a matcher
     seconds: dict[str, float]
 
@@ -175,7 +175,7 @@ class _Matcher:
 
         Args:
           direction: "s2i" or "i2s".
-          rows: (q,) row of each query in its own table.
+          rows: (q,) row of each query among all recordings or images.
           coarse: their coarse ranking.
           cosine: (q, L) cosines of its items.
         """

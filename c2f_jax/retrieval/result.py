@@ -27,7 +27,7 @@ class RankedLists:
     q queries, those with a right item; L = min(max(k, 10), gallery size) items of each.
 
     Attributes:
-      queries: (q,) row of each query in its own table.
+      queries: (q,) row of each query among all recordings or images.
       coarse: (q, L) gallery rows, best first.
       coarse_hits: (q, L) bool, which of them are right.
       coarse_rank: (q,) rank of the first right item in the whole gallery, from 1.

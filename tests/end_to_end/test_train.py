@@ -309,8 +309,8 @@ def test_evaluate_and_search_commands(unbroken, tmp_path, capsys):
 def test_search_by_image_and_in_a_folder(unbroken, tmp_path, capsys):
     from PIL import Image
 
-    for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
-        Image.new("RGB", (80, 64), colour).save(tmp_path / f"{name}.png")
+    for name, color in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        Image.new("RGB", (80, 64), color).save(tmp_path / f"{name}.png")
     (tmp_path / "broken.png").write_bytes(b"not a picture")
     workdir = str(unbroken[0])
     query = ["search", f"--workdir={workdir}", f"--output={tmp_path / 'answers.html'}"]

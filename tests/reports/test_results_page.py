@@ -38,8 +38,8 @@ class Page(HTMLParser):
         self.text += data
 
 
-def solid(colour, caption=""):
-    return html.image_media(np.full((24, 32, 3), colour, np.uint8), caption)
+def solid(color, caption=""):
+    return html.image_media(np.full((24, 32, 3), color, np.uint8), caption)
 
 
 def spoken(number, caption):
@@ -197,9 +197,9 @@ def test_media_of_arrays_decode_again():
     assert loudest == pytest.approx(440, rel=0.01)
 
 
-def pixels_like(data, colour):
+def pixels_like(data, color):
     image = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
-    return int((np.abs(image - np.array(colour)).max(-1) < 8).sum())
+    return int((np.abs(image - np.array(color)).max(-1) < 8).sum())
 
 
 def test_contact_sheet_shows_images_and_marks_hits(tmp_path):
