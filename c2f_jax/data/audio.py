@@ -55,6 +55,7 @@ def decode_audio(
         raise BadFileError(f"{name}: the file is empty", "zero length")
     try:
         with soundfile.SoundFile(_Bytes(encoded)) as file:
+            # Both are what the header says, which need not be true.
             rate, promised = file.samplerate, file.frames
             if not RATES[0] <= rate <= RATES[1]:
                 raise BadFileError(
@@ -71,6 +72,7 @@ def decode_audio(
 
     # libsndfile reads some files on past their end without a word.
     _check_whole(encoded, wave, promised, name)
+    # Loaded only where it is needed: most sets are at 16 kHz already.
     if rate != sample_rate:
         import soxr
 
@@ -96,6 +98,7 @@ def _read(file: soundfile.SoundFile, most: int, name: str) -> np.ndarray:
 
     They are read in blocks, since the number in the header may be anything.
     """
+    # The size of a block is that of all channels together, so that memory is bounded.
     blocks, total = [], 0
     size = max(_BLOCK // file.channels, 1)
     while len(block := file.read(size, dtype="float32", always_2d=True)):
@@ -178,6 +181,7 @@ def read_bytes(path: str) -> bytes:
         raise BadFileError(
             f"{path}: cannot be read (No such file or directory)", "missing file"
         ) from e
+
     except OSError as e:
         raise BadFileError(f"{path}: cannot be read ({e.strerror or e})", "unreadable") from e
     except Exception as e:  # each kind of bucket has its own errors

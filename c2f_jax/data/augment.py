@@ -11,8 +11,11 @@ from c2f_jax.data.images import Box, center_square, resize_box
 from c2f_jax.data.source import MIN_SAMPLES, SAMPLE_RATE
 from c2f_jax.errors import UserError
 
+# After these the center square is taken, as a long strip may hold no such crop.
 CROP_TRIES = 10
+# Weights of red, green and blue in the brightness of a pixel (ITU-R BT.601).
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+# Also "leftmost", "right-hand" and so on.
 SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
 
 
@@ -20,7 +23,7 @@ SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
 class AugmentConfig:
     """How training images and recordings are varied.
 
-    Everything is off by default, and always off in evaluation. The metadata of a field are its
+    Everything is off by default, and always off in evaluation. The metadata of a field give its
     range.
 
     Attributes:
@@ -82,7 +85,7 @@ class AugmentConfig:
         return values
 
     def check(self) -> None:
-        """Check what the range of a single number does not say.
+        """Check what the ranges of the fields cannot express.
 
         Raises:
           UserError: noise_db is not a pair.
@@ -168,6 +171,7 @@ def augment_wave(wave: np.ndarray, options: AugmentConfig, rng: np.random.Genera
     if options.reverb_seconds and rng.random() < options.reverb:
         values = _reverberate(values, rng.uniform(0.1, 1.0) * options.reverb_seconds, rng)
 
+    # Bands before stretches: muting a band would spread sound into a muted stretch.
     for _ in range(options.frequency_masks):
         values = _mute_band(values, rng.uniform(0, options.frequency_mask_octaves), rng)
     for _ in range(options.time_masks):
@@ -175,6 +179,7 @@ def augment_wave(wave: np.ndarray, options: AugmentConfig, rng: np.random.Genera
         start = rng.integers(len(values) - length + 1)
         values[start : start + length] = 0.0
 
+    # Noise is relative to the level of the recording after the changes above.
     if options.noise_db:
         lowest, highest = options.noise_db
         level = np.sqrt(np.mean(values**2)) * 10 ** (-rng.uniform(lowest, highest) / 20)
@@ -198,7 +203,7 @@ def _change_speed(values: np.ndarray, factor: float) -> np.ndarray:
 
 
 def _reverberate(values: np.ndarray, seconds: float, rng: np.random.Generator) -> np.ndarray:
-    """Convolve with noise that fades by 60 dB in so many seconds, after the direct sound."""
+    """Convolve with noise that fades by 60 dB in the given seconds, after the direct sound."""
     from scipy.signal import fftconvolve
 
     times = np.arange(max(int(seconds * SAMPLE_RATE), 1)) / SAMPLE_RATE
@@ -210,7 +215,7 @@ def _reverberate(values: np.ndarray, seconds: float, rng: np.random.Generator) -
 
 
 def _mute_band(values: np.ndarray, octaves: float, rng: np.random.Generator) -> np.ndarray:
-    """Mute a band of so many octaves that begins between 100 Hz and 7 kHz."""
+    """Mute a band of the given width that begins between 100 Hz and 7 kHz."""
     spectrum = np.fft.rfft(values)
     low = 100 * 2 ** rng.uniform(0, np.log2(70) - octaves)
     high = low * 2**octaves
@@ -221,7 +226,7 @@ def _mute_band(values: np.ndarray, octaves: float, rng: np.random.Generator) -> 
 
 
 def mentions_sides(captions: list[str]) -> bool:
-    """Whether mirroring might make a caption wrong, also where a caption is unknown.
+    """Return whether mirroring might make a caption wrong, also where a caption is unknown.
 
     >>> mentions_sides(["a dog on the left"])
     True

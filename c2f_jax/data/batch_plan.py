@@ -68,6 +68,7 @@ def plan_epoch(
         left_over = members[full:]
 
     plan, padded = np.concatenate(batches), np.concatenate(lengths)
+
     if len(bucket_samples) > 1:
         # The buckets are mixed over the epoch.
         shuffle = rng.permutation(len(plan))

@@ -88,10 +88,10 @@ class FeatureCache:
         return rows.read()[rows.start : rows.start + rows.count]
 
     def tokens_of_samples(self, samples: int) -> int:
-        """Return how many tokens a recording of so many samples has.
+        """Return the number of tokens of a recording.
 
         Args:
-          samples: samples at 16 kHz.
+          samples: its length in samples at 16 kHz.
 
         Returns:
           The number of tokens.
@@ -145,6 +145,7 @@ def _open_file(path: Path) -> FeatureCache:
     try:
         with np.load(path, allow_pickle=False) as stored:
             names, tokens = stored["names"], stored["tokens"]
+            # Without lengths, all items have as many tokens as the array has room for.
             if "lengths" in stored:
                 lengths = stored["lengths"]
             else:
@@ -334,7 +335,7 @@ def write_shard(
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, also when several processes write it at a time."""
+    """Write a file whole or not at all, even if several processes write it at once."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_bytes(data)
     os.replace(partial, path)

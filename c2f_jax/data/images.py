@@ -9,6 +9,7 @@ from c2f_jax.data.audio import read_bytes
 from c2f_jax.errors import BadFileError
 
 MOST_PIXELS = 100_000_000  # larger files are taken for decompression bombs
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no others: one of them starts a program
 RESIZE = ("square", "short_side", "squash")
 

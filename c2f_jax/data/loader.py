@@ -20,6 +20,7 @@ from c2f_jax.errors import UserError
 from c2f_jax.objectives.keys import Stream, host_rng
 
 Batch = dict[str, np.ndarray]
+# The iterator needs an end, which no run reaches.
 MOST_STEPS = 2**31 - 1
 
 
@@ -188,9 +189,11 @@ class _TrainBatch:
         batches have been tried at this row, by those of the next row. The choice is the same in any
         process.
         """
+        # Only this row is replaced; the other rows of the batch stay as they are.
         steps, size = plan.shape
         for k in range(plan.size):
             index = int(plan[(position + k) % steps, (row + k // steps) % size])
+
             speech = self._load_speech(epoch, index)
             if speech is None:
                 continue
@@ -298,6 +301,7 @@ def speech_batches(
     Raises:
       UserError: batch_size is below 1 or, while iterating, too many items are bad.
     """
+    # Three shapes to compile, the shortest first.
     shapes = [round(seconds_max * SAMPLE_RATE / part) for part in (4, 2, 1)]
 
     def load(rows: np.ndarray) -> Batch:
@@ -310,6 +314,7 @@ def speech_batches(
             if needed <= longest:
                 break
 
+        # Rows without a recording are silence that every encoder takes.
         batch["speech_lengths"][:] = min(MIN_SAMPLES, longest)
         batch["valid"] = np.array([speech is not None for speech in speeches])
         for row, speech in enumerate(speeches):
@@ -369,6 +374,7 @@ def _everything(
         raise UserError(f"batch_size {batch_size} of the evaluation must be at least 1")
 
     def load_batch(number: int) -> Batch:
+        # The last batch may reach past the end; its rows there repeat the last item.
         rows = np.arange(number * batch_size, (number + 1) * batch_size)
         index = order[np.minimum(rows, len(order) - 1)].astype(np.int32)
         batch = load(index)

@@ -1,4 +1,4 @@
-"""Anyone's own data: a JSONL or CSV file with the columns image, audio, split.
+"""Your own data: a JSONL or CSV file with the columns image, audio, split.
 
 Optional columns: image_id (equal ids show the same thing and are right answers for each other; the
 image's path unless given), caption, speaker, seconds (only used to choose the batch that a
@@ -22,6 +22,7 @@ from c2f_jax.data.source import SAMPLE_RATE, BadItems, ModelInputs, PairSource, 
 from c2f_jax.errors import UserError
 
 MANIFEST_SUFFIXES = (".jsonl", ".csv")
+
 REQUIRED = ("image", "audio", "split")
 MOST_SECONDS = 1e5  # a day; a larger number is a mistake
 
@@ -148,6 +149,7 @@ class ManifestSource(PairSource):
             image_index.append(gallery_row)
 
         self._rows, self._images = rows, list(gallery)
+        # Keys of feature caches are relative, so that a set can be moved with its caches.
         self._folder = path.rpartition("/")[0] + "/"
         super().__init__(
             path,
@@ -187,7 +189,7 @@ class ManifestSource(PairSource):
 
 
 def is_manifest(path: str) -> bool:
-    """Whether a path is that of a manifest, by its suffix."""
+    """Return whether a path names a manifest, judged by its suffix."""
     return str(path).lower().endswith(MANIFEST_SUFFIXES)
 
 
@@ -282,6 +284,7 @@ def read_listing(path: str, *, strict: bool = True) -> Listing:
     folder = path.rpartition("/")[0]
     for row in _read_rows(path, report):
         for column in ("image", "audio"):
+            # Plain text, so that paths in buckets and on disk are treated alike.
             row[column] = _join(folder, row[column])
         listing.rows.append(row)
     return listing
@@ -320,6 +323,7 @@ def _read_rows(path: str, report: Report) -> Iterator[dict]:
 def _parse_jsonl(path: str, text: str, report: Report) -> Iterator[tuple[int, dict]]:
     """Read (line number, row) of each line."""
     for line, content in enumerate(text.split("\n"), 1):
+        # Blank lines are fine, such as one at the end.
         if not content.strip():
             continue
         where = f"{path}:{line}"

@@ -14,6 +14,7 @@ from c2f_jax.errors import UserError
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
+# Of each source: enough for the items that the threads are reading.
 RECORDS_KEPT = 64
 
 
@@ -21,6 +22,7 @@ def pair_features() -> tfds.features.FeaturesDict:
     """Return the TFDS features of a record: one image with its recordings, all as encoded files."""
     from tensorflow_datasets import features
 
+    # Encoded files are bytes to TFDS, whose Text holds any bytes.
     recording = {"audio": features.Text(), "caption": features.Text(), "speaker": features.Text()}
     return features.FeaturesDict(
         {
@@ -121,7 +123,7 @@ class PreparedSource(PairSource):
 
 
 def is_prepared(path: str) -> bool:
-    """Whether a path is the directory of a prepared set."""
+    """Return whether a path is the directory of a prepared set."""
     try:
         return (epath.Path(path) / "dataset_info.json").exists()
     except (OSError, ValueError):  # no name that a directory can have

@@ -1,4 +1,4 @@
-"""Pairs of recordings and images by random access, and what of them cannot be used."""
+"""Random access to pairs of recordings and images, and the items that cannot be used."""
 
 import abc
 import dataclasses
@@ -18,9 +18,9 @@ MOST_SHOWN = 5  # bad items that an error lists
 
 
 class Recording(TypedDict):
-    """What is known of one recording; the audio is the encoded bytes or a path."""
+    """What is known of one recording."""
 
-    audio: bytes | str
+    audio: bytes | str  # the encoded bytes, or a path
     caption: str
     speaker: str
 
@@ -60,6 +60,7 @@ class BadItems:
           max_share: share of them that may be bad.
         """
         self.where, self.total, self.max_share = where, total, max_share
+        # One bad file of a hundred must not stop a run, however small the share.
         self.allowed = max(int(max_share * total), 1 if total >= 100 else 0)
         self._reasons: dict[str, str] = {}
         self._lock = threading.Lock()
@@ -86,6 +87,7 @@ class BadItems:
           UserError: there are too many.
         """
         with self._lock:
+            # The first reason counts: a later one may only follow from it.
             for name, reason in reasons.items():
                 self._reasons.setdefault(name, reason)
             if len(self._reasons) > self.allowed:

@@ -33,7 +33,7 @@ from c2f_jax.datasets.registry import (
 from c2f_jax.errors import UserError
 
 SLICE = 4096  # items at a time: half a million waiting futures would be a gigabyte
-# Images without any pattern share a key; comparing each with all of them would take for ever.
+# Images without any pattern share a key; comparing each with all of them would take forever.
 MOST_COMPARED = 100
 USUAL_SHARE = 0.75  # of the images that must have a number of captions for others to be odd
 
@@ -130,6 +130,7 @@ def _open(spec: str, manual_dir: str | None, data_dir: str | None) -> _DataSet:
         return _listed(spec, read_listing(spec, strict=False))
 
     builder = open_builder(spec, data_dir)
+    # Nothing is left out, however bad, so that all of it can be reported.
     sources, notes = {}, []
     for split in builder.info.splits:
         sources[split] = load_pairs(spec, split, data_dir, max_bad_share=1.0)
@@ -146,6 +147,7 @@ def _listed(name: str, listing: Listing) -> _DataSet:
     identity: dict[tuple[str, str], str] = {}
     for row in listing.rows:
         known = identity.setdefault((row["split"], row["image"]), row["image_id"])
+        # A source takes one identity an image, so the pair cannot be in it.
         if known != row["image_id"]:
             detail = f"image_id {row['image_id']!r} at {row['where']}, {known!r} before"
             listing.note("two image ids", row["image"], detail)
@@ -217,6 +219,7 @@ def _captions_per_image(source: PairSource) -> np.ndarray:
 def _summary(source: PairSource, seconds: np.ndarray) -> dict[str, Any]:
     """Sum up a split, given the lengths of its usable recordings; see `Report.splits`."""
     captions = collections.Counter(_captions_per_image(source).tolist())
+    # A split without usable recordings has lengths of 0.
     lengths = seconds if len(seconds) else np.zeros(1)
     return {
         "pictures": source.num_images,

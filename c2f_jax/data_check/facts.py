@@ -50,7 +50,7 @@ class Facts:
         return [self.content, np.packbits(gray[:, 1:] > gray[:, :-1] + 4).tobytes()]
 
     def is_like(self, other: "Facts") -> bool:
-        """Whether the other item is the same file, or an image that looks the same."""
+        """Return whether the other item is the same file, or an image that looks the same."""
         if self.content == other.content:
             return True
         mine = np.frombuffer(self.look, np.uint8).astype(int)
@@ -118,6 +118,7 @@ def image_facts(source: PairSource, row: int) -> Facts:
     problems = []
     if min(rgb.size) < LOOK_SIDE:
         problems.append(("tiny picture", f"{rgb.width} x {rgb.height}"))
+    # The whole image, squashed: a crop of it should not look the same.
     look = resize_box(rgb, (0, 0, *rgb.size), LOOK_SIDE).tobytes()
     return Facts(tuple(problems), content=hashlib.sha1(encoded).digest(), look=look)
 

@@ -32,6 +32,7 @@ from c2f_jax.reports.html import (
     write_page,
 )
 
+# The page holds its images and sounds itself, so it shows only some.
 SHOWN = 12  # of each kind
 PAIRS = 6  # drawn at random from each split
 MOST_PLAYED = 15.0  # seconds of a recording that the page carries
@@ -112,6 +113,7 @@ def _finding(report: Report, finding: Finding) -> str:
         f'<p class="caption">{escape(finding.name)}</p>'
         f'<p class="speaker">{escape(finding.detail)}</p>'
     )
+    # A leak is an error, too, but its items can be shown.
     unreadable = finding.severity == ERROR and finding.kind != "split leak"
     if finding.item is None or unreadable:
         return f"\n<article>{text}</article>"
@@ -127,6 +129,7 @@ def _random_pairs(report: Report, split: str) -> str:
     """Show some usable pairs of a split."""
     source, left_out = report.sources[split], report.left_out[split]
     usable = [k for k in range(len(source)) if k not in left_out]
+    # The same pairs each time, so that two pages can be compared.
     rng = host_rng(0, Stream.CHECKED_PAIRS)
     drawn = np.sort(rng.choice(usable, min(PAIRS, len(usable)), replace=False))
     pairs = ""

@@ -1,4 +1,4 @@
-"""TFDS builders of pairs that are files on disk: the published data sets, and anyone's manifest.
+"""TFDS builders of pairs that are files on disk: the published data sets, and manifests.
 
 A record is one image with all its recordings, as the files hold them; shards are ArrayRecord files.
 What cannot be decoded is left out and named. Each shard is finished separately, so an interrupted
@@ -28,6 +28,7 @@ from c2f_jax.data.source import MIN_SAMPLES, BadItems
 from c2f_jax.datasets.layout import Layout
 from c2f_jax.errors import UserError
 
+# What is lost when a preparation is interrupted, for each thread.
 SHARD_IMAGES = 512
 
 
@@ -98,6 +99,7 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
         """
         self._threads = threads or os.cpu_count() or 1
         self._max_bad_share, self._download, self._progress = max_bad_share, download, progress
+        # The one of TFDS's formats with random access.
         kwargs.setdefault("file_format", "array_record")
         super().__init__(**kwargs)
 
@@ -126,6 +128,7 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
 
         missing = self.LAYOUT.missing(folders)
         if self._download and missing and all(part.direct for part in missing):
+            # Optional parts come along: they are small.
             wanted = {}
             for part in self.LAYOUT.parts:
                 if part in missing or part.optional:
@@ -256,6 +259,7 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
     def _metadata(self, split: str, shards: list[dict]) -> dict[str, Any]:
         """Join what is known of the shards of a split, as `PreparedSource` reads it."""
         captions, samples, identities = [], [], []
+        # Identities are numbered over the whole split, in the order of its images.
         number_of: dict[str, int] = {}
         bad: dict[str, str] = {}
         for about in shards:
@@ -279,7 +283,7 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
 
 
 def _stamps(names: Iterable[str]) -> dict[str, list | None]:
-    """Size and time of change of bad files, None for a missing one.
+    """Return size and time of change of bad files, None for a missing one.
 
     A shard is made again when one of its bad files has changed.
     """

@@ -13,7 +13,7 @@ from c2f_jax.datasets.registry import load_pairs
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Options for reading data; the metadata of a field are its range.
+    """Options for reading data; the metadata of a field give its range.
 
     Attributes:
       name: data set ("spoken_scenes", "spoken_scenes/tiny") or path of a manifest (.jsonl, .csv).
@@ -106,7 +106,7 @@ class DataConfig:
         process_index: int = 0,
         process_count: int = 1,
     ) -> BatchOptions:
-        """Say what training batches are made of.
+        """Return what training batches are made of.
 
         Args:
           source: training split, whose lengths decide the buckets where max_padding is given.

@@ -42,6 +42,7 @@ def _read(parts: dict[str, epath.Path]) -> Listing:
             continue
 
         audio, image, which = fields[0], fields[1], int(fields[2].lstrip("#"))
+
         spoken.add(image)
         if image not in splits:
             unused.append(wavs / audio)
@@ -66,7 +67,7 @@ def _read(parts: dict[str, epath.Path]) -> Listing:
 def _note_images(
     listing: Listing, folder: epath.Path, captions: Iterable[str], spoken: set[str]
 ) -> None:
-    """Note captions without an image, images without a recording, and files that are no images."""
+    """Note captions without an image, images without a recording, and files that are not images."""
     there = {path.name for path in folder.iterdir()}
     for image in sorted(set(captions) - there):
         listing.note("caption without picture", image, f"has captions, but no file in {folder}")
@@ -80,6 +81,7 @@ def _note_images(
 def _splits(path: epath.Path, listing: Listing) -> dict[str, str]:
     """Read image -> split, from the three lists of names or from Karpathy's file."""
     named = []
+
     if path.suffix == ".json":
         for number, entry in enumerate(json_entries(path, "images")):
             image = text_value(entry, "filename", f"{path}, image {number}")

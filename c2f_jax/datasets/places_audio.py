@@ -15,6 +15,7 @@ def _read(parts: dict[str, epath.Path]) -> Listing:
     folder, images = parts["listing"].parent, parts["pictures"]
     audio_root = parts["recordings"].parent
     files = {name: folder / f"{name}_2020.json" for name in ("train", *PLACES_2020)}
+    # The older release has two splits.
     if not files["train"].exists():
         files = {"train": folder / "train.json", "validation": folder / "val.json"}
 

@@ -185,6 +185,7 @@ def _find_spec(spec: str, manual_dir: str | None) -> str:
 
 def _default_name(spec: str) -> str:
     """Return the name of the manifest's folder, in characters that a directory of TFDS may have."""
+    # A manifest in the working directory has the name of that directory.
     path = spec if "://" in spec else os.path.abspath(spec)
     name = os.path.basename(os.path.dirname(path))
     return "".join(c if c.isalnum() else "_" for c in name) or "manifest"

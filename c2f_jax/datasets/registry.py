@@ -29,7 +29,7 @@ DATA_SETS = (SPOKEN_SCENES, *PUBLISHED)
 
 
 def data_set_name(spec: str) -> str:
-    """Return what is before the slash of "name/config"; it may be no data set."""
+    """Return what is before the slash of "name/config"; it need not be a data set."""
     return str(spec).partition("/")[0]
 
 
@@ -56,11 +56,11 @@ def layout_of(name: str) -> Layout:
       Its layout, to read a folder of downloaded parts with.
 
     Raises:
-      UserError: it is no published data set.
+      UserError: it is not a published data set.
     """
     if name not in PUBLISHED:
         raise UserError(
-            f"{name} is no published data set: --manual-dir goes with one of {', '.join(PUBLISHED)}"
+            f"{name} is not a published data set: --manual-dir needs one of {', '.join(PUBLISHED)}"
         )
     layout = published_builder(name).LAYOUT
     assert layout is not None  # the builders of published sets have one
@@ -84,7 +84,7 @@ def make_data_set(spec: str, data_dir: str | None = None) -> None:
 
 
 def is_data_set(spec: str) -> bool:
-    """Whether `load_pairs` takes it: a name, a manifest or a prepared directory."""
+    """Return whether `load_pairs` takes it: a name, a manifest or a prepared directory."""
     return data_set_name(spec) in DATA_SETS or is_manifest(spec) or is_prepared(str(spec))
 
 

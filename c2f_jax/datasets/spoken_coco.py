@@ -50,6 +50,7 @@ def _read(parts: dict[str, epath.Path]) -> Listing:
     }
 
     unused: list[epath.Path] = []
+
     if "ksplit" in path.name:
         entries = list(_ksplit_entries(path.parent))
     else:
@@ -57,6 +58,7 @@ def _read(parts: dict[str, epath.Path]) -> Listing:
 
     for entry in entries:
         if entry.split is None:
+            # Recordings of images in no split are listed, so they are no stray files.
             unused += [recordings / str(caption.get("wav")) for caption in entry.captions]
             continue
 
@@ -111,6 +113,7 @@ def _official_entries(
             f"(from {KARPATHY}) beside them, or SpeechCLIP's SpokenCOCO_ksplit_train.json, "
             "_val.json and _test.json"
         )
+
     split_of, place_of = {}, {}
     for number, image in enumerate(json_entries(karpathy, "images")):
         file = text_value(image, "filename", f"{karpathy}, image {number}")

@@ -112,7 +112,7 @@ def test_a_folder_with_a_manifest_is_checked_as_that_manifest(tmp_path, capsys):
     assert main(["data", "check", "no" * 3000]) == 2
     for command in ("check", "prepare"):
         assert main(["data", command, path, "--manual-dir", str(tmp_path)]) == 2
-        assert "--manual-dir goes with one of flickr8k_audio" in capsys.readouterr().err
+        assert "--manual-dir needs one of flickr8k_audio" in capsys.readouterr().err
     assert main(["data", "check", path, "--fix", "clean.txt"]) == 2
     told = capsys.readouterr()
     assert "ends in .jsonl" in told.err and not told.out  # said before anything is decoded

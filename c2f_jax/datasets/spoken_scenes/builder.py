@@ -187,6 +187,7 @@ def _draw(config: SpokenScenesConfig, rng: np.random.Generator) -> Described:
 def _plan(scene: Described, rng: np.random.Generator, split: str, count: int) -> list[dict]:
     """Decide what is said about a scene and how: `count` utterances by different speakers."""
     plan: list[dict] = []
+    # One voice says one caption of a scene.
     while len(plan) < count:
         voice = speech.draw_voice(rng, split)
         if all(voice["voice"] != u["voice"] for u in plan):

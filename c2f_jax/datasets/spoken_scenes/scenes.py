@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+# Far apart from each other and from the gray of the background.
 COLORS = {
     "red": (215, 38, 38),
     "green": (40, 160, 60),
@@ -29,6 +30,7 @@ SIZE_WORDS = {
     "large": ("large ", "large ", "big ", "huge "),
     "": ("",),
 }
+
 RELATION_WORDS = {
     "above": ("above",),
     "below": ("below", "under"),
@@ -64,7 +66,7 @@ class Scene:
     relations: tuple[str, ...]
 
     def facts(self) -> frozenset[Fact]:
-        """Return the relations, the same set in whichever order they are told."""
+        """Return the relations, the same set whichever object comes first."""
         facts = []
         for relation, other in zip(self.relations, self.objects[1:], strict=True):
             if relation in ("above", "left"):

@@ -29,7 +29,9 @@ from typing import Any
 import numpy as np
 
 SAMPLE_RATE = 16_000  # as in data/source.py, which a worker does not import
+# Longer sentences are spoken faster; what is still longer is cut.
 WANTED_SECONDS, MOST_SECONDS = 4.5, 5.0
+# Each accent with each variant is a voice.
 ACCENTS = ("en", "en-us", "en-gb-scotland", "en-gb-x-rp", "en-us-nyc")
 # Voice variants of espeak-ng 1.52. Left out: whispers, robots, echoes and croaks, and two (Reed,
 # caleb) whose sound depends on uninitialized memory. Variants that share most of their parameters
@@ -103,6 +105,8 @@ def speak(
     import soundfile
     import soxr
 
+    # The rate that comes out is not quite the one that was asked for, so one more try may be
+    # needed.
     for _ in range(3):
         pcm, source_rate = _synthesize(text, voice, rate, pitch, pitch_range)
         wave = _trim(pcm.astype(np.float32) / 32768, source_rate)
@@ -197,6 +201,7 @@ def _trim(wave: np.ndarray, sample_rate: int) -> np.ndarray:
     loud = np.flatnonzero(np.abs(wave) > 0.01 * np.abs(wave).max(initial=1e-6))
     if not len(loud):
         raise RuntimeError("espeak-ng returned silence")
+
     margin = int(0.04 * sample_rate)
     return wave[max(loud[0] - margin, 0) : loud[-1] + margin]
 
