@@ -62,7 +62,7 @@ setup(
         "speech": SPEECH,  # to make spoken_scenes, and for `c2f search --say`
         "hub": ["huggingface_hub>=0.30"],  # hub ids for `c2f convert`
         "docs": DOCS,
-        "dev": [*TRAIN, *TENSORBOARD, *SPEECH, "pytest>=8", "ruff>=0.8", "mypy>=1.13"],
+        "dev": [*TRAIN, *TENSORBOARD, *SPEECH, "pytest>=8", "ruff>=0.15", "mypy>=1.13"],
         "parity": ["torch>=2.6", "transformers>=5"],  # references of tests/parity and benchmarks
     },
     entry_points={"console_scripts": ["c2f=c2f_jax.main:main"]},

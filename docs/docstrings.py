@@ -1,17 +1,17 @@
-"""Docstrings as Markdown: what mkdocstrings needs to show this package's docstrings as they are meant."""
+"""Docstrings as Markdown, so that mkdocstrings shows this package's as they are meant."""
 
 import re
 
 import griffe
 
-# Code, or a star right after a word, as in `S*` of an equation, which Markdown would take for emphasis.
+# Code, or a star right after a word, as in `S*` of an equation, which Markdown takes for emphasis.
 CODE_OR_STAR = re.compile(r"(``.*?``|`[^`\n]*`)|(?<=[\w)])\*(?!\*)", re.DOTALL)
-# Several names with one description, as in "speech, image: embeddings", with the lines that continue it.
+# Several names with one description, as in "speech, image: embeddings", and its further lines.
 GROUP = re.compile(r"^( +)(\*{0,2}\w+(?:, \*{0,2}\w+)+):( .*(?:\n\1 +.*)*)", re.MULTILINE)
 
 
 class ReadableDocstrings(griffe.Extension):
-    """Make doctests a section, keep stars of equations as stars, and give each name of a group its own row."""
+    """Make doctests a section, keep stars of equations, give each name of a group its own row."""
 
     def on_object(
         self, *, obj: griffe.Object, loader: griffe.GriffeLoader, **kwargs: object

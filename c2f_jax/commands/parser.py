@@ -40,8 +40,10 @@ GROUPS = {"data": "Check or prepare a data set."}
 
 def create_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; what it parses has ``run`` and ``parser`` set."""
-    text = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser("c2f", description=DESCRIPTION, epilog=EXAMPLES, **text)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "c2f", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=as_written
+    )
     top = parser.add_subparsers(required=True, metavar="COMMAND")
     groups = {"": top}
     for name, command in COMMANDS.items():
@@ -51,7 +53,11 @@ def create_parser() -> argparse.ArgumentParser:
             groups[group] = parent.add_subparsers(required=True, metavar="COMMAND")
         epilog = f"examples:\n{command.EXAMPLES}"
         sub = groups[group].add_parser(
-            word, help=command.SUMMARY, description=command.SUMMARY, epilog=epilog, **text
+            word,
+            help=command.SUMMARY,
+            description=command.SUMMARY,
+            epilog=epilog,
+            formatter_class=as_written,
         )
         command.add_arguments(sub)
         sub.set_defaults(run=command.run, parser=sub)

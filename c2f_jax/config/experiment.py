@@ -52,7 +52,7 @@ class Experiment(RunOptions):
         """Return the options for reading another data set, without the caches of the run's own."""
         if name == self.data.name:
             return self.data
-        changes = {}
+        changes: dict[str, Any] = {}
         for part in ("speech", "image"):
             encoder = getattr(self.model, f"{part}_encoder")
             if getattr(encoder, "tower", None) is not None:
@@ -101,7 +101,7 @@ def example_batch(data: DataConfig, raw: Sequence[str] = ()) -> dict[str, np.nda
       raw: "speech", "image": parts to give as waveform or pixels even if there is a feature cache.
     """
     samples, side = round(max(data.bucket_seconds) * SAMPLE_RATE), data.image_size
-    batch = {"image": np.zeros((1, side, side, 3), np.uint8)}
+    batch: dict[str, np.ndarray] = {"image": np.zeros((1, side, side, 3), np.uint8)}
     if data.image_features is not None and "image" not in raw:
         features = open_features(data.image_features)
         batch = {"image_tokens": np.zeros((1, features.most_tokens, *features.shape), np.float16)}
@@ -118,7 +118,7 @@ def example_batch(data: DataConfig, raw: Sequence[str] = ()) -> dict[str, np.nda
 
 def _check_options(plain: Mapping[str, Any]) -> None:
     """Check the names, types and ranges of all options of a configuration."""
-    encoders = {part: _section(plain, f"model.{part}").get("name") for part in ENCODERS}
+    encoders = {part: _section(plain, f"model.{part}").get("name", "") for part in ENCODERS}
     options = sections(encoders)
     for where, known in options.items():
         values = dict(_section(plain, where))

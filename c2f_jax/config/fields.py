@@ -216,7 +216,7 @@ def flatten(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     >>> flatten({"steps": 3, "data": {"bucket_seconds": (1.0,)}})
     {'steps': 3, 'data.bucket_seconds': [1.0]}
     """
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
             flat |= flatten(value, dotted(where, name))

@@ -1,10 +1,9 @@
 """Read configurations from files and the command line; keep them in the directory of a run."""
 
-import importlib.util
 import json
 import os
+import runpy
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -125,10 +124,10 @@ def _call_get_config(path: str) -> ConfigDict:
             "configs/ of its repository"
         )
     try:
-        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        config = module.get_config(argument) if colon else module.get_config()
+        get_config = runpy.run_path(file).get("get_config")
+        if get_config is None:
+            raise ValueError("the file has no function get_config")
+        config = get_config(argument) if colon else get_config()
     except Exception as error:  # a configuration is a program, which can fail in any way
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         reason = (str(error).strip() or "no reason given").splitlines()[-1]

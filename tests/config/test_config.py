@@ -171,6 +171,7 @@ def test_an_override_of_another_type_is_named(override, expected):
             "get_config returns dict: must be a ConfigDict",
         ),
         ("def get_config():\n    return None\n", "must be a ConfigDict"),
+        ("steps = 3\n", "the file has no function get_config"),
     ],
 )
 def test_a_configuration_that_fails_is_one_line(tmp_path, capsys, program, expected):

@@ -413,7 +413,10 @@ def get_config():
     "changes, message",
     [
         ({"speech": {"name": "published"}}, r"model\.speech\.weights is not set"),
-        ({"speech": {"name": "log_mel", "weights": "x"}}, r"model\.speech\.weights needs model.speech.name"),
+        (
+            {"speech": {"name": "log_mel", "weights": "x"}},
+            r"model\.speech\.weights needs model.speech.name",
+        ),
         ({"image": {"name": "tokens"}}, r"model\.image\.name='tokens' reads a feature cache"),
         (
             {"speech_features": "x"},
@@ -462,7 +465,8 @@ def test_attributes_that_a_configuration_changes_are_the_cache_s_too(data, tmp_p
     )
     config.data.speech_features = f"{data}/tokens.npz"
     with pytest.raises(
-        UserError, match="holds the tokens of another tool: read them with model.speech.name='tokens'"
+        UserError,
+        match="holds the tokens of another tool: read them with model.speech.name='tokens'",
     ):
         create_experiment(config)
 
