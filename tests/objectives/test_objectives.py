@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.rounding import EPSILON
 from scipy import stats
 
 from c2f_jax import objectives
@@ -119,7 +120,9 @@ def test_similarity_logits_and_their_gradients(case):
         found[1], central_difference(lambda x: oracle(z, x, tau), keys), rtol=1e-4, atol=1e-4
     )
     np.testing.assert_allclose(
-        found[2], central_difference(lambda x: oracle(z, keys, x), tau), rtol=1e-4
+        found[2],
+        central_difference(lambda x: oracle(z, keys, x), tau),
+        atol=16 * EPSILON * np.sum(np.abs(similarity_oracle(z, keys, tau) * weights)) / tau,
     )
 
 
@@ -153,7 +156,8 @@ def test_target_rows_sum_to_one_and_unwritten_slots_get_zero(case, policy):
     hard, valid = objectives.identity_targets(*identity_args(case), policy)
     soft = objectives.distillation_targets(f32(case["momentum_logits"]), hard, valid, 0.4)
     for targets in (hard, soft):
-        np.testing.assert_allclose(np.sum(targets, axis=1), 1.0, atol=1e-6)
+        # Twelve numbers, each rounded when it is divided and when it is added.
+        np.testing.assert_allclose(np.sum(targets, axis=1), 1.0, atol=2 * 12 * EPSILON)
         assert not np.any(np.asarray(targets)[:, ~case["bank_valid"]])
     assert not np.any(np.asarray(soft)[~np.asarray(valid)]) and np.all(
         np.asarray(soft)[np.asarray(valid)] > 0
@@ -467,6 +471,7 @@ def test_momentum_parameters_approach_a_constant_geometrically():
     momentum = {"a": {"b": f32(start)}}
     for k in range(1, 8):
         momentum = update_momentum(momentum, {"a": {"b": f32(theta)}}, m)
-        np.testing.assert_allclose(momentum["a"]["b"], theta + m**k * (start - theta), atol=1e-6)
+        # Seven steps of three roundings each, of values below 2.
+        np.testing.assert_allclose(momentum["a"]["b"], theta + m**k * (start - theta), atol=5e-6)
     lowered = update_momentum(momentum, {"a": {"b": f32(theta).astype(jnp.bfloat16)}}, m)
     assert lowered["a"]["b"].dtype == jnp.float32

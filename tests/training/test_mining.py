@@ -83,7 +83,7 @@ def test_mined_negatives_are_the_same_on_any_number_of_devices(mining, pool, wid
     assert len(np.unique(columns)) > 2 and (columns >= 8).any() == (pool == "queue")
     for devices in (2, 4):
         for a, b in zip(mine(pool, devices, *mining, ids), one, strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-6)
+            np.testing.assert_allclose(a, b, atol=1e-5)  # six products, over 0.2: 30 eps
 
 
 def test_batch_pool_keeps_to_its_own_device(mining):
@@ -93,7 +93,7 @@ def test_batch_pool_keeps_to_its_own_device(mining):
     np.testing.assert_array_equal(np.asarray(negative_ids) // 2, np.arange(8) // 2)
     for device in range(4):
         own = slice(2 * device, 2 * device + 2)
-        np.testing.assert_allclose(scores[own], whole[own, own], atol=1e-6)
+        np.testing.assert_allclose(scores[own], whole[own, own], atol=1e-5)
 
 
 def test_queue_pool_pads_a_shorter_bucket_to_the_length_of_the_queue(mining):

@@ -271,13 +271,14 @@ def test_each_step_equals_the_method_by_hand(case):
         for queue, size in ((after.queue, 13), (after.token_queue, 19)):
             kept, first = queued[-size:], max(0, len(queued) - size)
             assert int(queue.count) == len(kept)
+            # Embeddings of length 1 from two programs: up to hundreds of eps apart, other rows 0.1.
             slots = [(first + k) % size for k in range(len(kept))]
             assert queue.entries["id"][slots].tolist() == [row[0] for row in kept]
             np.testing.assert_allclose(
-                queue.entries["speech"][slots], [row[1] for row in kept], atol=1e-5
+                queue.entries["speech"][slots], [row[1] for row in kept], atol=1e-4
             )
             np.testing.assert_allclose(
-                queue.entries["image"][slots], [row[2] for row in kept], atol=1e-5
+                queue.entries["image"][slots], [row[2] for row in kept], atol=1e-4
             )
 
         m = 0.995
@@ -327,7 +328,8 @@ def test_sic_alone_has_the_gradient_of_plain_infonce(case, mode, devices):
 
     loss, expected = jax.device_get(gradient(start.params))
     run = Run(case, mode, devices, batches=[batch])
-    assert run.metrics[0]["loss"] == pytest.approx(float(loss), rel=1e-5)
+    # Embeddings that are tens of eps apart are divided by tau = 0.07.
+    assert run.metrics[0]["loss"] == pytest.approx(float(loss), rel=1e-4)
     found = jax.tree.map(lambda a, b: (a - b) / 0.01, start.params, run.states[1].params)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
     jax.tree.map(
