@@ -341,14 +341,16 @@ def changed_tower(**changes):
 
 
 def test_layer_drop_alone_skips_blocks():
-    first, *others = hidden_states(layer_drop=1.0)
-    for found in others:
-        np.testing.assert_array_equal(found, first)
-    # Two programs with seven convolutions: entries below 5 agree to a hundred eps.
-    np.testing.assert_allclose(first, hidden_states()[0], atol=1e-4)
+    # Entries below 5 agree to hundreds of eps, however the compiler joins operations; a block moves
+    # them by 0.1 and more.
+    for found in hidden_states(layer_drop=1.0):
+        np.testing.assert_allclose(found, hidden_states()[0], atol=1e-4)
     some = hidden_states(layer_drop=0.5)
     same = np.array(
-        [[np.array_equal(some[k][row], some[k + 1][row]) for row in range(4)] for k in range(2)]
+        [
+            [np.allclose(some[k][row], some[k + 1][row], atol=1e-4) for row in range(4)]
+            for k in range(2)
+        ]
     )
     assert same.any() and not same.all(), "each example draws for itself"
 
