@@ -246,8 +246,8 @@ def other_order(queue, rows):
 
 
 def negatives_of_the_next_row(*arguments):
-    columns, valid = sample_hard_negatives(*arguments)
-    return jnp.roll(columns, 1), valid
+    mined = sample_hard_negatives(*arguments)
+    return mined._replace(columns=jnp.roll(mined.columns, 1))
 
 
 def row_numbers_of_the_first_device(axis_name=None):
