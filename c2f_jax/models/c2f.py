@@ -1,14 +1,13 @@
-"""The C2F model: two encoders with projections for SIC, a multimodal encoder for SIM, a learnt temperature."""
+"""The C2F model: two encoders with projections for SIC, a multimodal encoder for SIM, and tau."""
 
-import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from c2f_jax.models.encoder import numbered
-from c2f_jax.models.layers import Dense
+from c2f_jax.models.encoder import branch_projections, project
 from c2f_jax.objectives.keys import Site, fold_keys
 
 
@@ -16,10 +15,10 @@ class Encoded(NamedTuple):
     """One modality of a batch.
 
     Attributes:
-      embedding: (n, D) float32, L2-normalised projection z of the [CLS]; of M branches (n, M D), each one's
-        normalised projection times 1 / sqrt(M), so that a cosine is the mean of the branches' cosines.
-      tokens: (n, T, W) token sequence H, [CLS] first; of M branches (n, T, M W).
-      lengths: (n,) int32 valid tokens.
+      embedding: (n, D) float32, the L2-normalized projection z of the [CLS]; (n, M D) with M
+        branches.
+      tokens: (n, T, W), the token sequence H, [CLS] first; (n, T, M W) with M branches.
+      lengths: (n,) int32, valid tokens.
     """
 
     embedding: jax.Array
@@ -27,33 +26,53 @@ class Encoded(NamedTuple):
     lengths: jax.Array
 
 
-class Temperature(nn.Module):
-    """The learnt temperature tau = exp(log_tau) that divides similarities.
+class Outputs(NamedTuple):
+    """Every output of the model, of n pairs.
 
-    The logarithm is learnt, as in CLIP: a step of Adam at the encoders' learning rate would be a large share of tau.
+    Attributes:
+      speech: the encoded recordings.
+      image: the encoded images.
+      logits: (n, 2), SIM's "no match" and "match".
+      tau: scalar, the temperature.
+    """
+
+    speech: Encoded
+    image: Encoded
+    logits: jax.Array
+    tau: jax.Array
+
+
+class Temperature(nn.Module):
+    """The learned temperature tau = exp(log_tau) that divides similarities.
+
+    The logarithm is learned, as in CLIP: a step of Adam at the encoders' learning rate would be a
+    large share of tau.
+
+    Attributes:
+      initial: tau at step 0.
     """
 
     initial: float = 0.07
 
     @nn.compact
-    def __call__(self):
-        """float32 scalar."""
+    def __call__(self) -> jax.Array:
+        """Return tau, a float32 scalar."""
         return jnp.exp(self.param("log_tau", nn.initializers.constant(jnp.log(self.initial)), ()))
 
 
 class C2FModel(nn.Module):
     """Coarse-to-fine speech-image model.
 
+    Per-example ``keys`` (n,) turn dropout on; with None the model is deterministic.
+
     Attributes:
       speech_encoder: (waveform, lengths, keys) -> tokens, lengths.
       image_encoder: (image, keys) -> tokens, lengths.
       multimodal_encoder: (speech tokens, lengths, image tokens, lengths, keys) -> logits (n, 2).
       embedding_dim: D.
-      branches: M, as the encoders have.
+      branches: M, the same as in the encoders.
       initial_tau: tau at step 0.
       frozen: paths of the parameters that are never trained, such as ("speech_encoder", "tower").
-
-    Per-example ``keys`` (n,) switch dropout on; None is deterministic.
     """
 
     speech_encoder: nn.Module
@@ -64,74 +83,75 @@ class C2FModel(nn.Module):
     initial_tau: float = 0.07
     frozen: tuple[tuple[str, ...], ...] = ()
 
-    def setup(self):
-        # Projection and normalisation in float32 whatever the compute type: similarities are divided by a small tau.
-        self.speech_projections, self.image_projections = (
-            [
-                Dense(self.embedding_dim, name=numbered(f"{part}_projection", m))
-                for m in range(self.branches)
-            ]
-            for part in ("speech", "image")
+    def setup(self) -> None:
+        """Create the projections and the temperature."""
+        self.speech_projections = branch_projections(
+            "speech_projection", self.embedding_dim, self.branches
+        )
+        self.image_projections = branch_projections(
+            "image_projection", self.embedding_dim, self.branches
         )
         self.temperature = Temperature(self.initial_tau)
 
-    def encode_speech(self, waveform, lengths, keys=None) -> Encoded:
-        """Encode recordings: waveform (n, S) float32 at 16 kHz with (n,) valid samples, or cached tokens (n, T, C)."""
-        tokens, token_lengths = self.speech_encoder(
-            waveform, lengths, fold_keys(keys, Site.SPEECH_ENCODER)
-        )
-        return Encoded(_embedding(self.speech_projections, tokens), tokens, token_lengths)
+    def encode_speech(
+        self, waveform: jax.Array, lengths: jax.Array, keys: jax.Array | None = None
+    ) -> Encoded:
+        """Encode recordings.
 
-    def encode_image(self, image, keys=None) -> Encoded:
-        """Encode images: (n, H, W, 3) uint8, or cached tokens (n, P, C)."""
-        tokens, token_lengths = self.image_encoder(image, fold_keys(keys, Site.IMAGE_ENCODER))
-        return Encoded(_embedding(self.image_projections, tokens), tokens, token_lengths)
+        Args:
+          waveform: (n, S) float32 at 16 kHz, or cached tokens (n, T, C).
+          lengths: (n,) valid samples or tokens.
+          keys: (n,) typed keys for dropout.
+        """
+        keys = fold_keys(keys, Site.SPEECH_ENCODER)
+        tokens, token_lengths = self.speech_encoder(waveform, lengths, keys)
+        return Encoded(project(self.speech_projections, tokens[:, 0]), tokens, token_lengths)
 
-    def match(self, speech: Encoded, image: Encoded, keys=None):
-        """SIM logits (n, 2) of n pairs; embeddings are not used and may be None."""
+    def encode_image(self, image: jax.Array, keys: jax.Array | None = None) -> Encoded:
+        """Encode images.
+
+        Args:
+          image: (n, H, W, 3) uint8, or cached tokens (n, P, C).
+          keys: (n,) typed keys for dropout.
+        """
+        keys = fold_keys(keys, Site.IMAGE_ENCODER)
+        tokens, token_lengths = self.image_encoder(image, keys)
+        return Encoded(project(self.image_projections, tokens[:, 0]), tokens, token_lengths)
+
+    def match(self, speech: Encoded, image: Encoded, keys: jax.Array | None = None) -> jax.Array:
+        """Return the SIM logits (n, 2) of n pairs; embeddings are not used and may be None."""
+        keys = fold_keys(keys, Site.MULTIMODAL_ENCODER)
         return self.multimodal_encoder(
-            speech.tokens,
-            speech.lengths,
-            image.tokens,
-            image.lengths,
-            fold_keys(keys, Site.MULTIMODAL_ENCODER),
+            speech.tokens, speech.lengths, image.tokens, image.lengths, keys
         )
 
     @property
-    def embedding_size(self):
+    def embedding_size(self) -> int:
         """Entries of an embedding, M D."""
         return self.branches * self.embedding_dim
 
-    def tau(self):
-        """The temperature, float32 scalar."""
+    def tau(self) -> jax.Array:
+        """Return the temperature, a float32 scalar."""
         return self.temperature()
 
-    def __call__(self, batch):
-        """Every part once, for initialisation: returns (speech, image, logits, tau)."""
-        speech, image = (
-            self.encode_speech(*speech_input(batch)),
-            self.encode_image(image_input(batch)),
-        )
-        return speech, image, self.match(speech, image), self.tau()
+    def __call__(self, batch: Mapping[str, Any]) -> Outputs:
+        """Run every part once, for initialization."""
+        speech = self.encode_speech(*speech_input(batch))
+        image = self.encode_image(image_input(batch))
+        return Outputs(speech, image, self.match(speech, image), self.tau())
 
 
-def speech_input(batch):
-    """Waveforms (n, S), or their tokens (n, T, C) from the feature cache, and the lengths (n,) in samples or tokens."""
-    return batch["speech_tokens"] if "speech_tokens" in batch else batch["waveform"], batch[
-        "speech_lengths"
-    ]
+def speech_input(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+    """Return a batch's speech and its lengths.
+
+    Returns:
+      Waveforms (n, S) and (n,) samples, or tokens (n, T, C) of the feature cache and (n,) tokens.
+    """
+    name = "speech_tokens" if "speech_tokens" in batch else "waveform"
+    return batch[name], batch["speech_lengths"]
 
 
-def image_input(batch):
-    """Images (n, H, W, 3) uint8, or their tokens (n, P, C) from the feature cache."""
-    return batch["image_tokens"] if "image_tokens" in batch else batch["image"]
-
-
-def _embedding(projections, tokens):
-    """The branches' parts of the first token, each projected and normalised: (n, T, M W) -> (n, M D)."""
-    parts = jnp.split(tokens[:, 0].astype(jnp.float32), len(projections), axis=-1)
-    z = jnp.stack(
-        [projection(part) for projection, part in zip(projections, parts, strict=True)], axis=1
-    )  # (n, M, D)
-    z = z * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(z), axis=-1, keepdims=True), 1e-12))
-    return z.reshape(z.shape[0], -1) / math.sqrt(len(projections))
+def image_input(batch: Mapping[str, Any]) -> jax.Array:
+    """Return images (n, H, W, 3) uint8, or their tokens (n, P, C) of the feature cache."""
+    name = "image_tokens" if "image_tokens" in batch else "image"
+    return batch[name]

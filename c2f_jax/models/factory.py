@@ -1,6 +1,11 @@
-"""Models built from plain values."""
+"""Models from plain values: the encoders and networks there are, and their options.
+
+To add an encoder or a published network, write its module and list it here.
+"""
 
 import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import flax.linen as nn
@@ -8,7 +13,6 @@ import jax.numpy as jnp
 
 from c2f_jax.errors import UserError
 from c2f_jax.models.c2f import C2FModel
-from c2f_jax.models.encoder import POOLINGS
 from c2f_jax.models.layers import ATTENTION_IMPLEMENTATIONS
 from c2f_jax.models.log_mel import LogMelSpeechEncoder
 from c2f_jax.models.multimodal import MultimodalEncoder
@@ -16,95 +20,125 @@ from c2f_jax.models.networks.blip2 import Blip2
 from c2f_jax.models.networks.vision_transformer import VisionTransformer
 from c2f_jax.models.networks.wav2vec2 import Wav2Vec2
 from c2f_jax.models.networks.whisper import Whisper
-from c2f_jax.models.published import FROZEN, PublishedImage, PublishedSpeech
+from c2f_jax.models.published import PublishedImage, PublishedSpeech
 from c2f_jax.models.vit import ViTImageEncoder
 
-# "published" is a network that we have, "tokens" one of another tool, whose tokens a feature cache holds.
-SPEECH_ENCODERS = {
+# "published" is a network in TOWERS; "tokens" is one of another tool, whose tokens a feature cache
+# holds.
+SPEECH_ENCODERS: dict[str, type[nn.Module]] = {
     "log_mel": LogMelSpeechEncoder,
     "published": PublishedSpeech,
     "tokens": PublishedSpeech,
 }
-IMAGE_ENCODERS = {"vit": ViTImageEncoder, "published": PublishedImage, "tokens": PublishedImage}
-SPEECH_TOWERS = {"wav2vec2": Wav2Vec2, "whisper": Whisper}
-IMAGE_TOWERS = {"vision_transformer": VisionTransformer, "blip2": Blip2}
+IMAGE_ENCODERS: dict[str, type[nn.Module]] = {
+    "vit": ViTImageEncoder,
+    "published": PublishedImage,
+    "tokens": PublishedImage,
+}
+MULTIMODAL_ENCODERS: dict[str, type[nn.Module]] = {"multimodal": MultimodalEncoder}
+SPEECH_TOWERS: dict[str, type[nn.Module]] = {"wav2vec2": Wav2Vec2, "whisper": Whisper}
+IMAGE_TOWERS: dict[str, type[nn.Module]] = {
+    "vision_transformer": VisionTransformer,
+    "blip2": Blip2,
+}
 TOWERS = SPEECH_TOWERS | IMAGE_TOWERS
-# Fields of modules that are Flax's, or values of the whole model.
+
+# Fields of modules that are Flax's, or options of the whole model.
 NO_OPTIONS = ("parent", "name", "branches", "dtype", "attention", "remat")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# What ``frozen`` of a published encoder keeps, as a path below the encoder.
+FROZEN_PATHS = {"tower": ("tower",), "conv": ("tower", "conv")}
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Options of the whole model.
+
+    Attributes:
+      embedding_dim: D.
+      branches: M, transformers and projections side by side in each of the two encoders: an
+        ensemble on one trunk, each branch with its SIC loss. The paper has one.
+      initial_tau: tau at step 0.
+      dtype: compute type; parameters, logits, softmax and momentum are float32 in any case.
+      attention: implementation of attention; "cudnn" is for GPUs and bfloat16.
+      remat: recompute the activations of transformer blocks in the backward pass instead of
+        keeping them.
+    """
+
+    embedding_dim: int = field(default=256, metadata={"min": 1})
+    branches: int = field(default=1, metadata={"min": 1})
+    initial_tau: float = field(default=0.07, metadata={"above": 0})
+    dtype: str = field(default="float32", metadata={"choices": tuple(DTYPES)})
+    attention: str = field(default="xla", metadata={"choices": ATTENTION_IMPLEMENTATIONS})
+    remat: bool = False
 
 
 def create_model(
-    speech,
-    image,
-    multimodal,
-    *,
-    embedding_dim=256,
-    branches=1,
-    initial_tau=0.07,
-    dtype="float32",
-    attention="xla",
-    remat=False,
-):
+    speech: Mapping[str, Any],
+    image: Mapping[str, Any],
+    multimodal: Mapping[str, Any],
+    **options: Any,
+) -> C2FModel:
     """Build a ``C2FModel``.
 
     Args:
-      speech: dict with ``name`` ("log_mel", "published", "tokens") and the encoder's attributes; the ``tower`` of a
-        published one is a dict as in ``create_tower``.
-      image: dict with ``name`` ("vit", "published", "tokens") and the encoder's attributes.
-      multimodal: dict of ``MultimodalEncoder`` attributes.
-      embedding_dim: D.
-      branches: M, transformers and projections side by side in each of the two encoders: an ensemble on one trunk,
-        each branch with an SIC loss of its own.
-      initial_tau: tau at step 0.
-      dtype: compute type, "float32" or "bfloat16"; parameters, logits, softmax and momentum stay float32.
-      attention: "xla" or "cudnn".
-      remat: rematerialise transformer blocks in the backward pass.
+      speech: ``name`` ("log_mel", "published", "tokens") and the encoder's attributes; the
+        ``tower`` of a published one is a dict as in ``create_tower``.
+      image: ``name`` ("vit", "published", "tokens") and the encoder's attributes.
+      multimodal: ``MultimodalEncoder`` attributes.
+      **options: of ``ModelOptions``.
 
     Raises:
-      UserError: unknown encoder, attribute, type or attention implementation.
+      UserError: unknown encoder, attribute or option, or a value that is not among its choices.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"model.dtype={dtype!r}: choose one of {', '.join(DTYPES)}")
-    if attention not in ATTENTION_IMPLEMENTATIONS:
-        raise UserError(
-            f"model.attention={attention!r}: choose one of {', '.join(ATTENTION_IMPLEMENTATIONS)}"
-        )
-    shared = {"dtype": DTYPES[dtype], "attention": attention, "remat": remat}
-    frozen = []
-    for part, attributes in (("speech", speech), ("image", image)):
-        if branches > 1 and not attributes.get("depth", 1):
+    known = [option.name for option in dataclasses.fields(ModelOptions)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise UserError(f"model has no {', '.join(unknown)}: its values are {', '.join(known)}")
+    _check_choices("model", dataclasses.fields(ModelOptions), options)
+    model = ModelOptions(**options)
+
+    shared = {
+        "dtype": DTYPES[model.dtype],
+        "attention": model.attention,
+        "remat": model.remat,
+    }
+    branched = shared | {"branches": model.branches}
+    encoders = {
+        "speech": _encoder("model.speech", SPEECH_ENCODERS, speech, branched),
+        "image": _encoder("model.image", IMAGE_ENCODERS, image, branched),
+    }
+    for part, encoder in encoders.items():
+        if model.branches > 1 and not getattr(encoder, "depth", 1):
             raise UserError(
-                f"model.branches={branches} are transformers: model.{part}.depth=0 leaves them out"
+                f"model.branches={model.branches}: branches are transformers, which "
+                f"model.{part}.depth=0 leaves out"
             )
-        if attributes.get("name") == "published":
-            frozen += _frozen_paths(part, attributes.get("frozen", "tower"))
+
     return C2FModel(
-        _encoder("model.speech", SPEECH_ENCODERS, speech, shared, SPEECH_TOWERS).clone(
-            branches=branches
-        ),
-        _encoder("model.image", IMAGE_ENCODERS, image, shared, IMAGE_TOWERS).clone(
-            branches=branches
-        ),
+        encoders["speech"],
+        encoders["image"],
         _encoder(
-            "model.multimodal",
-            {"multimodal": MultimodalEncoder},
-            {"name": "multimodal"} | multimodal,
-            shared,
+            "model.multimodal", MULTIMODAL_ENCODERS, {"name": "multimodal", **multimodal}, shared
         ),
-        embedding_dim=embedding_dim,
-        branches=branches,
-        initial_tau=initial_tau,
-        frozen=tuple(frozen),
+        embedding_dim=model.embedding_dim,
+        branches=model.branches,
+        initial_tau=model.initial_tau,
+        frozen=_frozen_paths(encoders),
     )
 
 
-def create_tower(attributes, where="tower", towers=None, **shared):
-    """A published network from plain values, as they stand in a card of converted weights.
+def create_tower(
+    attributes: Mapping[str, Any],
+    where: str = "tower",
+    towers: Mapping[str, type[nn.Module]] | None = None,
+    **shared: Any,
+) -> nn.Module:
+    """Build a published network from plain values, such as those in a card of converted weights.
 
     Args:
-      attributes: dict with ``name`` (a key of ``TOWERS``) and the network's attributes; ``vision`` of "blip2" is such a
-        dict again.
+      attributes: ``name`` (a key of ``TOWERS``) and the network's attributes; ``vision`` of "blip2"
+        is such a dict again.
       where: what error messages call it.
       towers: the registry to choose from; all by default.
       **shared: dtype, attention, remat.
@@ -112,68 +146,98 @@ def create_tower(attributes, where="tower", towers=None, **shared):
     Raises:
       UserError: unknown name or attribute.
     """
-    attributes = {k: tuple(v) if isinstance(v, list) else v for k, v in attributes.items()}
-    if isinstance(attributes.get("vision"), dict):
-        attributes["vision"] = create_tower(
-            attributes["vision"], f"{where}.vision", IMAGE_TOWERS, **shared
-        )
-    return _encoder(where, towers or TOWERS, attributes, shared)
+    values: dict[str, Any] = {}
+    for name, value in attributes.items():
+        values[name] = tuple(value) if isinstance(value, list) else value
+    if isinstance(values.get("vision"), dict):
+        values["vision"] = create_tower(values["vision"], f"{where}.vision", IMAGE_TOWERS, **shared)
+    return _encoder(where, towers or TOWERS, values, shared)
 
 
-def option_fields(module: type[nn.Module]) -> list[dataclasses.Field[Any]]:
+def option_fields(module: type[nn.Module]) -> tuple[dataclasses.Field[Any], ...]:
     """Return the fields of a module that a configuration may set.
 
     Args:
       module: an encoder, the multimodal encoder, or a network.
+
+    Returns:
+      Dataclass fields; their metadata may have "min", "max" (inclusive), "above", "below"
+      (exclusive) and "choices".
     """
-    return [f for f in dataclasses.fields(module) if f.name not in NO_OPTIONS]
+    return tuple(option for option in dataclasses.fields(module) if option.name not in NO_OPTIONS)
 
 
-def _frozen_paths(part, frozen):
-    if frozen not in FROZEN or (frozen == "conv" and part == "image"):
-        raise UserError(
-            f"model.{part}.frozen={frozen!r}: choose one of tower, none{', conv' * (part == 'speech')}"
-        )
-    paths = {"tower": ("tower",), "conv": ("tower", "conv")}
-    return [(f"{part}_encoder", *paths[frozen])] if frozen in paths else []
+def _encoder(
+    where: str,
+    registry: Mapping[str, type[nn.Module]],
+    attributes: Mapping[str, Any],
+    shared: Mapping[str, Any],
+) -> nn.Module:
+    """Build an encoder or a network.
 
-
-def _encoder(where, registry, attributes, shared, towers=None):
-    attributes = dict(attributes)
-    name = attributes.pop("name", None)
+    Args:
+      where: what error messages call it.
+      registry: name -> class.
+      attributes: ``name`` and the attributes.
+      shared: attributes that are values of the whole model.
+    """
+    values = dict(attributes)
+    name = values.pop("name", None)
     if name not in registry:
         raise UserError(f"{where}.name={name!r}: choose one of {', '.join(registry)}")
-    if name in ("published", "tokens") and (name == "published") != bool(attributes.get("tower")):
-        needed = (
-            "needs `weights`, a folder of `c2f convert`, or `tower`"
-            if name == "published"
-            else "takes no `tower`"
+    module = registry[name]
+
+    has_tower = bool(values.get("tower"))
+    if name == "published" and not has_tower:
+        raise UserError(
+            f"{where}.name='published' needs `weights`, a folder of `c2f convert`, or `tower`"
         )
-        raise UserError(f"{where}.name={name!r} {needed}")
-    if isinstance(attributes.get("tower"), dict):
-        attributes["tower"] = create_tower(attributes["tower"], f"{where}.tower", towers, **shared)
-    known = {option.name for option in option_fields(registry[name])}
-    unknown = sorted(set(attributes) - known)
+    if name == "tokens" and has_tower:
+        raise UserError(f"{where}.name='tokens' takes no `tower`")
+    if isinstance(values.get("tower"), dict):
+        towers = SPEECH_TOWERS if registry is SPEECH_ENCODERS else IMAGE_TOWERS
+        of_tower = {key: value for key, value in shared.items() if key != "branches"}
+        values["tower"] = create_tower(values["tower"], f"{where}.tower", towers, **of_tower)
+
+    known = {option.name: option for option in option_fields(module)}
+    unknown = sorted(set(values) - set(known))
     if unknown:
         raise UserError(
-            f"{where} ({name}) has no {', '.join(unknown)}: its attributes are {', '.join(sorted(known))}"
+            f"{where} ({name}) has no {', '.join(unknown)}: "
+            f"its attributes are {', '.join(sorted(known))}"
         )
-    width, heads = (
-        attributes.get(size, getattr(registry[name], size)) for size in ("width", "heads")
-    )
-    if width % heads:
-        raise UserError(f"{where}: width {width} is not a multiple of heads {heads}")
-    if (
-        name in ("published", "tokens")
-        and attributes.get("conv_blocks")
-        and attributes.get("depth") == 0
-    ):
-        blocks = attributes["conv_blocks"]
+    _check_choices(where, tuple(known.values()), values)
+
+    encoder = module(**values, **shared)
+    if hasattr(encoder, "heads") and encoder.width % encoder.heads:
         raise UserError(
-            f"{where}.conv_blocks={blocks} stand under a transformer: depth 0 leaves it out"
+            f"{where}: width {encoder.width} is not a multiple of heads {encoder.heads}"
         )
-    if attributes.get("pooling", "cls") not in POOLINGS:
+    if name in ("published", "tokens") and values.get("conv_blocks") and encoder.depth == 0:
         raise UserError(
-            f"{where}.pooling={attributes['pooling']!r}: choose one of {', '.join(POOLINGS)}"
+            f"{where}.conv_blocks={values['conv_blocks']}: the convolutions are under a "
+            "transformer, which depth 0 leaves out"
         )
-    return registry[name](**attributes, **shared)
+    return encoder
+
+
+def _check_choices(
+    where: str, options: tuple[dataclasses.Field[Any], ...], values: Mapping[str, Any]
+) -> None:
+    """Raise UserError for a value that is not among the choices of its field."""
+    for option in options:
+        choices = option.metadata.get("choices")
+        if choices and option.name in values and values[option.name] not in choices:
+            raise UserError(
+                f"{where}.{option.name}={values[option.name]!r}: choose one of {', '.join(choices)}"
+            )
+
+
+def _frozen_paths(encoders: Mapping[str, nn.Module]) -> tuple[tuple[str, ...], ...]:
+    """Return the paths of the parameters that are never trained."""
+    paths = []
+    for part, encoder in encoders.items():
+        has_tower = getattr(encoder, "tower", None) is not None
+        if has_tower and encoder.frozen in FROZEN_PATHS:
+            paths.append((f"{part}_encoder", *FROZEN_PATHS[encoder.frozen]))
+    return tuple(paths)

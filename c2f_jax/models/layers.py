@@ -1,7 +1,8 @@
-"""Transformer layers with explicit lengths and per-example dropout keys; one transformer serves all encoders."""
+"""Transformer layers with explicit lengths and per-example dropout keys, for all encoders."""
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +10,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from c2f_jax.objectives.keys import Site, fold_keys
 
 ATTENTION_IMPLEMENTATIONS = ("xla", "cudnn")
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": nn.gelu,
     "gelu": functools.partial(nn.gelu, approximate=False),
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
@@ -25,15 +27,17 @@ class BlockStyle:
     """What differs from one published transformer to another; the defaults are the light encoders'.
 
     Attributes:
-      pre_norm: norms before each sub-layer and one at the end of the stack (GPT-2, ViT); False for norms after each
-        residual sum and none at the end (BERT, HuBERT base).
-      activation: of the MLP: "gelu_tanh" (approximate), "gelu" or "quick_gelu" (x sigmoid(1.702 x), CLIP).
+      pre_norm: norms before each sub-layer and one at the end of the stack (GPT-2, ViT); False for
+        norms after each residual sum and none at the end (BERT, HuBERT base).
+      activation: of the MLP: "gelu_tanh" (approximate), "gelu" or "quick_gelu" (x sigmoid(1.702 x),
+        CLIP).
       epsilon: of the layer norms.
-      layer_scale: learnt scale of each sub-layer's output (DINOv2).
-      cross_every: 1 for cross-attention in every block, 2 for every second one from the first on (Q-Former).
-      position_buckets: rows of the table of relative positions, shared by all blocks and gated in each (WavLM); 0 for
-        none.
-      position_distance: distance from which on all positions share a row.
+      layer_scale: a learned scale of each sub-layer's output (DINOv2).
+      cross_every: 1 for cross-attention in every block, 2 for every second one from the first on
+        (Q-Former).
+      position_buckets: rows of the table of relative positions, shared by all blocks and gated in
+        each (WavLM); 0 for none.
+      position_distance: distance beyond which all positions share a row.
     """
 
     pre_norm: bool = True
@@ -45,15 +49,15 @@ class BlockStyle:
     position_distance: int = 800
 
 
-def dropout(x, rate, keys):
-    """Inverted dropout whose mask for an example depends on that example's key alone.
+def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
+    """Drop entries, with a mask for each example that depends on that example's key alone.
 
     Masks drawn for a whole device batch would change with the number of devices; these do not.
 
     Args:
       x: (n, ...).
-      rate: probability of zeroing an entry.
-      keys: (n,) typed PRNG keys, or None for no dropout.
+      rate: probability of zeroing an entry; the others are divided by 1 - rate.
+      keys: (n,) typed keys, or None for no dropout.
     """
     if keys is None or rate == 0.0:
         return x
@@ -61,32 +65,75 @@ def dropout(x, rate, keys):
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 
-def length_mask(lengths, size):
-    """(n,) lengths -> (n, size) bool, True at positions below the length."""
+def span_mask(
+    keys: jax.Array,
+    size: int,
+    probability: float,
+    length: int,
+    valid: jax.Array | None = None,
+) -> jax.Array:
+    """Draw spans as SpecAugment does, which cover each place with about ``probability``.
+
+    A span starts at each valid place with probability ``probability / length``. The draws follow
+    from each example's key alone, so that they do not depend on the number of devices.
+
+    Args:
+      keys: (n,) typed keys.
+      size: T, number of places.
+      probability: expected share of masked places, where spans overlap counted twice.
+      length: of a span.
+      valid: (n, T) bool, where spans may start; None for everywhere.
+
+    Returns:
+      (n, T) bool.
+    """
+    starts = jax.vmap(lambda key: jax.random.bernoulli(key, probability / length, (size,)))(keys)
+    if valid is not None:
+        starts = starts & valid
+    started = jnp.cumsum(starts, axis=1)
+    # Spans that began `length` or more places ago are over.
+    over = jnp.pad(started, ((0, 0), (length, 0)))[:, :size]
+    return started > over
+
+
+def length_mask(lengths: jax.Array, size: int) -> jax.Array:
+    """Return True at positions below the length: (n,) -> (n, size) bool."""
     return jnp.arange(size)[None, :] < lengths[:, None]
 
 
-def sinusoidal_positions(length, width):
-    """(length, width) fixed sine and cosine position embeddings (Vaswani et al. 2017, section 3.5)."""
+def sinusoidal_positions(length: int, width: int) -> jax.Array:
+    """Return fixed sine and cosine position embeddings, (length, width).
+
+    Reference:
+      Vaswani et al. 2017, section 3.5.
+    """
     positions = jnp.arange(length, dtype=jnp.float32)[:, None]
-    frequencies = jnp.exp(-jnp.log(10_000.0) * jnp.arange(0, width, 2, dtype=jnp.float32) / width)[
-        None, :
-    ]
+    evens = jnp.arange(0, width, 2, dtype=jnp.float32)
+    frequencies = jnp.exp(-jnp.log(10_000.0) * evens / width)[None, :]
     angles = positions * frequencies  # (length, width / 2)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)[:, :width]
 
 
-def relative_buckets(length, buckets, distance):
-    """Rows of the table of relative positions: (length, length) int32 for queries i and keys j.
+def relative_buckets(length: int, buckets: int, distance: int) -> np.ndarray:
+    """Return the row of the table of relative positions for each query i and key j.
 
-    Half of the rows are for j > i. Of each half, the first half stands for |j - i| = 0, 1, ..., the rest for ranges
-    that widen up to ``distance``.
+    Half of the rows are for j > i. In each half, the first half is for |j - i| = 0, 1, ..., the
+    rest for ranges that widen up to ``distance``.
 
-    Source: Raffel et al. 2020 (T5), section 2.1.
+    Args:
+      length: T.
+      buckets: rows of the table.
+      distance: from which on all positions share a row.
+
+    Returns:
+      (T, T) int32.
+
+    Reference:
+      Raffel et al. 2020 (T5), section 2.1.
     """
     relative = np.arange(length)[None, :] - np.arange(length)[:, None]
     half, exact = buckets // 2, buckets // 4
-    # In float32, as the reference: its rounding decides which range a distance on a border falls into.
+    # In float32, as the reference: its rounding decides which range a distance on a border is in.
     wide = np.log(np.maximum(np.abs(relative), 1).astype(np.float32) / exact) / np.float32(
         np.log(distance / exact)
     )
@@ -95,19 +142,32 @@ def relative_buckets(length, buckets, distance):
     return (found + half * (relative > 0)).astype(np.int32)
 
 
-def dense_dot_general(x, kernel, dimension_numbers, precision=None, preferred_element_type=None):
-    """``jax.lax.dot_general`` of a dense layer as a product of two matrices, all examples and tokens in one axis.
+def dense_dot_general(
+    x: jax.Array,
+    kernel: jax.Array,
+    dimension_numbers: Any,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+) -> jax.Array:
+    """Compute a dense layer as a product of two matrices, all examples and tokens in one axis.
 
-    XLA on a CPU copies an operand to another layout, as slow as the product itself, for the gradient of a kernel whose
-    input has several leading axes.
+    Takes the place of ``jax.lax.dot_general``. XLA on a CPU copies an operand to another layout, as
+    slow as the product itself, for the gradient of a kernel whose input has several leading axes.
 
     Args:
       x: (..., C...), contracted over its last axes.
       kernel: (C..., D...), contracted over its first axes.
+      dimension_numbers: as in ``jax.lax.dot_general``; there are no batch axes.
+      precision: as in ``jax.lax.dot_general``.
+      preferred_element_type: as in ``jax.lax.dot_general``.
+
+    Returns:
+      (..., D...).
     """
     (axes, _), _ = dimension_numbers
     leading, features = x.shape[: x.ndim - len(axes)], kernel.shape[len(axes) :]
     inputs = math.prod(kernel.shape[: len(axes)])
+    # (N, C) . (C, D) -> (N, D)
     y = jax.lax.dot_general(
         x.reshape(-1, inputs),
         kernel.reshape(inputs, -1),
@@ -122,32 +182,44 @@ Dense = functools.partial(nn.Dense, dot_general=dense_dot_general)
 DenseGeneral = functools.partial(nn.DenseGeneral, dot_general=dense_dot_general)
 
 
-def dot_product_attention(query, key, value, bias=None, lengths=None):
-    """softmax(Q K^T / sqrt(d) + bias) V over the first ``lengths`` of the S keys, logits and softmax in float32.
+def dot_product_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None = None,
+    lengths: jax.Array | None = None,
+) -> jax.Array:
+    """Compute softmax(Q K^T / sqrt(d) + bias) V, logits and softmax in float32.
 
-    Heads stand before the tokens in all products: XLA's products on a CPU are several times slower on the layout of
-    ``jax.nn.dot_product_attention``. The sum of the weights divides the output, not the (T, S) weights.
+    Heads come before the tokens in all products: XLA's products on a CPU are several times slower
+    on the layout of ``jax.nn.dot_product_attention``. The sum of the weights divides the output,
+    not the (T, S) weights.
 
     Args:
       query: (n, T, heads, d).
-      key, value: (n, S, heads, d).
+      key: (n, S, heads, d).
+      value: (n, S, heads, d).
       bias: what broadcasts to (n, heads, T, S), or None.
-      lengths: (n,), or None for all keys. With length 0 the weights are equal.
+      lengths: (n,) keys that are attended to, or None for all. With length 0 the weights are equal.
 
     Returns:
       (n, T, heads, d).
 
-    Source: Vaswani et al. 2017, section 3.2.1.
+    Reference:
+      Vaswani et al. 2017, section 3.2.1.
     """
-    query, key, value = (
-        jnp.swapaxes(x, 1, 2) for x in (query / math.sqrt(query.shape[-1]), key, value)
-    )
+    query = jnp.swapaxes(query / math.sqrt(query.shape[-1]), 1, 2)
+    key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
+
+    # (n, h, T, d) . (n, h, S, d) -> (n, h, T, S)
     logits = jnp.einsum("nhtd,nhsd->nhts", query, key, preferred_element_type=jnp.float32)
     if bias is not None:
         logits += bias
     if lengths is not None:
         logits = jnp.where(length_mask(lengths, key.shape[2])[:, None, None], logits, -1e30)
     weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
+
+    # (n, h, T, S) . (n, h, S, d) -> (n, h, T, d)
     attended = jnp.einsum(
         "nhts,nhsd->nhtd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
     )
@@ -161,29 +233,45 @@ class Attention(nn.Module):
     Attributes:
       heads: number of heads; divides the width of the queries.
       dtype: compute type; parameters are float32.
-      implementation: "xla" for ``dot_product_attention``, or "cudnn" for JAX's on a GPU (bf16 only).
+      implementation: "xla" for ``dot_product_attention``, or "cudnn" for JAX's on a GPU (bfloat16
+        only).
     """
 
     heads: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     implementation: str = "xla"
 
     @nn.compact
-    def __call__(self, x, context, context_lengths, positions=None):
-        """(n, T, W), (n, S, C), (n,) int32 or None -> (n, T, W).
+    def __call__(
+        self,
+        x: jax.Array,
+        context: jax.Array,
+        context_lengths: jax.Array | None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
+        """Attend from x to the context.
 
-        A query sees the first ``context_lengths`` of the context, or all of it. ``positions`` (heads, T, S) are added
-        to the logits of each head, times a gate that depends on the query.
+        Args:
+          x: (n, T, W).
+          context: (n, S, C).
+          context_lengths: (n,) int32, how much of the context is attended to; None for all.
+          positions: (heads, T, S), added to the logits of each head, times a gate that depends on
+            the query.
+
+        Returns:
+          (n, T, W).
         """
         width = x.shape[-1]
+        projection = functools.partial(
+            DenseGeneral, (self.heads, width // self.heads), dtype=self.dtype
+        )
 
-        def heads(name, inputs):
-            shape = (self.heads, width // self.heads)
-            return DenseGeneral(shape, dtype=self.dtype, name=name)(inputs)
-
-        # (n, T, heads, W / heads) x (n, S, heads, W / heads) -> (n, T, heads, W / heads)
-        query, key, value = heads("query", x), heads("key", context), heads("value", context)
+        # (n, T, W) . (W, heads, W / heads) -> (n, T, heads, W / heads)
+        query = projection(name="query")(x)
+        # (n, S, C) . (C, heads, W / heads) -> (n, S, heads, W / heads)
+        key, value = projection(name="key")(context), projection(name="value")(context)
         bias = None if positions is None else self._gate(x) * positions.astype(self.dtype)
+
         if self.implementation == "cudnn":
             lengths = None if context_lengths is None else context_lengths.astype(jnp.int32)
             attended = jax.nn.dot_product_attention(
@@ -191,17 +279,22 @@ class Attention(nn.Module):
             )
         else:
             attended = dot_product_attention(query, key, value, bias, context_lengths)
+
+        # (n, T, heads, W / heads) . (heads, W / heads, W) -> (n, T, W)
         return DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="out")(attended)
 
-    def _gate(self, x):
-        """(n, T, W) -> (n, heads, T, 1), how much the relative positions of each query count.
+    def _gate(self, x: jax.Array) -> jax.Array:
+        """Return the weight of each query's relative positions: (n, T, W) -> (n, heads, T, 1).
 
-        a (b c - 1) + 2 with a, b = sigmoid(sums of four linear maps of the head's part of x), c learnt for each head.
+        a (b c - 1) + 2 with a, b = sigmoid(sums of four linear maps of the head's part of x) and a
+        learned c for each head.
 
-        Source: Chen et al. 2022 (WavLM), section III-B.
+        Reference:
+          Chen et al. 2022 (WavLM), section III-B.
         """
         n, length, width = x.shape
         x = x.reshape(n, length, self.heads, width // self.heads)
+        # (n, T, heads, W / heads) . (W / heads, 8) -> (n, T, heads, 8)
         x = Dense(8, dtype=self.dtype, name="gate")(x).reshape(n, length, self.heads, 2, 4)
         a, b = jnp.moveaxis(nn.sigmoid(jnp.sum(x, axis=-1)), -1, 0)  # (n, T, heads) each
         scale = self.param("gate_scale", nn.initializers.ones, (self.heads,)).astype(self.dtype)
@@ -216,8 +309,9 @@ class TransformerBlock(nn.Module):
       mlp_ratio: hidden width of the MLP over W.
       cross_attention: whether a context is attended to.
       dropout_rate: rate after each sub-layer.
-      style: where the norms stand, activation and so on.
-      dtype, attention: compute type and attention implementation.
+      style: where the norms are, activation and so on.
+      dtype: compute type.
+      attention: attention implementation.
     """
 
     heads: int
@@ -225,44 +319,69 @@ class TransformerBlock(nn.Module):
     cross_attention: bool = False
     dropout_rate: float = 0.0
     style: BlockStyle = BlockStyle()
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     attention: str = "xla"
 
     @nn.compact
-    def __call__(self, x, lengths, keys=None, context=None, context_lengths=None, positions=None):
-        """(n, T, W) tokens with (n,) lengths, optional (n, S, C) context with (n,) lengths -> (n, T, W).
+    def __call__(
+        self,
+        x: jax.Array,
+        lengths: jax.Array | None,
+        keys: jax.Array | None = None,
+        context: jax.Array | None = None,
+        context_lengths: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
+        """Run the block.
 
-        Lengths may be None where all tokens are valid. ``positions`` (heads, T, T) are relative ones of the tokens.
+        Args:
+          x: (n, T, W) tokens.
+          lengths: (n,) valid ones; None for all.
+          keys: (n,) typed keys for dropout.
+          context: (n, S, C), for cross-attention.
+          context_lengths: (n,) valid ones; None for all.
+          positions: (heads, T, T), relative ones of the tokens.
+
+        Returns:
+          (n, T, W).
         """
 
-        def attend(name, y, context, lengths, positions=None):
-            return Attention(self.heads, self.dtype, self.attention, name=name)(
-                y, context, lengths, positions
-            )
+        def attend_self(y: jax.Array) -> jax.Array:
+            attention = Attention(self.heads, self.dtype, self.attention, name="self_attention")
+            return attention(y, y, lengths, positions)
 
-        def mlp(y):
-            y = Dense(round(x.shape[-1] * self.mlp_ratio), dtype=self.dtype, name="mlp_in")(y)
-            return Dense(x.shape[-1], dtype=self.dtype, name="mlp_out")(
-                ACTIVATIONS[self.style.activation](y)
-            )
+        def attend_context(y: jax.Array) -> jax.Array:
+            assert context is not None, "cross-attention needs a context"
+            attention = Attention(self.heads, self.dtype, self.attention, name="cross_attention")
+            return attention(y, context, context_lengths)
 
-        attend_self = lambda y: attend("self_attention", y, y, lengths, positions)  # noqa: E731
+        def mlp(y: jax.Array) -> jax.Array:
+            width = x.shape[-1]
+            hidden = round(width * self.mlp_ratio)
+            y = Dense(hidden, dtype=self.dtype, name="mlp_in")(y)  # (n, T, W) . (W, H) -> (n, T, H)
+            y = ACTIVATIONS[self.style.activation](y)
+            return Dense(width, dtype=self.dtype, name="mlp_out")(y)  # . (H, W) -> (n, T, W)
+
         x = self._residual(x, "self_attention", attend_self, fold_keys(keys, Site.SELF_ATTENTION))
         if self.cross_attention:
-            cross = functools.partial(
-                attend, "cross_attention", context=context, lengths=context_lengths
+            x = self._residual(
+                x, "cross_attention", attend_context, fold_keys(keys, Site.CROSS_ATTENTION)
             )
-            x = self._residual(x, "cross_attention", cross, fold_keys(keys, Site.CROSS_ATTENTION))
         return self._residual(x, "mlp", mlp, fold_keys(keys, Site.MLP))
 
-    def _residual(self, x, name, sub_layer, keys):
-        """x + sub_layer(norm(x)), or norm(x + sub_layer(x))."""
+    def _residual(
+        self,
+        x: jax.Array,
+        name: str,
+        sub_layer: Callable[[jax.Array], jax.Array],
+        keys: jax.Array | None,
+    ) -> jax.Array:
+        """Return x + sub_layer(norm(x)), or norm(x + sub_layer(x))."""
         norm = nn.LayerNorm(self.style.epsilon, dtype=self.dtype, name=f"{name}_norm")
         y = sub_layer(norm(x) if self.style.pre_norm else x)
         if self.style.layer_scale:
-            y = y * self.param(f"{name}_scale", nn.initializers.ones, (x.shape[-1],)).astype(
-                self.dtype
-            )
+            scale = self.param(f"{name}_scale", nn.initializers.ones, (x.shape[-1],))
+            y = y * scale.astype(self.dtype)
         x = x + dropout(y, self.dropout_rate, keys)
         return x if self.style.pre_norm else norm(x)
 
@@ -272,9 +391,15 @@ class Transformer(nn.Module):
 
     Attributes:
       depth: number of blocks.
+      heads: as in ``TransformerBlock``, like all that are not described here.
+      mlp_ratio: see there.
+      cross_attention: see there.
+      dropout_rate: see there.
+      style: see there.
       layer_drop: probability that an example skips a block in training (Fan et al. 2019).
+      dtype: see there.
+      attention: see there.
       remat: recompute each block's activations in the backward pass instead of keeping them.
-      heads, mlp_ratio, cross_attention, dropout_rate, style, dtype, attention: as in ``TransformerBlock``.
     """
 
     depth: int
@@ -284,26 +409,28 @@ class Transformer(nn.Module):
     dropout_rate: float = 0.0
     style: BlockStyle = BlockStyle()
     layer_drop: float = 0.0
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     attention: str = "xla"
     remat: bool = False
 
     @nn.compact
-    def __call__(self, x, lengths, keys=None, context=None, context_lengths=None, layers=False):
-        """As ``TransformerBlock``: (n, T, W) -> (n, T, W).
+    def __call__(
+        self,
+        x: jax.Array,
+        lengths: jax.Array | None,
+        keys: jax.Array | None = None,
+        context: jax.Array | None = None,
+        context_lengths: jax.Array | None = None,
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Run the stack; arguments as in ``TransformerBlock``.
 
-        With ``layers`` also the tuple of the ``depth`` + 1 hidden states: the input, the output of each block but the
-        last, and the result.
+        Returns:
+          (n, T, W) tokens, and the depth + 1 hidden states: the input, the output of each block but
+          the last, and the tokens.
         """
         block_type = nn.remat(TransformerBlock) if self.remat else TransformerBlock
-        hidden, positions = [x], None
-        if self.style.position_buckets:
-            shape = (self.style.position_buckets, self.heads)
-            table = self.param("relative_positions", nn.initializers.normal(0.02), shape)
-            rows = relative_buckets(
-                x.shape[1], self.style.position_buckets, self.style.position_distance
-            )
-            positions = jnp.moveaxis(table[rows], -1, 0)  # (heads, T, T)
+        positions = self._relative_positions(x.shape[1])
+        hidden = [x]
         for layer in range(self.depth):
             block = block_type(
                 self.heads,
@@ -315,9 +442,9 @@ class Transformer(nn.Module):
                 self.attention,
                 name=f"block_{layer}",
             )
-            y = block(
-                x, lengths, fold_keys(keys, Site.BLOCK, layer), context, context_lengths, positions
-            )
+            block_keys = fold_keys(keys, Site.BLOCK, layer)
+            y = block(x, lengths, block_keys, context, context_lengths, positions)
+
             if keys is not None and self.layer_drop:
                 skip = jax.vmap(lambda key: jax.random.bernoulli(key, self.layer_drop))(
                     fold_keys(keys, Site.LAYER_DROP, layer)
@@ -325,6 +452,17 @@ class Transformer(nn.Module):
                 y = jnp.where(skip[:, None, None], x, y)
             x = y
             hidden.append(x)
+
         if self.style.pre_norm:
-            hidden[-1] = x = nn.LayerNorm(self.style.epsilon, dtype=self.dtype, name="norm")(x)
-        return (x, tuple(hidden)) if layers else x
+            x = nn.LayerNorm(self.style.epsilon, dtype=self.dtype, name="norm")(x)
+            hidden[-1] = x
+        return x, tuple(hidden)
+
+    def _relative_positions(self, length: int) -> jax.Array | None:
+        """Return the biases of relative positions, (heads, T, T), or None."""
+        if not self.style.position_buckets:
+            return None
+        shape = (self.style.position_buckets, self.heads)
+        table = self.param("relative_positions", nn.initializers.normal(0.02), shape)
+        rows = relative_buckets(length, shape[0], self.style.position_distance)
+        return jnp.moveaxis(table[rows], -1, 0)

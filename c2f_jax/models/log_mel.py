@@ -1,6 +1,13 @@
-"""Speech encoders. Interface: waveform (n, S) float32 at 16 kHz, lengths (n,) samples -> [CLS] + tokens, lengths."""
+"""The light speech encoder.
+
+Interface of all speech encoders: waveform (n, S) float32 at 16 kHz, lengths (n,) in samples ->
+[CLS] and tokens (n, T, W), lengths (n,) in tokens.
+"""
+
+from dataclasses import field
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from c2f_jax.models.encoder import BranchedEncoder, prepend_cls
@@ -14,23 +21,38 @@ class LogMelSpeechEncoder(BranchedEncoder):
 
     Attributes:
       mels: mel channels.
-      hop: samples from frame to frame; 160 is 10 ms.
-      conv_layers: convolutions of stride 2; tokens come every hop 2^conv_layers samples (80 ms by default).
+      hop: samples from frame to frame; 240 is 15 ms.
+      conv_layers: convolutions of stride 2; a token comes every hop 2^conv_layers samples (120 ms
+        by default).
       others: as in ``BranchedEncoder``.
     """
 
-    mels: int = 80
-    hop: int = 160
-    conv_layers: int = 3
+    mels: int = field(default=80, metadata={"min": 1})
+    hop: int = field(default=240, metadata={"min": 1})
+    conv_layers: int = field(default=3, metadata={"min": 0})
 
     @nn.compact
-    def __call__(self, waveform, lengths, keys=None):
-        """(n, S), (n,) -> tokens (n, ceil(T / 2^conv_layers) + 1, W) with [CLS] first, and their lengths (n,) int32."""
+    def __call__(
+        self, waveform: jax.Array, lengths: jax.Array, keys: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Encode recordings.
+
+        Args:
+          waveform: (n, S) float32, 16 kHz.
+          lengths: (n,) valid samples.
+          keys: (n,) typed keys for dropout.
+
+        Returns:
+          Tokens (n, ceil(T / 2^conv_layers) + 1, M W) of T frames, [CLS] first, and (n,) int32
+          valid ones.
+        """
         x, lengths = log_mel(waveform, lengths, self.mels, self.hop)
         x = x.astype(self.dtype)
+
         for layer in range(self.conv_layers):
-            # Windows start at every second frame; "SAME" would shift them with the parity of the padded length.
-            conv = nn.Conv(
+            # Windows start at every second frame; "SAME" would shift them with the parity of the
+            # padded length.
+            convolution = nn.Conv(
                 self.width,
                 (3,),
                 strides=(2,),
@@ -38,11 +60,14 @@ class LogMelSpeechEncoder(BranchedEncoder):
                 dtype=self.dtype,
                 name=f"conv_{layer}",
             )
-            x = nn.gelu(conv(x))
+            x = nn.gelu(convolution(x))
             lengths = (lengths + 1) // 2
-            # A convolution's bias would leak past the end and reach valid positions in the next layer.
+            # A convolution's bias would leak past the end and reach valid positions in the next
+            # layer.
             x = jnp.where(length_mask(lengths, x.shape[1])[..., None], x, 0)
-        # Features on the scale of the positions: without the norm the positions drown them at the start.
+
+        # Features on the scale of the positions: without the norm the positions drown them at the
+        # start.
         x = nn.LayerNorm(dtype=self.dtype, name="input_norm")(x)
         x = x + sinusoidal_positions(x.shape[1], self.width).astype(self.dtype)
         x = prepend_cls(self, dropout(x, self.dropout_rate, fold_keys(keys, Site.INPUT_DROPOUT)))

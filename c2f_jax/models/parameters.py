@@ -1,52 +1,71 @@
 """Nested dicts of parameters: split, merged, the part with a momentum copy."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import jax.numpy as jnp
 
 WITHOUT_MOMENTUM = ("multimodal_encoder", "temperature")
 
 
-def clip_temperature(params, minimum, maximum):
-    """Parameters with tau kept in [minimum, maximum]."""
+def clip_temperature(params: Mapping[str, Any], minimum: float, maximum: float) -> dict[str, Any]:
+    """Return the parameters with tau kept in [minimum, maximum]."""
     log_tau = jnp.clip(params["temperature"]["log_tau"], jnp.log(minimum), jnp.log(maximum))
     return {**params, "temperature": {"log_tau": log_tau}}
 
 
-def momentum_subset(params):
-    """The part of the parameters that has a momentum copy: both encoders and both projections, not tau, not SIM."""
+def momentum_subset(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters with a momentum copy: both encoders and projections, not tau or SIM."""
     return {name: value for name, value in params.items() if name not in WITHOUT_MOMENTUM}
 
 
-def split_params(params, paths):
-    """Nested dicts of parameters as (those below none of the paths, those below one).
+def split_params(
+    params: Mapping[str, Any], paths: Sequence[tuple[str, ...]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split nested dicts of parameters.
+
+    Args:
+      params: nested dict.
+      paths: of parameters or of whole parts.
+
+    Returns:
+      Those below none of the paths, and those below one.
 
     >>> split_params({"a": {"b": 1, "c": 2}, "d": 3}, [("a", "b")])
     ({'a': {'c': 2}, 'd': 3}, {'a': {'b': 1}})
     """
-    rest, taken = {}, {}
+    rest: dict[str, Any] = {}
+    taken: dict[str, Any] = {}
     for name, value in params.items():
         below = [path[1:] for path in paths if path[0] == name]
         if () in below:
             taken[name] = value
         elif below:
             kept, found = split_params(value, below)
-            rest |= {name: kept} if kept else {}
-            taken |= {name: found} if found else {}
+            # An empty dict would be a part of its own to optax and Orbax.
+            if kept:
+                rest[name] = kept
+            if found:
+                taken[name] = found
         else:
             rest[name] = value
     return rest, taken
 
 
-def merge_params(params, others):
-    """Nested dicts of parameters in one, as before ``split_params``; ``others`` counts where both have a leaf.
+def merge_params(params: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge nested dicts of parameters, as before ``split_params``.
+
+    Args:
+      params: nested dict.
+      others: nested dict; counts where both have a leaf.
 
     >>> merge_params({"a": {"c": 2}, "d": 3}, {"a": {"b": 1}})
     {'a': {'c': 2, 'b': 1}, 'd': 3}
     """
     merged = dict(params)
     for name, value in others.items():
-        merged[name] = (
-            merge_params(params[name], value)
-            if name in params and isinstance(value, dict)
-            else value
-        )
+        if name in params and isinstance(value, dict):
+            merged[name] = merge_params(params[name], value)
+        else:
+            merged[name] = value
     return merged

@@ -1,28 +1,37 @@
-"""A published network as an encoder: its tokens, or their weighted sum over layers, under a small transformer.
+"""A published network as an encoder: its tokens under a small transformer.
 
-A frozen network may also have run before: given its tokens from the feature cache, the encoder leaves it out.
+A frozen network may also have run before: given its tokens from the feature cache, the encoder
+leaves it out.
 """
 
-from typing import Any
+from dataclasses import field
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from c2f_jax.errors import UserError
 from c2f_jax.models.encoder import BranchedEncoder, mean_token, prepend_cls
-from c2f_jax.models.layers import Dense, dropout, length_mask, sinusoidal_positions
-from c2f_jax.models.networks.wav2vec2 import span_mask
+from c2f_jax.models.layers import (
+    Dense,
+    dropout,
+    length_mask,
+    sinusoidal_positions,
+    span_mask,
+)
 from c2f_jax.objectives.keys import Site, fold_keys
 
-FROZEN = ("tower", "conv", "none")
 
+def choose_layer(hidden: tuple[jax.Array, ...], layer: str) -> jax.Array:
+    """Return one of a network's hidden states.
 
-def choose_layer(hidden, layer):
-    """One of a network's hidden states, as in ``hidden[int(layer)]``; "last" is its output.
+    Args:
+      hidden: the states.
+      layer: number of a state, or "last".
 
     Raises:
-      UserError: no such layer.
+      UserError: there is no such layer.
     """
     if layer == "last":
         return hidden[-1]
@@ -30,43 +39,57 @@ def choose_layer(hidden, layer):
         return hidden[int(layer)]
     except (ValueError, IndexError):
         raise UserError(
-            f"layer={layer!r}: last, weighted_sum or a number below {len(hidden)} is expected (0 is the input of the "
-            "first block)"
+            f"layer={layer!r}: must be last, weighted_sum or a number below {len(hidden)} "
+            "(0 is the input of the first block)"
         ) from None
 
 
-def pool_tokens(tokens, lengths, size):
-    """Means over ``size`` consecutive valid tokens: (n, T, W), (n,) -> (n, ceil(T / size), W), ceil(lengths / size)."""
+def pool_tokens(tokens: jax.Array, lengths: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """Return means over ``size`` consecutive valid tokens.
+
+    Args:
+      tokens: (n, T, W).
+      lengths: (n,) valid tokens.
+      size: tokens of a mean.
+
+    Returns:
+      (n, ceil(T / size), W), and the lengths, ceil(lengths / size).
+    """
     if size == 1:
         return tokens, lengths
     n, length, width = tokens.shape
     padding = -length % size
     valid = length_mask(lengths, length + padding).reshape(n, -1, size, 1)
     x = jnp.pad(tokens, ((0, 0), (0, padding), (0, 0))).reshape(n, -1, size, width)
+
     total = jnp.sum(jnp.where(valid, x, 0), axis=2)
-    return total / jnp.maximum(jnp.sum(valid, axis=2), 1).astype(x.dtype), (
-        lengths + size - 1
-    ) // size
+    count = jnp.maximum(jnp.sum(valid, axis=2), 1).astype(x.dtype)
+    return total / count, (lengths + size - 1) // size
 
 
 class TimeConvolutions(nn.Module):
-    """Residual convolutions over five tokens, x + gelu(conv(layer_norm(x))), each followed by means over two tokens.
+    """Residual convolutions over five tokens, each followed by means over two tokens.
 
-    Small transformers that start from nothing learn words faster with them, as vision transformers learn shapes
-    (Xiao et al. 2021, "Early Convolutions Help Transformers See Better"); residual as in He et al. 2016.
+    x + gelu(conv(layer_norm(x))). Small transformers trained from scratch learn words faster with
+    them, as vision transformers learn shapes.
 
     Attributes:
       blocks: number of convolutions; a token then stands for 2^blocks.
       dropout_rate: of the convolutions' outputs.
       dtype: compute type.
+
+    Reference:
+      Xiao et al. 2021 ("Early Convolutions Help Transformers See Better"); He et al. 2016.
     """
 
     blocks: int
     dropout_rate: float = 0.0
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x, lengths, keys=None):
+    def __call__(
+        self, x: jax.Array, lengths: jax.Array, keys: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """(n, T, W) tokens, (n,) valid ones -> (n, ceil(T / 2^blocks), W), (n,)."""
         for block in range(self.blocks):
             # Zeros beyond the length, as beyond the array: a row does not depend on the padding.
@@ -82,77 +105,114 @@ class PublishedEncoder(BranchedEncoder):
     """What ``PublishedSpeech`` and ``PublishedImage`` share.
 
     Attributes:
-      tower: the published network; None for tokens of another tool, which no waveform or image can be turned into.
-      frozen: "tower" keeps the published weights: they get no gradient, optimiser state or momentum copy, and no
-        dropout. "conv" keeps the convolutions of a speech network only, "none" nothing.
-      layer: "last", the number of a hidden state (0 is the input of the first block), or "weighted_sum", a learnt
-        softmax-weighted sum of all hidden states, equal weights at the start.
-      pool: tokens are means over so many consecutive ones.
-      width: W of the tokens; those of the network are normalised and projected to it.
-      depth: of the small transformer with its learnt [CLS]. With depth 0 there is neither: tokens are the network's,
-        the first one its summary: [CLS] where it has one and ``pooling`` is "cls", or the mean of all.
+      tower: the published network; None for tokens of another tool, which no waveform or image can
+        be turned into.
+      frozen: "tower" keeps the published weights: they get no gradient, optimizer state, momentum
+        copy or dropout. "conv" keeps the convolutions of a speech network only, "none" nothing.
+      layer: "last", the number of a hidden state (0 is the input of the first block), or
+        "weighted_sum", a learned softmax-weighted sum of all hidden states, equal at the start.
+      pool: tokens are means over this many consecutive ones.
+      width: W of the tokens; those of the network are normalized and projected to it.
+      depth: of the small transformer with its learned [CLS]. With depth 0 there is neither: tokens
+        are the network's, the first one its summary: [CLS] where it has one and ``pooling`` is
+        "cls", or the mean of all.
       token_dropout: share of the entries of the network's tokens that are set to 0 in training.
-      token_mask: share of the tokens that are set to 0 as a whole in training, as if a part of the sentence or of the
-        picture were missing.
+      token_mask: share of the tokens that are set to 0 as a whole in training, as if a part of the
+        sentence or of the image were missing.
       others: as in ``BranchedEncoder``.
     """
 
     tower: nn.Module | None = None
-    frozen: str = "tower"
+    frozen: str = field(default="tower", metadata={"choices": ("tower", "none")})
     layer: str = "last"
-    pool: int = 1
-    width: int = 256
-    depth: int = 2
-    token_dropout: float = 0.0
-    token_mask: float = 0.0
+    pool: int = field(default=1, metadata={"min": 1})
+    width: int = field(default=256, metadata={"min": 1})
+    depth: int = field(default=2, metadata={"min": 0})
+    token_dropout: float = field(default=0.0, metadata={"min": 0, "below": 1})
+    token_mask: float = field(default=0.0, metadata={"min": 0, "below": 1})
 
-    def _features(self, keys, given, *lengths):
-        """Tokens (n, T, C) of the network or of the cache, and their lengths."""
+    def _features(
+        self, keys: jax.Array | None, given: jax.Array, *lengths: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the tokens of the network or of the cache.
+
+        Args:
+          keys: (n,) typed keys for dropout.
+          given: waveforms, images or tokens.
+          *lengths: (n,) of speech; images have none.
+
+        Returns:
+          (n, T, C) tokens and (n,) int32 lengths.
+        """
+        hidden: tuple[jax.Array, ...] | None
         if not self._is_raw(given):
-            lengths = (
-                lengths[0] if lengths else jnp.full((given.shape[0],), given.shape[1], jnp.int32)
-            )
-            hidden = (
-                tuple(jnp.moveaxis(given, 2, 0)) if given.ndim == 4 else None
-            )  # (n, T, layers, C)
-            tokens = given if hidden is None else hidden[-1]
+            token_lengths = lengths[0] if lengths else _full_lengths(given)
+            tokens, hidden = given, None
+            if given.ndim == 4:  # (n, T, layers, C)
+                hidden = tuple(jnp.moveaxis(given, 2, 0))
+                tokens = hidden[-1]
         elif self.tower is None:
             raise UserError(
                 "this model reads tokens from a feature cache; it has no network to make them with"
             )
         else:
             tower_keys = None if self.frozen == "tower" else fold_keys(keys, Site.TOWER)
-            tokens, lengths, hidden = self.tower(given, *lengths, tower_keys)
-        if self.layer == "weighted_sum":
-            if hidden is None:
-                raise UserError(
-                    "layer='weighted_sum' needs the features of all layers: c2f features --layer=all"
-                )
-            weights = self.param("layer_weights", nn.initializers.zeros, (len(hidden),))
-            weights = jax.nn.softmax(weights)
-            tokens = sum(w * h for w, h in zip(weights, hidden, strict=True))
-        elif self.layer != "last" and hidden is not None:
-            tokens = choose_layer(
-                hidden, self.layer
-            )  # a cache without layers is of this layer already
-        return tokens.astype(self.dtype), lengths
+            tokens, token_lengths, hidden = self.tower(given, *lengths, tower_keys)
 
-    def _convolved(self, x, lengths, keys):
-        """What stands between projection and transformer: nothing, but for speech with convolutions."""
+        if self.layer == "weighted_sum":
+            tokens = self._weighted_sum(hidden)
+        # A cache without layers is of this layer already.
+        elif self.layer != "last" and hidden is not None:
+            tokens = choose_layer(hidden, self.layer)
+        return tokens.astype(self.dtype), token_lengths
+
+    def _weighted_sum(self, hidden: tuple[jax.Array, ...] | None) -> jax.Array:
+        """Return sum_l softmax(w)_l hidden_l with learned w: (n, T, C)."""
+        if hidden is None:
+            raise UserError(
+                "layer='weighted_sum' needs the features of all layers: c2f features --layer=all"
+            )
+        logits = self.param("layer_weights", nn.initializers.zeros, (len(hidden),))
+        weights = jax.nn.softmax(logits)
+        return sum(weight * state for weight, state in zip(weights, hidden, strict=True))
+
+    def _is_raw(self, given: jax.Array) -> bool:
+        """Whether the input is for the network, not its tokens."""
+        raise NotImplementedError
+
+    def _convolved(
+        self, x: jax.Array, lengths: jax.Array, keys: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Run what is between projection and transformer: nothing, except for speech."""
         return x, lengths
 
-    def _head(self, tokens, lengths, keys, positions):
+    def _head(
+        self, tokens: jax.Array, lengths: jax.Array, keys: jax.Array | None, positions: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """Run the small transformer.
+
+        Args:
+          tokens: (n, T, C) of the network.
+          lengths: (n,) valid ones.
+          keys: (n,) typed keys for dropout.
+          positions: whether position embeddings are added.
+
+        Returns:
+          (n, T', M W) tokens, the summary first, and (n,) lengths.
+        """
         tokens, lengths = pool_tokens(tokens, lengths, self.pool)
         if not self.depth:
             if self.tower is not None and self.tower.summary == "first":
                 return self._pooled(tokens, lengths), lengths
             return jnp.concatenate([mean_token(tokens, lengths), tokens], axis=1), lengths + 1
+
         x = nn.LayerNorm(dtype=self.dtype, name="input_norm")(tokens)
         x = dropout(x, self.token_dropout, fold_keys(keys, Site.TOKEN_DROPOUT))
         if keys is not None and self.token_mask:
             masked = span_mask(fold_keys(keys, Site.TOKEN_MASK), x.shape[1], self.token_mask, 1)
             x = jnp.where(masked[..., None], 0, x)
-        x = Dense(self.width, dtype=self.dtype, name="input")(x)
+        x = Dense(self.width, dtype=self.dtype, name="input")(x)  # (n, T, C) . (C, W) -> (n, T, W)
+
         x, lengths = self._convolved(x, lengths, fold_keys(keys, Site.CONVOLUTIONS))
         if positions:
             x = x + sinusoidal_positions(x.shape[1], self.width).astype(self.dtype)
@@ -165,24 +225,38 @@ class PublishedSpeech(PublishedEncoder):
     """A published speech network as an encoder.
 
     Attributes:
-      conv_blocks: of ``TimeConvolutions`` before the transformer. With ``pool`` 4 and two blocks, Whisper's tokens of
-        20 ms become ones of 320 ms, about a word.
+      conv_blocks: of ``TimeConvolutions`` before the transformer. With ``pool`` 4 and two blocks,
+        Whisper's tokens of 20 ms become ones of 320 ms, about a word.
       others: as in ``PublishedEncoder``.
     """
 
-    conv_blocks: int = 0
+    frozen: str = field(default="tower", metadata={"choices": ("tower", "none", "conv")})
+    conv_blocks: int = field(default=0, metadata={"min": 0})
 
-    def _is_raw(self, speech):
-        return speech.ndim == 2
+    def _is_raw(self, given: jax.Array) -> bool:
+        return given.ndim == 2
 
-    def _convolved(self, x, lengths, keys):
+    def _convolved(
+        self, x: jax.Array, lengths: jax.Array, keys: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
         return TimeConvolutions(self.conv_blocks, self.dropout_rate, self.dtype, name="conv")(
             x, lengths, keys
         )
 
     @nn.compact
-    def __call__(self, speech, lengths, keys=None):
-        """Waveforms (n, S) with (n,) samples, or cached tokens (n, T, C) with (n,) tokens -> tokens and lengths."""
+    def __call__(
+        self, speech: jax.Array, lengths: jax.Array, keys: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Encode recordings.
+
+        Args:
+          speech: waveforms (n, S), or cached tokens (n, T, C) or (n, T, layers, C).
+          lengths: (n,) valid samples or tokens.
+          keys: (n,) typed keys for dropout.
+
+        Returns:
+          Tokens (n, T', M W), the summary first, and (n,) int32 lengths.
+        """
         tokens, lengths = self._features(keys, speech, lengths)
         return self._head(tokens, lengths, keys, positions=True)
 
@@ -190,11 +264,25 @@ class PublishedSpeech(PublishedEncoder):
 class PublishedImage(PublishedEncoder):
     """A published image network as an encoder; attributes as in ``PublishedEncoder``."""
 
-    def _is_raw(self, image):
-        return image.dtype == jnp.uint8
+    def _is_raw(self, given: jax.Array) -> bool:
+        return given.dtype == jnp.uint8
 
     @nn.compact
-    def __call__(self, image, keys=None):
-        """Images (n, H, W, 3) uint8, or cached tokens (n, P, C) -> tokens and lengths."""
+    def __call__(
+        self, image: jax.Array, keys: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Encode images.
+
+        Args:
+          image: (n, H, W, 3) uint8, or cached tokens (n, P, C) or (n, P, layers, C).
+          keys: (n,) typed keys for dropout.
+
+        Returns:
+          Tokens (n, P', M W), the summary first, and (n,) int32 lengths.
+        """
         tokens, lengths = self._features(keys, image)
         return self._head(tokens, lengths, keys, positions=False)
+
+
+def _full_lengths(tokens: jax.Array) -> jax.Array:
+    return jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32)

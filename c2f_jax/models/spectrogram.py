@@ -2,6 +2,7 @@
 
 from functools import cache
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -12,23 +13,32 @@ WINDOW = 400  # 25 ms, the length of the Fourier transform too
 
 
 @cache
-def mel_filters(mels):
-    """(WINDOW / 2 + 1, mels) triangular filters, 0 to 8 kHz (librosa's Slaney scale)."""
+def mel_filters(mels: int) -> np.ndarray:
+    """Return triangular filters from 0 to 8 kHz (librosa's Slaney scale).
+
+    Args:
+      mels: M, number of channels.
+
+    Returns:
+      (WINDOW / 2 + 1, M) float32.
+    """
     import librosa
 
     return librosa.filters.mel(sr=SAMPLE_RATE, n_fft=WINDOW, n_mels=mels).T.astype(np.float32)
 
 
-def log_mel(waveform, lengths, mels=80, hop=160):
-    """Log-mel spectrogram with each utterance's mean and variance over its own frames removed from each channel.
+def log_mel(
+    waveform: jax.Array, lengths: jax.Array, mels: int = 80, hop: int = 160
+) -> tuple[jax.Array, jax.Array]:
+    """Compute log-mel spectrograms, each channel normalized over the utterance's own frames.
 
-    x_tm = (log(1e-6 + |STFT|^2 . filters) - mean_m) / (std_m + 0.01); frames past the end are 0, so nothing depends on
-    the padding.
+    x_tm = (y_tm - mean_m) / (std_m + 0.01),  y = log(1e-6 + |STFT|^2 . filters); frames past the
+    end are 0, so nothing depends on the padding.
 
     Args:
       waveform: (n, S) float32, 16 kHz.
       lengths: (n,) int, valid samples.
-      mels: number of channels M.
+      mels: M, number of channels.
       hop: samples from frame to frame.
 
     Returns:
@@ -39,14 +49,15 @@ def log_mel(waveform, lengths, mels=80, hop=160):
     windows = waveform[:, index] * jnp.asarray(np.hanning(WINDOW), jnp.float32)
     spectrum = jnp.fft.rfft(windows)
     power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
-    features = jnp.log(
-        1e-6 + power @ jnp.asarray(mel_filters(mels))
-    )  # (n, T, F) . (F, M) -> (n, T, M)
+    # (n, T, F) . (F, M) -> (n, T, M)
+    features = jnp.log(1e-6 + power @ jnp.asarray(mel_filters(mels)))
+
+    # Mean and variance over the valid frames alone.
     frame_lengths = jnp.clip((lengths - WINDOW) // hop + 1, 0, frames).astype(jnp.int32)
     valid = length_mask(frame_lengths, frames)[..., None]
     count = jnp.maximum(frame_lengths, 1)[:, None, None]
     mean = jnp.sum(jnp.where(valid, features, 0.0), axis=1, keepdims=True) / count
-    variance = (
-        jnp.sum(jnp.where(valid, jnp.square(features - mean), 0.0), axis=1, keepdims=True) / count
-    )
-    return jnp.where(valid, (features - mean) / (jnp.sqrt(variance) + 0.01), 0.0), frame_lengths
+    squares = jnp.where(valid, jnp.square(features - mean), 0.0)
+    variance = jnp.sum(squares, axis=1, keepdims=True) / count
+    normalized = (features - mean) / (jnp.sqrt(variance) + 0.01)
+    return jnp.where(valid, normalized, 0.0), frame_lengths

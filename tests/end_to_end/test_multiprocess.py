@@ -52,9 +52,10 @@ def batches():
 @functools.cache
 def initial():
     """The model, the optimiser and the initial state as numpy arrays; each process makes its own."""
-    tower = {"width": 16, "depth": 1, "heads": 2}
-    speech = tower | {"name": "log_mel", "mels": 8, "conv_layers": 1}
-    model = create_model(speech, tower | {"name": "vit", "patch": 8}, tower, embedding_dim=8)
+    tower = {"width": 16, "depth": 1, "heads": 2, "mlp_ratio": 4.0}
+    speech = tower | {"name": "log_mel", "mels": 8, "hop": 160, "conv_layers": 1}
+    image = tower | {"name": "vit", "patch": 8, "conv_stem": False, "token_pool": 1}
+    model = create_model(speech, image, tower, embedding_dim=8)
     optimizer = optax.sgd(0.01, momentum=0.9)
     state = create_train_state(
         model, optimizer, next(batches()), seed=1, queue_size=13, token_queue_size=11

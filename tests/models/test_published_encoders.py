@@ -10,9 +10,9 @@ from helpers.rounding import assert_equal_but_for_rounding
 
 from c2f_jax.errors import UserError
 from c2f_jax.models.factory import create_model, create_tower
-from c2f_jax.models.layers import Attention
+from c2f_jax.models.layers import Attention, span_mask
 from c2f_jax.models.networks.vision_transformer import cubic_weights, resize_positions
-from c2f_jax.models.networks.wav2vec2 import normalize_waveform, span_mask
+from c2f_jax.models.networks.wav2vec2 import normalize_waveform
 from c2f_jax.models.parameters import merge_params, split_params
 from c2f_jax.models.published import (
     PublishedImage,
@@ -39,7 +39,7 @@ TOWER |= {"position_groups": 2}
 VISION = {"name": "vision_transformer", "width": 16, "depth": 2, "heads": 2, "patch": 8}
 SPEECH = {"name": "published", "tower": TOWER, "width": 12, "depth": 1, "heads": 2}
 IMAGE = SPEECH | {"tower": VISION}
-SMALL = {"width": 12, "depth": 1, "heads": 2}
+SMALL = {"width": 12, "depth": 1, "heads": 2, "mlp_ratio": 4.0}
 
 
 def batch(rows=4, samples=4000, side=16, seed=0):
@@ -412,7 +412,7 @@ def test_create_model_names_what_is_wrong(change, message):
 
 def test_an_unknown_layer_is_named():
     model = create_model(SPEECH | {"layer": "7"}, IMAGE, SMALL)
-    with pytest.raises(UserError, match="layer='7': last, weighted_sum or a number below 3"):
+    with pytest.raises(UserError, match="layer='7': must be last, weighted_sum or a number below 3"):
         jax.eval_shape(model.init, jax.random.key(0), batch())
 
 

@@ -424,7 +424,7 @@ def get_config():
         ),
         (
             {"speech": {"name": "tokens", "depth": 0, "conv_blocks": 2}},
-            "model.speech.conv_blocks=2 stand under a transformer: depth 0",
+            "model.speech.conv_blocks=2: the convolutions are under a transformer, which depth 0",
         ),
         (
             {"speech_copies": 1},

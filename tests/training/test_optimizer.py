@@ -10,14 +10,14 @@ from c2f_jax.errors import UserError
 from c2f_jax.models.factory import create_model
 from c2f_jax.training.optimizer import OptimizerConfig, create_optimizer, muon_dimensions
 
-SMALL = {"width": 8, "depth": 1, "heads": 2}
+SMALL = {"width": 8, "depth": 1, "heads": 2, "mlp_ratio": 4.0}
 
 
 @pytest.fixture(scope="module")
 def params():
     model = create_model(
         {"name": "log_mel", "mels": 10, "conv_layers": 1} | SMALL,
-        {"name": "vit", "conv_stem": True, "conv_blocks": 1} | SMALL,
+        {"name": "vit", "conv_stem": True, "conv_blocks": 1, "token_pool": 1} | SMALL,
         SMALL,
         embedding_dim=6,
     )

@@ -49,11 +49,10 @@ def scalable_sgd(rate=0.01):
 
 
 def tiny_model(dropout_rate=0.0, **options):
-    tower = {"width": 16, "depth": 1, "heads": 2, "dropout_rate": dropout_rate}
-    speech = tower | {"name": "log_mel", "mels": 8, "conv_layers": 1}
-    return create_model(
-        speech, tower | {"name": "vit", "patch": 8}, tower, embedding_dim=8, **options
-    )
+    tower = {"width": 16, "depth": 1, "heads": 2, "mlp_ratio": 4.0, "dropout_rate": dropout_rate}
+    speech = tower | {"name": "log_mel", "mels": 8, "hop": 160, "conv_layers": 1}
+    image = tower | {"name": "vit", "patch": 8, "conv_stem": False, "token_pool": 1}
+    return create_model(speech, image, tower, embedding_dim=8, **options)
 
 
 def make_batch(seed, ids=None):

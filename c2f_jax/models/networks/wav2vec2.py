@@ -1,27 +1,34 @@
-"""wav2vec 2.0, HuBERT and WavLM: strided convolutions over the waveform, a convolution for positions, a transformer."""
+"""wav2vec 2.0, HuBERT and WavLM.
 
-from typing import Any
+Strided convolutions over the waveform, a convolution for positions, a transformer.
+"""
+
+import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from c2f_jax.models.encoder import TransformerEncoder
-from c2f_jax.models.layers import BlockStyle, Dense, dropout, length_mask
+from c2f_jax.models.encoder import NetworkOutput, TransformerEncoder
+from c2f_jax.models.layers import BlockStyle, Dense, dropout, length_mask, span_mask
 from c2f_jax.objectives.keys import Site, fold_keys
 
 NORM_EPSILON = 1e-5
 
 
-def normalize_waveform(waveform, lengths, epsilon=1e-7):
-    """Each utterance to mean 0 and variance 1 over its own samples; what lies past its end becomes 0.
+def normalize_waveform(waveform: jax.Array, lengths: jax.Array, epsilon: float = 1e-7) -> jax.Array:
+    """Scale each utterance to mean 0 and variance 1; what lies past its end becomes 0.
 
-    x_t = (x_t - mean) / sqrt(variance + epsilon), t < length
+    x_t = (x_t - mean) / sqrt(variance + epsilon),  t < length
 
     Args:
       waveform: (n, S) float32.
       lengths: (n,) valid samples.
       epsilon: added to the variance.
+
+    Returns:
+      (n, S) float32.
     """
     valid = length_mask(lengths, waveform.shape[1])
     mean, variance = _moments(waveform[..., None], valid)
@@ -29,38 +36,20 @@ def normalize_waveform(waveform, lengths, epsilon=1e-7):
     return jnp.where(valid, normalized, 0.0)
 
 
-def span_mask(keys, shape, probability, length, valid=None):
-    """SpecAugment-style spans: (n, T) bool, each place covered with a probability of about ``probability``.
-
-    A span of ``length`` places starts at each valid place with probability ``probability / length``. Drawn from each
-    example's key alone, so that the masks do not depend on the number of devices.
-
-    Args:
-      keys: (n,) typed keys.
-      shape: T.
-      probability: expected share of masked places (of overlapping spans counted twice).
-      length: of a span.
-      valid: (n, T) bool, where spans may start; None for everywhere.
-    """
-    starts = jax.vmap(lambda key: jax.random.bernoulli(key, probability / length, (shape,)))(keys)
-    starts = starts if valid is None else starts & valid
-    started = jnp.cumsum(starts, axis=1)
-    before = jnp.pad(started, ((0, 0), (length, 0)))[
-        :, :shape
-    ]  # spans that began `length` or more places ago
-    return started > before
-
-
 class ConvFeatures(nn.Module):
-    """The convolutional feature encoder: waveform (n, S) -> (n, T, C), T = floor((S - 400) / 320) + 1 as published.
+    """The convolutional feature encoder.
 
     Attributes:
-      widths, kernels, strides: of each convolution, none of them padded.
-      layer_norm: a layer norm after each convolution (large models); False for one group norm after the first, with as
-        many groups as channels, that is a norm of each channel over time (base models).
-      bias: of the convolutions (large models, but for WavLM's).
-      masked_norm: the group norm counts only the frames of the utterance itself, which makes the features independent
-        of the padding; False counts the padding too, as the published code does.
+      widths: of each convolution; none of them is padded.
+      kernels: of each convolution.
+      strides: of each convolution.
+      layer_norm: a layer norm after each convolution (large models); False for one group norm after
+        the first, with as many groups as channels, that is a norm of each channel over time (base
+        models).
+      bias: of the convolutions (large models, except WavLM's).
+      masked_norm: the group norm counts only the frames of the utterance itself, which makes the
+        features independent of the padding; False counts the padding too, as the published code
+        does.
       dtype: compute type.
     """
 
@@ -70,15 +59,22 @@ class ConvFeatures(nn.Module):
     layer_norm: bool = False
     bias: bool = False
     masked_norm: bool = True
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, waveform, lengths):
-        """(n, S), (n,) samples -> (n, T, C), (n,) int32 frames."""
+    def __call__(self, waveform: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Run the convolutions.
+
+        Args:
+          waveform: (n, S).
+          lengths: (n,) valid samples.
+
+        Returns:
+          (n, T, C) with T = floor((S - 400) / 320) + 1 as published, and (n,) int32 frames.
+        """
         x = waveform[..., None].astype(self.dtype)
-        for layer, (width, kernel, stride) in enumerate(
-            zip(self.widths, self.kernels, self.strides, strict=True)
-        ):
+        shapes = zip(self.widths, self.kernels, self.strides, strict=True)
+        for layer, (width, kernel, stride) in enumerate(shapes):
             x = nn.Conv(
                 width,
                 (kernel,),
@@ -96,18 +92,18 @@ class ConvFeatures(nn.Module):
             x = nn.gelu(x, approximate=False)
         return x, lengths.astype(jnp.int32)
 
-    def _norm_over_time(self, x, lengths):
+    def _norm_over_time(self, x: jax.Array, lengths: jax.Array) -> jax.Array:
+        """Normalize each channel over time: (n, T, C), (n,) -> (n, T, C)."""
         scale = self.param("norm_scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("norm_bias", nn.initializers.zeros, (x.shape[-1],))
         counted = lengths if self.masked_norm else jnp.full_like(lengths, x.shape[1])
         mean, variance = _moments(x.astype(jnp.float32), length_mask(counted, x.shape[1]))
-        return ((x - mean) * jax.lax.rsqrt(variance + NORM_EPSILON) * scale + bias).astype(
-            self.dtype
-        )
+        normalized = (x - mean) * jax.lax.rsqrt(variance + NORM_EPSILON) * scale + bias
+        return normalized.astype(self.dtype)
 
 
 class PositionConv(nn.Module):
-    """Convolution over time in groups of channels, zeros past both ends: (n, T, W) -> (n, T, W).
+    """Convolution over time in groups of channels, zeros past both ends.
 
     Attributes:
       size: K of the kernel (K, W / groups, W).
@@ -117,20 +113,24 @@ class PositionConv(nn.Module):
 
     size: int
     groups: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(n, T, W) -> (n, T, W)."""
         width = x.shape[-1]
-        kernel = self.param(
-            "kernel", nn.initializers.lecun_normal(), (self.size, width // self.groups, width)
-        )
+        shape = (self.size, width // self.groups, width)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (width,))
-        # XLA's gradient of a grouped convolution is very slow on the CPU: 2.9 s against 0.3 s as one convolution a
-        # group, for HuBERT base's 16 groups and 2 x 4 s on one core.
+
+        # XLA's gradient of a grouped convolution is very slow on the CPU: 2.9 s against 0.3 s as
+        # one convolution per group, for HuBERT base's 16 groups and 2 x 4 s on one core.
         pieces = self.groups if jax.default_backend() == "cpu" else 1
-        convolved = [
-            jax.lax.conv_general_dilated(
+        parts = jnp.split(x.astype(self.dtype), pieces, axis=-1)
+        kernels = jnp.split(kernel.astype(self.dtype), pieces, axis=-1)
+        convolved = []
+        for part, part_kernel in zip(parts, kernels, strict=True):
+            y = jax.lax.conv_general_dilated(
                 part,
                 part_kernel,
                 window_strides=(1,),
@@ -138,12 +138,7 @@ class PositionConv(nn.Module):
                 dimension_numbers=("NHC", "HIO", "NHC"),
                 feature_group_count=self.groups // pieces,
             )
-            for part, part_kernel in zip(
-                jnp.split(x.astype(self.dtype), pieces, axis=-1),
-                jnp.split(kernel.astype(self.dtype), pieces, axis=-1),
-                strict=True,
-            )
-        ]
+            convolved.append(y)
         return jnp.concatenate(convolved, axis=-1) + bias.astype(self.dtype)
 
 
@@ -151,17 +146,28 @@ class Wav2Vec2(TransformerEncoder):
     """wav2vec 2.0, HuBERT or WavLM as published; the defaults are HuBERT base.
 
     Attributes:
-      conv_widths, conv_kernels, conv_strides, conv_layer_norm, conv_bias, masked_norm: see ``ConvFeatures``.
-      normalize: waveforms to mean 0 and variance 1 first; published with the weights, never to be guessed.
+      conv_widths: see ``ConvFeatures``.
+      conv_kernels: see ``ConvFeatures``.
+      conv_strides: see ``ConvFeatures``.
+      conv_layer_norm: see ``ConvFeatures``.
+      conv_bias: see ``ConvFeatures``.
+      masked_norm: see ``ConvFeatures``.
+      normalize: scale waveforms to mean 0 and variance 1 first; published with the weights, never
+        to be guessed.
       pre_norm: norms before the sub-layers (large models) instead of after (base).
-      position_kernel, position_groups: of the convolution that stands for position embeddings.
+      position_kernel: size of the convolution that takes the place of position embeddings.
+      position_groups: of that convolution's channels.
+      position_buckets: of the gated relative positions (WavLM); see ``BlockStyle``.
+      position_distance: of the gated relative positions; see ``BlockStyle``.
       layer_drop: probability of skipping a block in training.
-      mask_time, mask_time_length: share of frames replaced by the mask embedding in training, length of a span.
-      mask_channels, mask_channels_length: share of channels set to 0 in training, length of a span.
-      position_buckets, position_distance: of the gated relative positions (WavLM); see ``BlockStyle``.
+      mask_time: share of frames that the mask embedding replaces in training.
+      mask_time_length: frames of a span.
+      mask_channels: share of channels that are set to 0 in training.
+      mask_channels_length: channels of a span.
       others: as in ``TransformerEncoder``.
 
-    Source: Baevski et al. 2020 (wav2vec 2.0); Hsu et al. 2021 (HuBERT); Chen et al. 2022 (WavLM).
+    Reference:
+      Baevski et al. 2020 (wav2vec 2.0); Hsu et al. 2021 (HuBERT); Chen et al. 2022 (WavLM).
     """
 
     width: int = 768
@@ -187,16 +193,21 @@ class Wav2Vec2(TransformerEncoder):
 
     summary = "mean"
 
-    def samples_per_token(self):
-        """Samples from frame to frame."""
-        product = 1
-        for stride in self.conv_strides:
-            product *= stride
-        return product
+    def samples_per_token(self) -> int:
+        """Return the samples from frame to frame."""
+        return math.prod(self.conv_strides)
 
     @nn.compact
-    def __call__(self, waveform, lengths, keys=None):
-        """(n, S) float32 at 16 kHz, (n,) samples -> (n, T, W), (n,) int32 frames, depth + 1 hidden states (n, T, W)."""
+    def __call__(
+        self, waveform: jax.Array, lengths: jax.Array, keys: jax.Array | None = None
+    ) -> NetworkOutput:
+        """Run the network.
+
+        Args:
+          waveform: (n, S) float32 at 16 kHz.
+          lengths: (n,) valid samples.
+          keys: (n,) typed keys for dropout and masks.
+        """
         if self.normalize:
             waveform = normalize_waveform(waveform, lengths)
         x, lengths = ConvFeatures(
@@ -210,27 +221,13 @@ class Wav2Vec2(TransformerEncoder):
             name="conv",
         )(waveform, lengths)
         x = nn.LayerNorm(NORM_EPSILON, dtype=self.dtype, name="feature_norm")(x)
+        # (n, T, C) . (C, W) -> (n, T, W)
         x = Dense(self.width, dtype=self.dtype, name="feature_projection")(x)
         valid = length_mask(lengths, x.shape[1])
-        mask_embedding = self.param("mask_embedding", nn.initializers.uniform(), (self.width,))
-        if keys is not None and self.mask_time:
-            masked = span_mask(
-                fold_keys(keys, Site.FRAME_MASK),
-                x.shape[1],
-                self.mask_time,
-                self.mask_time_length,
-                valid,
-            )
-            x = jnp.where(masked[..., None], mask_embedding.astype(x.dtype), x)
-        if keys is not None and self.mask_channels:
-            masked = span_mask(
-                fold_keys(keys, Site.CHANNEL_MASK),
-                self.width,
-                self.mask_channels,
-                self.mask_channels_length,
-            )
-            x = jnp.where(masked[:, None], 0, x)
-        # The convolution over positions reaches past the end: the reference has zeros there, so that padding is unseen.
+        x = self._masked(x, valid, keys)
+
+        # The convolution over positions reaches past the end: the reference has zeros there, so
+        # that padding is unseen.
         x = jnp.where(valid[..., None], x, 0)
         positions = PositionConv(
             self.position_kernel, self.position_groups, self.dtype, name="position_conv"
@@ -239,6 +236,7 @@ class Wav2Vec2(TransformerEncoder):
         if not self.pre_norm:
             x = nn.LayerNorm(NORM_EPSILON, dtype=self.dtype, name="input_norm")(x)
         x = dropout(x, self.dropout_rate, fold_keys(keys, Site.INPUT_DROPOUT))
+
         style = BlockStyle(
             self.pre_norm,
             "gelu",
@@ -247,12 +245,28 @@ class Wav2Vec2(TransformerEncoder):
             position_distance=self.position_distance,
         )
         transformer = self._transformer(style=style, layer_drop=self.layer_drop)
-        x, hidden = transformer(x, lengths, keys, layers=True)
-        return x, lengths, hidden
+        x, hidden = transformer(x, lengths, keys)
+        return NetworkOutput(x, lengths, hidden)
+
+    def _masked(self, x: jax.Array, valid: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """Hide spans of frames and of channels in training: (n, T, W), (n, T) -> (n, T, W)."""
+        # The parameter is published with the weights, whether it is used or not.
+        mask_embedding = self.param("mask_embedding", nn.initializers.uniform(), (self.width,))
+        if keys is not None and self.mask_time:
+            frame_keys = fold_keys(keys, Site.FRAME_MASK)
+            masked = span_mask(frame_keys, x.shape[1], self.mask_time, self.mask_time_length, valid)
+            x = jnp.where(masked[..., None], mask_embedding.astype(x.dtype), x)
+        if keys is not None and self.mask_channels:
+            channel_keys = fold_keys(keys, Site.CHANNEL_MASK)
+            masked = span_mask(
+                channel_keys, self.width, self.mask_channels, self.mask_channels_length
+            )
+            x = jnp.where(masked[:, None], 0, x)
+        return x
 
 
-def _moments(x, valid):
-    """Mean and variance of each channel over the valid places: (n, T, C), (n, T) -> (n, 1, C) twice."""
+def _moments(x: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return each channel's mean and variance: (n, T, C), (n, T) bool -> (n, 1, C) twice."""
     weights = valid[..., None].astype(jnp.float32)
     count = jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1.0)
     mean = jnp.sum(x * weights, axis=1, keepdims=True) / count

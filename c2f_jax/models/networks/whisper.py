@@ -1,11 +1,12 @@
 """Whisper's encoder: log-mel spectrogram, two convolutions, a transformer."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from c2f_jax.errors import UserError
-from c2f_jax.models.encoder import TransformerEncoder
+from c2f_jax.models.encoder import NetworkOutput, TransformerEncoder
 from c2f_jax.models.layers import BlockStyle, dropout, length_mask
 from c2f_jax.models.spectrogram import SAMPLE_RATE, WINDOW, mel_filters
 from c2f_jax.objectives.keys import Site, fold_keys
@@ -13,36 +14,43 @@ from c2f_jax.objectives.keys import Site, fold_keys
 HOP = 160
 
 
-def whisper_log_mel(waveform, lengths, frames, mels=80):
-    """Whisper's log-mel spectrogram of ``frames`` frames of 10 ms, the waveform followed by silence.
+def whisper_log_mel(
+    waveform: jax.Array, lengths: jax.Array, frames: int, mels: int = 80
+) -> jax.Array:
+    """Compute Whisper's log-mel spectrogram, the waveform followed by silence.
 
-    x_tm = (max(y_tm, max y - 8) + 4) / 4,  y = log10(max(|STFT|^2 . filters, 1e-10)), frames centred at multiples of
-    10 ms, the signal mirrored at both ends.
+    x_tm = (max(y_tm, max y - 8) + 4) / 4,  y = log10(max(|STFT|^2 . filters, 1e-10)), with frames
+    centered at multiples of 10 ms and the signal mirrored at both ends. A frame of an utterance
+    does not depend on the length that it was padded to.
 
     Args:
       waveform: (n, S) float32, 16 kHz, S <= 160 T.
       lengths: (n,) valid samples; what follows is taken as silence.
-      frames: number of frames T.
-      mels: channels M.
+      frames: T, number of frames of 10 ms.
+      mels: M, channels.
 
     Returns:
-      (n, T, M) float32. A frame of an utterance does not depend on the length that it was padded to.
+      (n, T, M) float32.
     """
     x = jnp.where(length_mask(lengths, waveform.shape[1]), waveform, 0.0)
     x = jnp.pad(x, ((0, 0), (0, frames * HOP - x.shape[1])))
     x = jnp.pad(x, ((0, 0), (WINDOW // 2, WINDOW // 2)), mode="reflect")
+
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(WINDOW) / WINDOW)
     index = np.arange(frames)[:, None] * HOP + np.arange(WINDOW)
     spectrum = jnp.fft.rfft(x[:, index] * jnp.asarray(window, jnp.float32))
     power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
-    y = jnp.log10(
-        jnp.maximum(power @ jnp.asarray(mel_filters(mels)), 1e-10)
-    )  # (n, T, F) . (F, M) -> (n, T, M)
+    energy = power @ jnp.asarray(mel_filters(mels))  # (n, T, F) . (F, M) -> (n, T, M)
+    y = jnp.log10(jnp.maximum(energy, 1e-10))
     return (jnp.maximum(y, jnp.max(y, axis=(1, 2), keepdims=True) - 8.0) + 4.0) / 4.0
 
 
-def whisper_positions(length, width):
-    """(length, width) sinusoids, the sines first, wavelengths from 2 pi to 10,000 2 pi."""
+def whisper_positions(length: int, width: int) -> jax.Array:
+    """Return sinusoids, the sines first, with wavelengths from 2 pi to 10,000 2 pi.
+
+    Returns:
+      (length, width) float32.
+    """
     frequencies = np.exp(-np.log(10_000.0) * np.arange(width // 2) / (width // 2 - 1))
     angles = np.arange(length)[:, None] * frequencies
     return jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), jnp.float32)
@@ -54,11 +62,13 @@ class Whisper(TransformerEncoder):
     Attributes:
       mels: mel channels; 80, or 128 from large-v3 on.
       positions: number of position embeddings, 20 ms each.
-      pad: silence up to 30 s that the transformer attends to, as published; False cuts each utterance to its own
-        length: the same features up to the transformer, in which no silence is attended to, at a fraction of the cost.
+      pad: silence up to 30 s that the transformer attends to, as published. False cuts each
+        utterance to its own length: the same features up to the transformer, which attends to no
+        silence, at a fraction of the cost.
       others: as in ``TransformerEncoder``.
 
-    Source: Radford et al. 2022.
+    Reference:
+      Radford et al. 2022.
     """
 
     width: int = 384
@@ -70,43 +80,52 @@ class Whisper(TransformerEncoder):
 
     summary = "mean"
 
-    def samples_per_token(self):
-        """Samples from frame to frame."""
+    def samples_per_token(self) -> int:
+        """Return the samples from frame to frame."""
         return 2 * HOP
 
     @nn.compact
-    def __call__(self, waveform, lengths, keys=None):
-        """(n, S) float32 at 16 kHz, (n,) samples -> (n, T, W), (n,) int32 frames, depth + 1 hidden states (n, T, W).
+    def __call__(
+        self, waveform: jax.Array, lengths: jax.Array, keys: jax.Array | None = None
+    ) -> NetworkOutput:
+        """Run the network.
 
-        T = ceil(S / 320), or all positions with ``pad``; the lengths are ceil(length / 320) in both cases.
+        Args:
+          waveform: (n, S) float32 at 16 kHz.
+          lengths: (n,) valid samples.
+          keys: (n,) typed keys for dropout.
+
+        Returns:
+          Tokens (n, T, W) with T = ceil(S / 320), or all positions with ``pad``; the lengths are
+          ceil(length / 320) in both cases.
 
         Raises:
           UserError: S is more than the positions last.
         """
         step = self.samples_per_token()
-        frames = self.positions if self.pad else -(-waveform.shape[1] // step)
         if waveform.shape[1] > self.positions * step:
             seconds = self.positions * step / SAMPLE_RATE
             raise UserError(
-                f"recordings of {waveform.shape[1] / SAMPLE_RATE:g} s: Whisper takes up to {seconds:g} s; "
-                "lower data.bucket_seconds and data.max_seconds"
+                f"recordings of {waveform.shape[1] / SAMPLE_RATE:g} s: Whisper takes up to "
+                f"{seconds:g} s; lower data.bucket_seconds and data.max_seconds"
             )
-        # Two frames more than the convolutions keep, so that the last one kept sees silence as in a longer batch.
+        frames = self.positions if self.pad else -(-waveform.shape[1] // step)
+        # Two frames more than the convolutions keep, so that the last one kept sees silence as in
+        # a longer batch.
         extra = 0 if self.pad else 2
         x = whisper_log_mel(waveform, lengths, 2 * frames + extra, self.mels).astype(self.dtype)
-        x = nn.Conv(self.width, (3,), padding=((1, 1),), dtype=self.dtype, name="conv_0")(x)
-        x = nn.gelu(x, approximate=False)
-        x = nn.Conv(
+
+        conv_0 = nn.Conv(self.width, (3,), padding=((1, 1),), dtype=self.dtype, name="conv_0")
+        conv_1 = nn.Conv(
             self.width, (3,), strides=(2,), padding=((1, 1),), dtype=self.dtype, name="conv_1"
-        )(x)
-        x = nn.gelu(x, approximate=False)[:, :frames]
-        table = self.param("positions", lambda _: whisper_positions(self.positions, self.width))
-        x = dropout(
-            x + table[:frames].astype(self.dtype),
-            self.dropout_rate,
-            fold_keys(keys, Site.INPUT_DROPOUT),
         )
+        x = nn.gelu(conv_0(x), approximate=False)
+        x = nn.gelu(conv_1(x), approximate=False)[:, :frames]
+
+        table = self.param("positions", lambda _: whisper_positions(self.positions, self.width))
+        x = x + table[:frames].astype(self.dtype)
+        x = dropout(x, self.dropout_rate, fold_keys(keys, Site.INPUT_DROPOUT))
         lengths = ((lengths + step - 1) // step).astype(jnp.int32)
         transformer = self._transformer(style=BlockStyle(activation="gelu", epsilon=1e-5))
-        x, hidden = transformer(x, None if self.pad else lengths, keys, layers=True)
-        return x, lengths, hidden
+        x, hidden = transformer(x, None if self.pad else lengths, keys)
+        return NetworkOutput(x, lengths, hidden)
