@@ -1,11 +1,13 @@
 """Checks of options that only make sense together."""
 
 from collections.abc import Mapping
-from typing import Any
+
+import flax.linen as nn
 
 from c2f_jax.datasets.config import DataConfig
 from c2f_jax.errors import UserError
 from c2f_jax.models.c2f import C2FModel
+from c2f_jax.models.vit import ViTImageEncoder
 
 
 def check_features(model: C2FModel, data: DataConfig, weights: Mapping[str, str]) -> None:
@@ -60,20 +62,22 @@ def check_features(model: C2FModel, data: DataConfig, weights: Mapping[str, str]
         )
 
 
-def check_image_grid(image: Mapping[str, Any], size: int) -> None:
+def check_image_grid(encoder: nn.Module, size: int) -> None:
     """Check that an image divides into patches, of which the light ViT would drop a remainder.
 
     Args:
-      image: values of ``model.image``.
+      encoder: of the images; others than the light ViT are not checked.
       size: side of the image in pixels.
 
     Raises:
       UserError: if it does not.
     """
-    patch, pool = image.get("patch", 1), image.get("token_pool", 1)
+    if not isinstance(encoder, ViTImageEncoder):
+        return
+    patch, pool = encoder.patch, encoder.token_pool
     if size % patch:
         raise UserError(f"data.image_size={size} is not a multiple of model.image.patch={patch}")
-    if image.get("conv_stem") and patch & (patch - 1):
+    if encoder.conv_stem and patch & (patch - 1):
         raise UserError(
             f"model.image.patch={patch}: must be a power of two with model.image.conv_stem"
         )

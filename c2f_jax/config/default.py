@@ -6,16 +6,6 @@ from c2f_jax.config import fields
 from c2f_jax.config.options import sections
 
 LIGHT_ENCODERS = {"speech": "log_mel", "image": "vit"}
-# TODO: these are to become the defaults of the classes.
-DIFFERENT = {
-    "model.image.conv_stem": True,
-    "model.image.token_pool": 2,
-    "model.image.width": 96,
-    "model.multimodal.mlp_ratio": 2.0,
-    "model.multimodal.width": 96,
-    "model.speech.hop": 240,
-    "model.speech.width": 96,
-}
 
 
 def default_config() -> ConfigDict:
@@ -31,5 +21,4 @@ def default_config() -> ConfigDict:
     for part, name in LIGHT_ENCODERS.items():
         config.model[part].name = name
         del config.model[part].weights
-    config.update_from_flattened_dict(DIFFERENT)
     return config

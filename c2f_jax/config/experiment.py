@@ -87,7 +87,7 @@ def create_experiment(config: ConfigDict) -> Experiment:
     # What the options mean together.
     experiment.data.augment.check()
     if experiment.data.image_features is None:
-        consistency.check_image_grid(encoders[1], experiment.data.image_size)
+        consistency.check_image_grid(experiment.model.image_encoder, experiment.data.image_size)
     consistency.check_features(experiment.model, experiment.data, weights)
     experiment.method.check(experiment.queue_size, experiment.token_queue_size)
     return experiment

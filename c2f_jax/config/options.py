@@ -8,7 +8,12 @@ from c2f_jax.config import fields
 from c2f_jax.data.augment import AugmentConfig
 from c2f_jax.datasets.config import DataConfig
 from c2f_jax.errors import UserError
-from c2f_jax.models.factory import IMAGE_ENCODERS, SPEECH_ENCODERS, option_fields
+from c2f_jax.models.factory import (
+    IMAGE_ENCODERS,
+    SPEECH_ENCODERS,
+    ModelOptions,
+    option_fields,
+)
 from c2f_jax.models.multimodal import MultimodalEncoder
 from c2f_jax.retrieval.evaluation import EvalConfig
 from c2f_jax.training.method import MethodConfig
@@ -43,27 +48,6 @@ class RunOptions:
     token_queue_size: int = field(default=0, metadata={"min": 0})
     parallel: str = field(default="pmap", metadata={"choices": MODES})
     init_from: str | None = None
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """Options of the model as a whole; those of its encoders are the encoders' fields.
-
-    Attributes:
-      embedding_dim: D, the size of the embeddings.
-      branches: M, transformers and projections side by side in both encoders: an ensemble.
-      initial_tau: tau at step 0.
-      dtype: compute type, "float32" or "bfloat16".
-      attention: implementation of attention, "xla" or "cudnn".
-      remat: recompute activations in the backward pass instead of keeping them.
-    """
-
-    embedding_dim: int = field(default=256, metadata={"min": 1})
-    branches: int = field(default=1, metadata={"min": 1})
-    initial_tau: float = field(default=0.07, metadata={"above": 0})
-    dtype: str = field(default="float32", metadata={"choices": ("float32", "bfloat16")})
-    attention: str = field(default="xla", metadata={"choices": ("xla", "cudnn")})
-    remat: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,32 +94,4 @@ def sections(encoders: Mapping[str, str]) -> dict[str, dict[str, dataclasses.Fie
         own.pop("tower", None)  # the network, whose options depend on the weights
         found[f"model.{part}"] = fields.options_of(EncoderOptions) | own
     found["model.multimodal"] = {option.name: option for option in option_fields(MultimodalEncoder)}
-    return {where: _with_ranges(options) for where, options in found.items()}
-
-
-# TODO: these are to be stated by the classes.
-SHARE = {"min": 0, "below": 1}
-RANGES = {
-    "dropout_rate": SHARE,
-    "token_dropout": SHARE,
-    "token_mask": SHARE,
-    "mlp_ratio": {"above": 0},
-    "width": {"min": 1},
-    "heads": {"min": 1},
-    "depth": {"min": 0},
-    "mels": {"min": 1},
-    "hop": {"min": 1},
-    "patch": {"min": 1},
-    "token_pool": {"min": 1},
-    "conv_layers": {"min": 0},
-    "conv_blocks": {"min": 0},
-}
-
-
-def _with_ranges(options: dict[str, dataclasses.Field]) -> dict[str, dataclasses.Field]:
-    for name, option in options.items():
-        if name in RANGES and not option.metadata:
-            ranged = field(default=option.default, metadata=RANGES[name])
-            ranged.name, ranged.type = name, option.type
-            options[name] = ranged
-    return options
+    return found
