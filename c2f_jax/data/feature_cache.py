@@ -20,6 +20,9 @@ import numpy as np
 
 from c2f_jax.errors import UserError
 
+# Names in cards, of caches and of converted weights, that are spelled otherwise on users' disks.
+OLD_SPELLING = {"normalise": "normalize", "licence": "license"}
+
 PathLike = str | os.PathLike
 Card = dict[str, Any]
 
@@ -215,9 +218,14 @@ def _map(path: Path) -> np.ndarray:
         ) from error
 
 
+def with_current_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of a card, names in the old spelling replaced; an ``object_pairs_hook``."""
+    return {OLD_SPELLING.get(name, name): value for name, value in pairs}
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(), object_pairs_hook=with_current_names)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not JSON ({error})") from error
 

@@ -42,7 +42,7 @@ def split_params(
             taken[name] = value
         elif below:
             kept, found = split_params(value, below)
-            # An empty dict would be a part of its own to optax and Orbax.
+            # Optax and Orbax would take an empty dict for a part of the tree.
             if kept:
                 rest[name] = kept
             if found:

@@ -10,6 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from c2f_jax.data.feature_cache import with_current_names
 from c2f_jax.errors import UserError
 from c2f_jax.models.c2f import C2FModel
 from c2f_jax.models.networks.vision_transformer import resize_positions
@@ -17,8 +18,6 @@ from c2f_jax.pretrained.networks import tower_shapes
 from c2f_jax.pretrained.published_files import read_published
 
 FORMAT = 1
-# Names that cards once had.
-RENAMED = {"normalise": "normalize", "licence": "license"}
 
 
 def convert(
@@ -74,7 +73,7 @@ def load_card(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / "card.json"
     try:
-        card = json.loads(path.read_text(), object_pairs_hook=_with_current_names)
+        card = json.loads(path.read_text(), object_pairs_hook=with_current_names)
         found_format = card["format"]
     except (OSError, KeyError, ValueError) as error:
         raise UserError(
@@ -232,7 +231,3 @@ def _convert_in_memory(source: str) -> tuple[dict[str, Any], Any]:
 
 def _is_converted(source: str | Path) -> bool:
     return (Path(source) / "card.json").exists()
-
-
-def _with_current_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {RENAMED.get(key, key): value for key, value in pairs}

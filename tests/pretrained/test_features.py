@@ -1,4 +1,4 @@
-"""The feature cache: made once, gone on with, read by the loader, and a whole run on cached and foreign tokens."""
+"""The feature cache: made once, resumed, read by the loader; a whole run on cached and foreign tokens."""
 
 import dataclasses
 import io
@@ -21,7 +21,7 @@ from c2f_jax.config.experiment import create_experiment, example_batch
 from c2f_jax.config.files import load_config
 from c2f_jax.data import items, loader
 from c2f_jax.data.augment import AugmentConfig, augment_wave
-from c2f_jax.data.feature_cache import open_features, write_shard
+from c2f_jax.data.feature_cache import has_card, open_features, write_shard
 from c2f_jax.data.images import decode_image
 from c2f_jax.data.source import ModelInputs
 from c2f_jax.datasets.config import DataConfig
@@ -151,6 +151,15 @@ def test_a_cache_of_another_kind_is_refused(data, cache):
         UserError, match="features of other data, such as train0.wav in train-speech-00000"
     ):
         extract_features(str(data / "whisper"), [others], cache, FeatureOptions(max_seconds=1.0))
+
+
+def test_a_card_in_the_old_spelling_is_the_same_card(tmp_path):
+    tower = {"name": "wav2vec2", "normalise": True}
+    (tmp_path / "card.json").write_text(json.dumps({"tower": tower, "layer": "last"}))
+    current = {"tower": {"name": "wav2vec2", "normalize": True}, "layer": "last"}
+    assert has_card(tmp_path, current)
+    with pytest.raises(UserError, match="another kind"):
+        has_card(tmp_path, current | {"tower": {"name": "wav2vec2", "normalize": False}})
 
 
 @pytest.mark.parametrize(
@@ -361,7 +370,7 @@ def get_config():
     copies = sorted(path.name for path in (tmp_path / "cache-copy1").glob("*.npy"))
     assert copies == ["train-speech-00000.npy"]
     first = json.loads((run / "eval" / f"{data.name}-test.json").read_text())
-    # The same command goes on, with the frozen network from its weights; evaluation reads the cache.
+    # The same command resumes, with the frozen network from its weights; evaluation reads the cache.
     assert (
         main(
             [

@@ -73,6 +73,16 @@ def test_command_writes_a_checkpoint_and_a_card(published, tmp_path, capsys):
     assert "holds converted weights already" in capsys.readouterr().err
 
 
+def test_a_card_in_the_old_spelling_is_read(published, tmp_path):
+    folder, _ = published
+    card = convert([folder], tmp_path / "out")
+    path = tmp_path / "out" / "card.json"
+    old = path.read_text().replace('"license"', '"licence"').replace('"normalize"', '"normalise"')
+    assert "licence" in old and "normalise" in old
+    path.write_text(old)
+    assert load_card(tmp_path / "out") == {"format": 1} | card
+
+
 def test_missing_unused_misshaped_and_damaged_tensors_are_all_listed(published, tmp_path):
     folder, tensors = published
     del tensors["model.encoder.layers.0.fc1.bias"]
