@@ -136,6 +136,7 @@ class C2FModel(nn.Module):
 
     def __call__(self, batch: Mapping[str, Any]) -> Outputs:
         """Run every part once, for initialization."""
+        # Linen creates parameters when a module is called: a part left out would have none.
         speech = self.encode_speech(*speech_input(batch))
         image = self.encode_image(image_input(batch))
         return Outputs(speech, image, self.match(speech, image), self.tau())

@@ -106,6 +106,7 @@ class BranchedEncoder(PooledEncoder):
 
     def _encode(self, x: jax.Array, lengths: jax.Array, keys: jax.Array | None) -> jax.Array:
         """Run the branches: (n, T, W) tokens with [CLS] first, (n,) -> (n, T, M W)."""
+        # Each branch draws its own dropout masks; its tokens take W of the M W features.
         outputs = []
         for branch in range(self.branches):
             transformer = self._transformer(_numbered("transformer", branch))
@@ -138,11 +139,13 @@ def project(projections: Sequence[nn.Module], token: jax.Array) -> jax.Array:
     """
     # In float32 whatever the compute type: similarities are divided by a small tau.
     parts = jnp.split(token.astype(jnp.float32), len(projections), axis=-1)
+    # (n, W) . (W, D) -> (n, D) for each branch
     projected = []
     for projection, part in zip(projections, parts, strict=True):
-        projected.append(projection(part))  # (n, W) . (W, D) -> (n, D)
+        projected.append(projection(part))
     z = jnp.stack(projected, axis=1)  # (n, M, D)
 
+    # The floor keeps the gradient finite where a projection is 0.
     z = z * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(z), axis=-1, keepdims=True), 1e-12))
     return z.reshape(z.shape[0], -1) / math.sqrt(len(projections))
 
@@ -150,6 +153,7 @@ def project(projections: Sequence[nn.Module], token: jax.Array) -> jax.Array:
 def mean_token(tokens: jax.Array, lengths: jax.Array) -> jax.Array:
     """Return the means of the valid tokens: (n, T, W), (n,) -> (n, 1, W)."""
     valid = length_mask(lengths, tokens.shape[1])[..., None]
+    # Summed in float32: bfloat16 loses the last of many tokens.
     total = jnp.sum(jnp.where(valid, tokens, 0), axis=1, keepdims=True, dtype=jnp.float32)
     return (total / jnp.maximum(lengths, 1)[:, None, None]).astype(tokens.dtype)
 

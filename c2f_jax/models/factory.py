@@ -98,6 +98,7 @@ def create_model(
     _check_choices("model", dataclasses.fields(ModelOptions), options)
     model = ModelOptions(**options)
 
+    # Options of the whole model are attributes of each encoder and network.
     shared = {
         "dtype": DTYPES[model.dtype],
         "attention": model.attention,
@@ -146,6 +147,7 @@ def create_tower(
     Raises:
       UserError: unknown name or attribute.
     """
+    # Flax modules are hashed, and lists are what JSON has for tuples.
     values: dict[str, Any] = {}
     for name, value in attributes.items():
         values[name] = tuple(value) if isinstance(value, list) else value
@@ -187,6 +189,7 @@ def _encoder(
         raise UserError(f"{where}.name={name!r}: choose one of {', '.join(registry)}")
     module = registry[name]
 
+    # A network belongs to "published", and to nothing else.
     has_tower = bool(values.get("tower"))
     if name == "published" and not has_tower:
         raise UserError(
@@ -195,6 +198,7 @@ def _encoder(
     if name == "tokens" and has_tower:
         raise UserError(f"{where}.name='tokens' takes no `tower`")
     if isinstance(values.get("tower"), dict):
+        # Branches are of the encoder, not of its network.
         towers = SPEECH_TOWERS if registry is SPEECH_ENCODERS else IMAGE_TOWERS
         of_tower = {key: value for key, value in shared.items() if key != "branches"}
         values["tower"] = create_tower(values["tower"], f"{where}.tower", towers, **of_tower)

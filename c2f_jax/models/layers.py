@@ -107,6 +107,7 @@ def sinusoidal_positions(length: int, width: int) -> jax.Array:
     Reference:
       Vaswani et al. 2017, section 3.5.
     """
+    # Wavelengths grow geometrically from 2 pi to 10,000 2 pi.
     positions = jnp.arange(length, dtype=jnp.float32)[:, None]
     evens = jnp.arange(0, width, 2, dtype=jnp.float32)
     frequencies = jnp.exp(-jnp.log(10_000.0) * evens / width)[None, :]
@@ -164,6 +165,8 @@ def dense_dot_general(
     Returns:
       (..., D...).
     """
+    # The kernel is contracted over its first axes, in their order; Flax's dense layers ask for no
+    # other contraction.
     (axes, _), _ = dimension_numbers
     leading, features = x.shape[: x.ndim - len(axes)], kernel.shape[len(axes) :]
     inputs = math.prod(kernel.shape[: len(axes)])
@@ -215,8 +218,10 @@ def dot_product_attention(
     logits = jnp.einsum("nhtd,nhsd->nhts", query, key, preferred_element_type=jnp.float32)
     if bias is not None:
         logits += bias
+    # A large finite number, not -inf: with length 0 the difference of the logits is 0, not nan.
     if lengths is not None:
         logits = jnp.where(length_mask(lengths, key.shape[2])[:, None, None], logits, -1e30)
+    # The softmax does not depend on the subtracted maximum, so that its gradient is left out.
     weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
 
     # (n, h, T, S) . (n, h, S, d) -> (n, h, T, d)
@@ -272,6 +277,7 @@ class Attention(nn.Module):
         key, value = projection(name="key")(context), projection(name="value")(context)
         bias = None if positions is None else self._gate(x) * positions.astype(self.dtype)
 
+        # cuDNN needs the lengths as int32, and masks by them itself.
         if self.implementation == "cudnn":
             lengths = None if context_lengths is None else context_lengths.astype(jnp.int32)
             attended = jax.nn.dot_product_attention(
@@ -358,9 +364,11 @@ class TransformerBlock(nn.Module):
         def mlp(y: jax.Array) -> jax.Array:
             width = x.shape[-1]
             hidden = round(width * self.mlp_ratio)
-            y = Dense(hidden, dtype=self.dtype, name="mlp_in")(y)  # (n, T, W) . (W, H) -> (n, T, H)
+            # (n, T, W) . (W, H) -> (n, T, H)
+            y = Dense(hidden, dtype=self.dtype, name="mlp_in")(y)
             y = ACTIVATIONS[self.style.activation](y)
-            return Dense(width, dtype=self.dtype, name="mlp_out")(y)  # . (H, W) -> (n, T, W)
+            # (n, T, H) . (H, W) -> (n, T, W)
+            return Dense(width, dtype=self.dtype, name="mlp_out")(y)
 
         x = self._residual(x, "self_attention", attend_self, fold_keys(keys, Site.SELF_ATTENTION))
         if self.cross_attention:
@@ -378,6 +386,7 @@ class TransformerBlock(nn.Module):
     ) -> jax.Array:
         """Return x + sub_layer(norm(x)), or norm(x + sub_layer(x))."""
         norm = nn.LayerNorm(self.style.epsilon, dtype=self.dtype, name=f"{name}_norm")
+        # Pre-norm leaves the sum of all sub-layers unnormalized; post-norm normalizes each sum.
         y = sub_layer(norm(x) if self.style.pre_norm else x)
         if self.style.layer_scale:
             scale = self.param(f"{name}_scale", nn.initializers.ones, (x.shape[-1],))
@@ -445,6 +454,7 @@ class Transformer(nn.Module):
             block_keys = fold_keys(keys, Site.BLOCK, layer)
             y = block(x, lengths, block_keys, context, context_lengths, positions)
 
+            # An example that skips the block keeps its tokens; all run it, since shapes are fixed.
             if keys is not None and self.layer_drop:
                 skip = jax.vmap(lambda key: jax.random.bernoulli(key, self.layer_drop))(
                     fold_keys(keys, Site.LAYER_DROP, layer)
@@ -453,6 +463,7 @@ class Transformer(nn.Module):
             x = y
             hidden.append(x)
 
+        # The last hidden state is the output, as in transformers.
         if self.style.pre_norm:
             x = nn.LayerNorm(self.style.epsilon, dtype=self.dtype, name="norm")(x)
             hidden[-1] = x
@@ -464,5 +475,6 @@ class Transformer(nn.Module):
             return None
         shape = (self.style.position_buckets, self.heads)
         table = self.param("relative_positions", nn.initializers.normal(0.02), shape)
+        # (T, T) rows of the table (buckets, heads) -> (T, T, heads) -> (heads, T, T)
         rows = relative_buckets(length, shape[0], self.style.position_distance)
         return jnp.moveaxis(table[rows], -1, 0)

@@ -54,4 +54,5 @@ class MultimodalEncoder(PooledEncoder):
         transformer = self._transformer(cross_attention=True)
         x, _ = transformer(speech, speech_lengths, keys, image, image_lengths)
         first = self._pooled(x, speech_lengths)[:, 0].astype(jnp.float32)
-        return Dense(2, name="match_head")(first)  # (n, W) . (W, 2) -> (n, 2)
+        # (n, W) . (W, 2) -> (n, 2)
+        return Dense(2, name="match_head")(first)

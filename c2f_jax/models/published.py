@@ -57,6 +57,7 @@ def pool_tokens(tokens: jax.Array, lengths: jax.Array, size: int) -> tuple[jax.A
     """
     if size == 1:
         return tokens, lengths
+    # Padded to whole groups; the padding is not valid and is counted in no mean.
     n, length, width = tokens.shape
     padding = -length % size
     valid = length_mask(lengths, length + padding).reshape(n, -1, size, 1)
@@ -144,6 +145,7 @@ class PublishedEncoder(BranchedEncoder):
         Returns:
           (n, T, C) tokens and (n,) int32 lengths.
         """
+        # Tokens of the cache: the network ran before, and its dropout was off.
         hidden: tuple[jax.Array, ...] | None
         if not self._is_raw(given):
             token_lengths = lengths[0] if lengths else _full_lengths(given)
@@ -155,6 +157,7 @@ class PublishedEncoder(BranchedEncoder):
             raise UserError(
                 "this model reads tokens from a feature cache; it has no network to make them with"
             )
+        # A frozen network runs as in evaluation, without dropout.
         else:
             tower_keys = None if self.frozen == "tower" else fold_keys(keys, Site.TOWER)
             tokens, token_lengths, hidden = self.tower(given, *lengths, tower_keys)
@@ -206,12 +209,14 @@ class PublishedEncoder(BranchedEncoder):
                 return self._pooled(tokens, lengths), lengths
             return jnp.concatenate([mean_token(tokens, lengths), tokens], axis=1), lengths + 1
 
+        # Networks differ in the scale of their tokens; the norm removes it.
         x = nn.LayerNorm(dtype=self.dtype, name="input_norm")(tokens)
         x = dropout(x, self.token_dropout, fold_keys(keys, Site.TOKEN_DROPOUT))
         if keys is not None and self.token_mask:
             masked = span_mask(fold_keys(keys, Site.TOKEN_MASK), x.shape[1], self.token_mask, 1)
             x = jnp.where(masked[..., None], 0, x)
-        x = Dense(self.width, dtype=self.dtype, name="input")(x)  # (n, T, C) . (C, W) -> (n, T, W)
+        # (n, T, C) . (C, W) -> (n, T, W)
+        x = Dense(self.width, dtype=self.dtype, name="input")(x)
 
         x, lengths = self._convolved(x, lengths, fold_keys(keys, Site.CONVOLUTIONS))
         if positions:

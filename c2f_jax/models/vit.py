@@ -73,6 +73,7 @@ class ViTImageEncoder(BranchedEncoder):
             convolution = nn.Conv(self.width, (3, 3), dtype=self.dtype, name=f"block_{block}")
             x = x + nn.gelu(convolution(x))
 
+        # (n, h, w, W) -> (n, h w, W)
         x = x.reshape(n, -1, self.width)
         shape = (1, x.shape[1], self.width)
         positions = self.param("positions", nn.initializers.normal(0.02), shape)
@@ -81,6 +82,7 @@ class ViTImageEncoder(BranchedEncoder):
         lengths = jnp.full((n,), x.shape[1], jnp.int32)
         x = self._encode(x, lengths, keys)
 
+        # After the transformer, so that attention sees every patch.
         if self.token_pool > 1:
             rows, columns = image.shape[1] // self.patch, image.shape[2] // self.patch
             grid = x[:, 1:].reshape(n, rows, columns, -1)
@@ -93,8 +95,10 @@ class ViTImageEncoder(BranchedEncoder):
         """Embed each patch: (n, H, W, 3) -> (n, H / patch, W / patch, width)."""
         embed = Dense(self.width, dtype=self.dtype, name="patch_embedding")
         if not self.conv_stem:
-            return embed(patches(x, self.patch))  # (n, h, w, C) . (C, W) -> (n, h, w, W)
+            # (n, h, w, C) . (C, W) -> (n, h, w, W)
+            return embed(patches(x, self.patch))
 
+        # The width doubles from layer to layer, as the grid shrinks.
         layers = int(math.log2(self.patch))
         for layer in range(layers):
             channels = self.width // 2 ** (layers - 1 - layer)
@@ -102,4 +106,5 @@ class ViTImageEncoder(BranchedEncoder):
                 channels, (3, 3), strides=(2, 2), dtype=self.dtype, name=f"conv_{layer}"
             )
             x = nn.gelu(convolution(x))
-        return embed(x)  # (n, h, w, W) . (W, W) -> (n, h, w, W)
+        # (n, h, w, W) . (W, W) -> (n, h, w, W)
+        return embed(x)

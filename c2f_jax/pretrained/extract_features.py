@@ -97,6 +97,8 @@ def extract_features(
         cannot be read.
     """
     options = options or FeatureOptions()
+
+    # The network, from its card; mistakes are found before anything is written.
     card = open_card(weights)
     attributes = bare_tower(card) | options.tower
     _check_options(options, batch_size, attributes["depth"])
@@ -106,6 +108,7 @@ def extract_features(
     shapes = jax.eval_shape(network.init, jax.random.key(0), *inputs)["params"]
     start_cache(output, cache_card(card, options))
 
+    # One program for each padded length; parameters are an argument, not a constant of it.
     apply = jax.jit(functools.partial(_tokens, network, options.layer))
     params = None
     for source in sources:
@@ -116,22 +119,14 @@ def extract_features(
             params = load_weights(weights, shapes)
         read = _image_reader(source, card) if is_image else _wave_reader(source, options)
 
-        progress = tqdm(
-            total=sum(len(shard.rows) for shard in todo),
-            desc=_description(source, options),
-            disable=not todo,
-            unit="",
-            leave=False,
-        )
+        progress = _progress(source, options, todo)
         with progress, ThreadPoolExecutor(THREADS) as pool:
             for shard in todo:
                 read_items = pool.map(read, shard.rows)
                 run = functools.partial(apply, params)
                 items = list(_run(run, read_items, batch_size, progress))
-                if items:
-                    token_shape = items[0][1].shape[1:]
-                else:
-                    token_shape = jax.eval_shape(run, *inputs)[0].shape[2:]
+                # From the program, since a shard may have no readable item.
+                token_shape = jax.eval_shape(run, *inputs)[0].shape[2:]
                 write_shard(output, shard.name, items, token_shape)
     wait_for_all()
     return open_features(output)
@@ -178,6 +173,7 @@ def _own_shards(source: PairSource, is_image: bool) -> list[_Shard]:
         # By length, so that a batch has little padding.
         kind, order = "speech", np.argsort(source.num_samples, kind="stable")
 
+    # Shards are dealt out like cards, so that each process gets short and long recordings.
     blocks = range(0, len(order), SHARD)
     own = range(jax.process_index(), len(blocks), jax.process_count())
     return [
@@ -209,10 +205,13 @@ def _check_options(options: FeatureOptions, batch_size: int, depth: int) -> None
         )
 
 
-def _description(source: PairSource, options: FeatureOptions) -> str:
-    if options.varied is None:
-        return f"features of {source.split}"
-    return f"features of {source.split}, copy {options.varied.number}"
+def _progress(source: PairSource, options: FeatureOptions, shards: Sequence[_Shard]) -> tqdm:
+    """Return a bar that counts the items of the shards."""
+    what = f"features of {source.split}"
+    if options.varied is not None:
+        what += f", copy {options.varied.number}"
+    total = sum(len(shard.rows) for shard in shards)
+    return tqdm(total=total, desc=what, disable=not shards, unit="", leave=False)
 
 
 def _tokens(
@@ -239,6 +238,7 @@ def _wave_reader(source: PairSource, options: FeatureOptions) -> Callable[[int],
             # with the same variations.
             rng = np.random.default_rng((options.varied.number, row))
             wave = augment_wave(wave, options.varied.augment, rng)
+        # Sixteen bits to -1 ... 1.
         samples = round(options.max_seconds * SAMPLE_RATE)
         return key, wave[:samples] * np.float32(1 / 32768)
 
@@ -292,6 +292,7 @@ def _run(
 
 def _pad_waves(waves: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Return (n, S) waveforms padded to a multiple of ``STEP_SECONDS``, and their (n,) lengths."""
+    # Few padded lengths, so that few programs are compiled.
     lengths = np.array([len(wave) for wave in waves], np.int32)
     step = round(STEP_SECONDS * SAMPLE_RATE)
     size = -(-int(lengths.max()) // step) * step

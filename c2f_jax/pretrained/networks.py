@@ -11,6 +11,7 @@ from c2f_jax.models.factory import IMAGE_TOWERS, create_tower
 
 def bare_tower(card: Mapping[str, Any]) -> dict[str, Any]:
     """Return the attributes of a card's network without its projection into the joint space."""
+    # Encoders project the tokens themselves, with a map that is trained.
     tower = dict(card["tower"])
     if "projection" in tower:
         tower["projection"] = 0

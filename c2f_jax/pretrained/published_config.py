@@ -58,11 +58,13 @@ def image_preprocessing(
     Raises:
       UserError: resampling other than bicubic.
     """
+    # The defaults are what the networks were trained with; the processor's values come first.
     resize_side = _side(processor.get("size"), config["image_size"])
     if "size" in processor:
         by_short_side = isinstance(processor["size"], int) or "shortest_edge" in processor["size"]
         squash = not by_short_side
 
+    # What is cropped out is the network's input.
     image_size = resize_side
     if processor.get("do_center_crop", not squash):
         image_size = _side(processor.get("crop_size"), resize_side)
@@ -110,6 +112,7 @@ def normalize_flag(found: bool | None, published: Published) -> bool:
     Raises:
       UserError: neither says, or they contradict each other.
     """
+    # Never guessed: with the wrong flag the tokens look sound and retrieve badly.
     given = published.normalize
     if found is None and given is None:
         raise UserError(

@@ -49,6 +49,7 @@ def read_published(
     for given, path in zip(sources, local, strict=True):
         files += [(given, file) for file in weight_files(path)]
 
+    # Configurations are read beside the first source.
     tensors, settings = _read_files([file for _, file in files])
     published = Published(
         tensors,
@@ -129,6 +130,7 @@ def _read_files(files: Sequence[Path]) -> tuple[dict[str, np.ndarray], dict[str,
     tensors, settings = {}, {}
     for file in files:
         found, says = read_tensors(file)
+        # EVA ViT-g comes in a file of another publisher.
         found = _visual_encoder_names(found)
         both = sorted(tensors.keys() & found.keys())
         if both:
@@ -191,6 +193,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _readme_license(folder: Path) -> str:
     """Return the license in a README's front matter, as on the hub, or "unknown"."""
+    # The front matter is between two lines of dashes at the top.
     readme = folder / "README.md"
     if not readme.exists():
         return "unknown"

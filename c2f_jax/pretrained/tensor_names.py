@@ -81,6 +81,7 @@ class Layout:
         if self.excluded and _any_matches(self.excluded, names):
             return None
 
+        # The shortest prefix: a model may contain several networks with such a tensor.
         found = [n for n in names if n == self.anchor or n.endswith(f".{self.anchor}")]
         if not found:
             return None
@@ -167,6 +168,7 @@ def convert_tensors(
     Raises:
       UserError: lists every missing, unused, misshaped and damaged tensor.
     """
+    # All problems are collected: a user fixes a file once, not tensor by tensor.
     conversion = _Conversion(layout, prefix, _fold_weight_norm(tensors))
     params = jax.tree_util.tree_map_with_path(conversion.parameter, shapes)
     problems = conversion.problems + conversion.unused()
@@ -212,6 +214,7 @@ class _Conversion:
             )
         self.used.add(name)
 
+        # ``np.split`` and ``_arrange`` raise ValueError where the shape is another one.
         try:
             if third is not None:
                 value = np.split(value, 3)[third]
@@ -256,6 +259,7 @@ class _Source:
 
 def _sources(layout: Layout, path: str) -> list[_Source]:
     """Return the tensors that may hold the parameter of this path, in the order of the rules."""
+    # PyTorch calls kernels and scales of norms "weight".
     last = path.rpartition("/")[2].removeprefix("norm_")
     leaf = "weight" if last in ("kernel", "scale") else "bias"
 
@@ -308,6 +312,7 @@ def _fold_weight_norm(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
             base = name.removesuffix(g_name)
             if not name.endswith(f".{g_name}") or base + v_name not in tensors:
                 continue
+            # In float64, so that the rounding is that of the result alone.
             g = np.asarray(folded.pop(name)).astype(np.float64)
             v = np.asarray(folded.pop(base + v_name)).astype(np.float64)
             axes = tuple(axis for axis in range(v.ndim) if g.shape[axis] == 1)

@@ -59,6 +59,7 @@ def save_weights(folder: str | Path, card: Mapping[str, Any], params: Any) -> No
     folder.mkdir(parents=True, exist_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "params", params)
+    # The card comes last: a folder with a card is complete.
     (folder / "card.json").write_text(json.dumps({"format": FORMAT, **card}, indent=2) + "\n")
 
 
@@ -127,6 +128,7 @@ def load_published(
     Returns:
       The part of the nested dict of all parameters that is published.
     """
+    # Shapes alone: the networks' random parameters would be as large as the published ones.
     shapes = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
     loaded = {}
     for part, source in weights.items():
@@ -191,6 +193,7 @@ def fit_params(params: Any, shapes: Any, where: str | Path) -> Any:
     def fit(path: tuple[Any, ...], wanted: jax.ShapeDtypeStruct, value: Any) -> Any:
         if value.shape == wanted.shape:
             return value
+        # Positions of images for another image size; those of Whisper, (T, W), have a fixed number.
         if path[-1].key == "positions" and value.ndim == 3:
             return resize_positions(value, wanted.shape[1])
         name = "/".join(entry.key for entry in path)
@@ -204,6 +207,7 @@ def fit_params(params: Any, shapes: Any, where: str | Path) -> Any:
 def _restore(folder: str | Path) -> Any:
     """Return all parameters of converted weights, on the first device of this process."""
     card = load_card(folder)
+    # Orbax would otherwise ask for the devices that the weights were saved from.
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
@@ -213,6 +217,7 @@ def _restore(folder: str | Path) -> Any:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(Path(folder).absolute() / "params", target)
     except (ValueError, KeyError, OSError) as error:
+        # Orbax's messages are pages long.
         lines = str(error).strip().splitlines()
         reason = lines[0][:200] if lines else type(error).__name__
         raise UserError(

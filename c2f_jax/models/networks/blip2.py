@@ -47,6 +47,7 @@ class Blip2(TransformerEncoder, kw_only=True):
         Returns:
           The query tokens (n, queries, W), their lengths and the Q-Former's hidden states.
         """
+        # All tokens of the ViT are valid, and none of its hidden states is used.
         context, _, _ = self.vision(image, fold_keys(keys, Site.TOWER))
         queries = self.param("queries", nn.initializers.normal(0.02), (1, self.queries, self.width))
         x = jnp.broadcast_to(queries.astype(self.dtype), (image.shape[0], self.queries, self.width))

@@ -72,7 +72,8 @@ class VisionTransformer(TransformerEncoder):
         embed = Dense(
             self.width, use_bias=self.patch_bias, dtype=self.dtype, name="patch_embedding"
         )
-        x = embed(patches(x, self.patch))  # (n, h, w, C) . (C, W) -> (n, h, w, W)
+        # (n, h, w, C) . (C, W) -> (n, h, w, W)
+        x = embed(patches(x, self.patch))
         x = x.reshape(x.shape[0], -1, self.width)
 
         if self.cls:
@@ -103,9 +104,11 @@ class VisionTransformer(TransformerEncoder):
 
         y = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="pool_norm")(pooled)
         hidden = round(self.width * self.mlp_ratio)
-        y = Dense(hidden, dtype=self.dtype, name="pool_mlp_in")(y)  # (n, 1, W) . (W, H)
+        # (n, 1, W) . (W, H) -> (n, 1, H)
+        y = Dense(hidden, dtype=self.dtype, name="pool_mlp_in")(y)
         y = ACTIVATIONS[self.activation](y)
-        y = Dense(self.width, dtype=self.dtype, name="pool_mlp_out")(y)  # (n, 1, H) . (H, W)
+        # (n, 1, H) . (H, W) -> (n, 1, W)
+        y = Dense(self.width, dtype=self.dtype, name="pool_mlp_out")(y)
         return pooled + y
 
 
@@ -121,6 +124,7 @@ def resize_positions(positions: jax.Array, tokens: int) -> jax.Array:
     Returns:
       (1, C + Q, W).
     """
+    # One more than a square: a [CLS], which keeps its embedding.
     extra = positions.shape[1] - math.isqrt(positions.shape[1]) ** 2
     old, new = math.isqrt(positions.shape[1]), math.isqrt(tokens - extra)
     weights = cubic_weights(old, new)
@@ -141,6 +145,7 @@ def cubic_weights(old: int, new: int) -> np.ndarray:
     Reference:
       Keys 1981, with a = -0.75 as in PyTorch.
     """
+    # Each new point is a sum over the four old ones around it.
     a, weights = -0.75, np.zeros((new, old), np.float32)
     at = (np.arange(new) + 0.5) * old / new - 0.5
     for offset in range(-1, 3):
@@ -148,6 +153,7 @@ def cubic_weights(old: int, new: int) -> np.ndarray:
         x = np.abs(at - point)
         near = (a + 2) * x**3 - (a + 3) * x**2 + 1
         far = a * (x**3 - 5 * x**2 + 8 * x - 4)
+        # Points outside are the nearest edge, whose weights add up.
         columns = np.clip(point, 0, old - 1)
         np.add.at(weights, (np.arange(new), columns), np.where(x <= 1, near, far))
     return weights

@@ -84,6 +84,7 @@ class ConvFeatures(nn.Module):
                 dtype=self.dtype,
                 name=f"conv_{layer}",
             )(x)
+            # Frames whose window lies within the utterance.
             lengths = jnp.maximum((lengths - kernel) // stride + 1, 0)
             if self.layer_norm:
                 x = nn.LayerNorm(NORM_EPSILON, dtype=self.dtype, name=f"norm_{layer}")(x)
@@ -220,6 +221,7 @@ class Wav2Vec2(TransformerEncoder):
             self.dtype,
             name="conv",
         )(waveform, lengths)
+
         x = nn.LayerNorm(NORM_EPSILON, dtype=self.dtype, name="feature_norm")(x)
         # (n, T, C) . (C, W) -> (n, T, W)
         x = Dense(self.width, dtype=self.dtype, name="feature_projection")(x)

@@ -36,11 +36,13 @@ def whisper_log_mel(
     x = jnp.pad(x, ((0, 0), (0, frames * HOP - x.shape[1])))
     x = jnp.pad(x, ((0, 0), (WINDOW // 2, WINDOW // 2)), mode="reflect")
 
+    # The periodic Hann window; numpy's is the symmetric one.
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(WINDOW) / WINDOW)
     index = np.arange(frames)[:, None] * HOP + np.arange(WINDOW)
     spectrum = jnp.fft.rfft(x[:, index] * jnp.asarray(window, jnp.float32))
     power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
-    energy = power @ jnp.asarray(mel_filters(mels))  # (n, T, F) . (F, M) -> (n, T, M)
+    # (n, T, F) . (F, M) -> (n, T, M)
+    energy = power @ jnp.asarray(mel_filters(mels))
     y = jnp.log10(jnp.maximum(energy, 1e-10))
     return (jnp.maximum(y, jnp.max(y, axis=(1, 2), keepdims=True) - 8.0) + 4.0) / 4.0
 
@@ -125,6 +127,8 @@ class Whisper(TransformerEncoder):
         table = self.param("positions", lambda _: whisper_positions(self.positions, self.width))
         x = x + table[:frames].astype(self.dtype)
         x = dropout(x, self.dropout_rate, fold_keys(keys, Site.INPUT_DROPOUT))
+
+        # Padded as published, attention sees the silence; cut, it sees the utterance alone.
         lengths = ((lengths + step - 1) // step).astype(jnp.int32)
         transformer = self._transformer(style=BlockStyle(activation="gelu", epsilon=1e-5))
         x, hidden = transformer(x, None if self.pad else lengths, keys)

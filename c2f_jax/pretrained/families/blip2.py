@@ -74,7 +74,7 @@ def describe_lavis(published: Published) -> tuple[Attributes, Attributes]:
     vision = _lavis_vision(tensors)
     preprocessing = image_preprocessing({}, vision, CLIP_MEAN, CLIP_STD, squash=True)
 
-    queries = tensors["query_tokens"]
+    queries = tensors["query_tokens"]  # (1, queries, width)
     layer = r"Qformer\.bert\.encoder\.layer\.(\d+)"
     depth = 1 + max(block_numbers(tensors, rf"{layer}\.attention\.self\.query\.weight"))
     cross = block_numbers(tensors, rf"{layer}\.crossattention\.self\.query\.weight")
@@ -93,6 +93,7 @@ def describe_lavis(published: Published) -> tuple[Attributes, Attributes]:
         "epsilon": BERT_EPSILON,
         "projection": 0,
     }
+    # Files of the second stage have no contrastive head.
     if "vision_proj.weight" in tensors:
         attributes["projection"] = tensors["vision_proj.weight"].shape[0]
     return attributes, preprocessing
@@ -103,7 +104,8 @@ def _lavis_vision(tensors: Mapping[str, np.ndarray]) -> Attributes:
     patch = tensors["visual_encoder.patch_embed.proj.weight"]  # (out, in, row, column)
     width = patch.shape[0]
     blocks = 1 + max(block_numbers(tensors, r"visual_encoder\.blocks\.(\d+)\.norm1\.weight"))
-    patches = tensors["visual_encoder.pos_embed"].shape[1] - 1  # one is the [CLS]
+    # Positions are of a square grid and the [CLS].
+    patches = tensors["visual_encoder.pos_embed"].shape[1] - 1
     return EVA_DEFAULTS | {
         "hidden_size": width,
         "intermediate_size": tensors["visual_encoder.blocks.0.mlp.fc1.weight"].shape[0],

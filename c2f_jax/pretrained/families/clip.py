@@ -52,6 +52,7 @@ def describe(published: Published) -> tuple[Attributes, Attributes]:
         published.processor, config, CLIP_MEAN, CLIP_STD, squash=False
     )
 
+    # What sets CLIP's ViT apart from the others'.
     attributes = vision_transformer(config, preprocessing) | {
         "layer_scale": False,
         "cls": True,
@@ -60,6 +61,7 @@ def describe(published: Published) -> tuple[Attributes, Attributes]:
         "pooling_head": False,
         "projection": 0,
     }
+    # ``CLIPVisionModel`` is published without it.
     if "visual_projection.weight" in published.tensors:
         attributes["projection"] = whole.get("projection_dim", config["projection_dim"])
 

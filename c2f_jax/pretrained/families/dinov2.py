@@ -39,6 +39,7 @@ def describe(published: Published) -> tuple[Attributes, Attributes]:
         published.processor, config, IMAGENET_MEAN, IMAGENET_STD, squash=False
     )
 
+    # What sets DINOv2's ViT apart from the others'.
     attributes = vision_transformer(config, preprocessing) | {
         "mlp_ratio": config["mlp_ratio"],
         "layer_scale": True,
@@ -64,6 +65,7 @@ HUGGING_FACE = Layout(
             r"encoder.layer.\1.attention",
             ("attention.query", "attention.key", "attention.value", "output.dense"),
         ),
+        # Names in other versions.
         *attention_rules(
             f"{BLOCK}/self_attention",
             r"encoder.layer.\1.attention",

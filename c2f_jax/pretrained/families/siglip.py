@@ -29,6 +29,7 @@ def describe(published: Published) -> tuple[Attributes, Attributes]:
     config = DEFAULTS | whole.get("vision_config", whole)
     preprocessing = image_preprocessing(published.processor, config, MEAN, STD, squash=True)
 
+    # What sets SigLIP's ViT apart from the others'.
     attributes = vision_transformer(config, preprocessing) | {
         "layer_scale": False,
         "cls": False,

@@ -44,6 +44,7 @@ def describe_hugging_face(published: Published) -> tuple[Attributes, Attributes]
             f"config.json: model_type {config.get('model_type')!r} is not supported; "
             "wav2vec2, hubert and wavlm are"
         )
+    # What the network cannot do is refused, not left out.
     for key, supported in SUPPORTED.items():
         if config.get(key, supported) != supported:
             raise UserError(f"config.json: {key}={config[key]!r}; only {supported!r} is supported")
@@ -98,6 +99,7 @@ def _fairseq_attributes(tensors: Mapping[str, np.ndarray]) -> Attributes:
             f"widths {', '.join(map(str, FAIRSEQ_HEADS))} are"
         )
 
+    # Kernels of convolutions are (out, in, time).
     convs = "feature_extractor.conv_layers"
     conv_count = len(block_numbers(tensors, r"feature_extractor\.conv_layers\.(\d+)\.0\.weight"))
     kernels = [tensors[f"{convs}.{layer}.0.weight"] for layer in range(conv_count)]
