@@ -100,7 +100,7 @@ def extract_features(
 
     # The network, from its card; mistakes are found before anything is written.
     card = open_card(weights)
-    attributes = bare_tower(card) | options.tower
+    attributes = {**bare_tower(card), **options.tower}
     _check_options(options, batch_size, attributes["depth"])
     network = create_tower(attributes, dtype=jnp.dtype(options.dtype))
     is_image = attributes["name"] in IMAGE_TOWERS
@@ -139,7 +139,7 @@ def cache_card(card: Mapping[str, Any], options: FeatureOptions) -> dict[str, An
       card: of the network's weights.
       options: which tokens.
     """
-    attributes = bare_tower(card) | options.tower
+    attributes = {**bare_tower(card), **options.tower}
     found = {
         "tower": attributes,
         "weights": [source["sha256"] for source in card["source"]],
@@ -285,8 +285,8 @@ def _run(
         else:
             tokens, lengths = apply(np.stack(rows))
 
-        tokens, lengths = np.asarray(tokens), np.asarray(lengths)
-        for (key, _), row, length in zip(readable, tokens, lengths, strict=False):
+        rows_of_tokens = zip(readable, np.asarray(tokens), np.asarray(lengths), strict=False)
+        for (key, _), row, length in rows_of_tokens:
             yield key, row[:length]
 
 

@@ -127,7 +127,8 @@ def _convert(published: Published) -> _Converted:
 
 def _read_files(files: Sequence[Path]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return the tensors and the settings of all files."""
-    tensors, settings = {}, {}
+    tensors: dict[str, np.ndarray] = {}
+    settings: dict[str, Any] = {}
     for file in files:
         found, says = read_tensors(file)
         # EVA ViT-g comes in a file of another publisher.

@@ -24,7 +24,7 @@ from c2f_jax.pretrained.tensor_names import (
 )
 
 # EVA ViT-g without its last block, which BLIP-2 leaves out.
-EVA_DEFAULTS = {
+EVA_DEFAULTS: Attributes = {
     "hidden_size": 1408,
     "intermediate_size": 6144,
     "num_hidden_layers": 39,
