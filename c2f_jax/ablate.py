@@ -166,9 +166,9 @@ def summarize(results: Results) -> dict[str, dict[str, dict[str, SeedMean]]]:
     for row, evaluations in results.items():
         summary[row] = {}
         for stage in STAGES:
-            columns = [_columns(getattr(evaluation, stage)) for evaluation in evaluations]
-            if None not in columns:
-                summary[row][stage] = _column_means(columns)
+            stages = [getattr(evaluation, stage) for evaluation in evaluations]
+            if None not in stages:
+                summary[row][stage] = _column_means([_columns(metrics) for metrics in stages])
     return summary
 
 
@@ -232,8 +232,10 @@ def _run_row(
         # The start is trained by the first row that needs it; the others find it finished.
         if config.method.warm_up_steps:
             train_and_evaluate(start_config(config, row_values), start, test=False)
-        result = train_and_evaluate(row_values, run)
-        stored.write_text(json.dumps(result.evaluation.to_json()))
+        evaluation = train_and_evaluate(row_values, run).evaluation
+        if evaluation is None:
+            raise UserError("ablate evaluates each run: start it as a single process")
+        stored.write_text(json.dumps(evaluation.to_json()))
     return EvaluationResult.from_json(json.loads(stored.read_text()))
 
 
@@ -243,10 +245,8 @@ def _directory(workdir: str | PathLike[str], name: str, seed: int) -> epath.Path
     return epath.Path(workdir) / f"{short}-{seed}"
 
 
-def _columns(metrics: StageMetrics | None) -> dict[str, float] | None:
-    """Return the value of each column, named like "speech_to_image/R@1"; None without a stage."""
-    if metrics is None:
-        return None
+def _columns(metrics: StageMetrics) -> dict[str, float]:
+    """Return the value of each column, named like "speech_to_image/R@1"."""
     columns = {}
     for direction, metric in METRICS:
         name = f"{DIRECTIONS[direction]}/{metric}"

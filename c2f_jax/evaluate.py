@@ -164,7 +164,8 @@ def choose_examples(
     def spoken(places: np.ndarray) -> list[Example]:
         return make_examples(s2i, places, show_speech, show_image, right_image)
 
-    s2i, i2s = result.lists["s2i"], result.lists["i2s"]
+    lists = result.lists or {}
+    s2i, i2s = lists["s2i"], lists["i2s"]
     return PageExamples(
         speech=spoken(random_queries(s2i, count)),
         failures=spoken(worst_queries(s2i, count // 2)),

@@ -87,6 +87,7 @@ class TrainedModel:
         )
         trained, _ = split_params(shapes, model.frozen)
         params, progress = checkpoints.restore_params(number, trained)
+        assert number is not None  # else there was nothing to restore
 
         # Frozen parameters are not in the checkpoint: they are read from the published weights.
         check_weights(workdir, experiment.weights)
@@ -108,7 +109,8 @@ class TrainedModel:
     @property
     def tau(self) -> float:
         """The learned temperature."""
-        return float(self.experiment.model.apply({"params": self.params}, method="tau"))
+        tau: Any = self.experiment.model.apply({"params": self.params}, method="tau")
+        return float(tau)
 
     @property
     def pair_batch_size(self) -> int:
@@ -222,7 +224,8 @@ def encode_speech(
       waveform: (n, S) float32 at 16 kHz, or cached tokens (n, T, C).
       lengths: (n,) valid samples or tokens.
     """
-    return model.apply({"params": params}, waveform, lengths, method="encode_speech")
+    encoded: Any = model.apply({"params": params}, waveform, lengths, method="encode_speech")
+    return encoded
 
 
 @partial(jax.jit, static_argnames="model")
@@ -234,7 +237,8 @@ def encode_image(model: nn.Module, params: Params, image: jax.Array) -> Encoded:
       params: its parameters.
       image: (n, side, side, 3) uint8, or cached tokens (n, P, C).
     """
-    return model.apply({"params": params}, image, method="encode_image")
+    encoded: Any = model.apply({"params": params}, image, method="encode_image")
+    return encoded
 
 
 @partial(jax.jit, static_argnames="model")
@@ -255,10 +259,11 @@ def match(
       image_tokens: (b, P, W), all valid.
     """
     image_lengths = jnp.full((image_tokens.shape[0],), image_tokens.shape[1], jnp.int32)
-    # The embeddings are not used.
-    speech = Encoded(None, speech_tokens, speech_lengths)
-    image = Encoded(None, image_tokens, image_lengths)
-    return model.apply({"params": params}, speech, image, method="match")
+    no_embedding: Any = None  # SIM does not use it
+    speech = Encoded(no_embedding, speech_tokens, speech_lengths)
+    image = Encoded(no_embedding, image_tokens, image_lengths)
+    logits: Any = model.apply({"params": params}, speech, image, method="match")
+    return logits
 
 
 def _step_number(checkpoints: Checkpoints, step: str | int) -> int | None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from typing import Any
 
 import jax
 import numpy as np
@@ -167,7 +168,8 @@ def fit_to_data(
                 f"{name} {size} is reduced to the {len(source)} recordings of {source.name}, split "
                 f"{source.split}"
             )
-            experiment = dataclasses.replace(experiment, **{name: len(source)})
+            shorter: dict[str, Any] = {name: len(source)}
+            experiment = dataclasses.replace(experiment, **shorter)
     return experiment
 
 
@@ -373,6 +375,7 @@ def _best_model(run: _Run, state: C2FTrainState) -> TrainedModel:
     step = run.checkpoints.best_step
     target = abstract(run.parallel.global_state(state.params))
     params, _ = run.checkpoints.restore_params(step, target)
+    assert step is not None  # else there was nothing to restore
     params = run.parallel.local_copy(merge_params(params, state.frozen))
     return TrainedModel(run.experiment, params, step, run.workdir, run.recorder.history)
 
