@@ -40,9 +40,12 @@ def range_of(metadata: griffe.ExprDict, loader: griffe.GriffeLoader) -> str:
     bounds = {str(k).strip("'"): v for k, v in zip(metadata.keys, metadata.values, strict=True)}
     if "choices" in bounds:
         choices = bounds["choices"]
+        if isinstance(choices, griffe.ExprCall):  # tuple(NAMES)
+            choices = choices.arguments[0]
         if isinstance(choices, griffe.ExprName):
             choices = loader.modules_collection[choices.canonical_path].value
-        return " ".join(str(choices).strip("()").replace("'", "`").split())
+        names = choices.keys if isinstance(choices, griffe.ExprDict) else choices.elements
+        return ", ".join(str(name).replace("'", "`") for name in names)
     if {"min", "max"} <= bounds.keys():
         return f"{bounds['min']} to {bounds['max']}"
     words = {"min": "at least", "max": "at most", "above": "above", "below": "below"}

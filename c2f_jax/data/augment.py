@@ -23,8 +23,7 @@ SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
 class AugmentConfig:
     """How training images and recordings are varied.
 
-    Everything is off by default, and always off in evaluation. The metadata of a field give its
-    range.
+    Everything is off by default, and always off in evaluation.
 
     Attributes:
       crop_area: smallest share of the image's area that a random resized crop keeps; 1 for the

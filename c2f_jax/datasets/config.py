@@ -13,7 +13,7 @@ from c2f_jax.datasets.registry import load_pairs
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Options for reading data; the metadata of a field give its range.
+    """Options for reading data.
 
     Attributes:
       name: data set ("spoken_scenes", "spoken_scenes/tiny") or path of a manifest (.jsonl, .csv).

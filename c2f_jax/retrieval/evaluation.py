@@ -29,7 +29,7 @@ MOST_NORM_ERROR = 0.02  # of an L2-normalized embedding, as bfloat16 rounds it
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Options of an evaluation; the metadata of a field are its range.
+    """Options of an evaluation.
 
     Attributes:
       k: number of candidates for each query that SIM reranks; all of a gallery smaller than k.
