@@ -255,6 +255,7 @@ def _gallery_files(
         paths = list_media(gallery, IMAGE_SUFFIXES if kind == "image" else AUDIO_SUFFIXES)
         return paths, list(paths)
 
+    # A gallery is shown and played, so it is opened without feature caches.
     data = experiment.data
     source = load_pairs(
         gallery or data.name,

@@ -108,6 +108,7 @@ def train_and_evaluate(
         wherever possible.
       Preempted: the run was stopped by SIGTERM or by the platform, and has saved a checkpoint.
     """
+    # Mistakes are found here, before anything is written.
     experiment = create_experiment(config)
     parallel = DataParallel(experiment.parallel, devices)
     parallel.check_batch_size(experiment.batch_size)
@@ -121,6 +122,8 @@ def train_and_evaluate(
     source.image_index = shuffled_images(
         source.image_index, experiment.data.shuffled_share, experiment.seed
     )
+
+    # The state to start from: new, restored, or another run's parameters.
     optimizer = create_optimizer(experiment.optimizer, experiment.steps)
     state = parallel.place_state(_new_state(experiment, optimizer))
     checkpoints = Checkpoints(workdir)
@@ -161,6 +164,8 @@ def fit_to_data(
         epoch = loader.steps_per_epoch(source, experiment.batch_size)
         method = dataclasses.replace(method, alpha_ramp_steps=epoch)
         experiment = dataclasses.replace(experiment, method=method)
+
+    # A short data set fills a long queue several times over.
     for name in ("queue_size", "token_queue_size"):
         size = getattr(experiment, name)
         if size > len(source):
@@ -186,6 +191,7 @@ def shuffled_images(image_index: np.ndarray, share: float, seed: int) -> np.ndar
     """
     if not share:
         return image_index
+    # A cycle through the chosen recordings: each gets the image of another.
     rng = host_rng(seed, Stream.WRONG_CAPTIONS)
     chosen = rng.permutation(len(image_index))[: round(share * len(image_index))]
     shuffled = image_index.copy()
@@ -207,6 +213,7 @@ def _open_splits(
         splits.append(data.test_split)
     prepare_features(experiment, tuple(splits))
 
+    # Only training reads the varied copies of the recordings.
     source = data.load(data.train_split, copies=True)
     validation = data.load(data.validation_split)
     batch_plan.check_plan(
@@ -357,6 +364,7 @@ def _evaluate_validation(run: _Run, state: C2FTrainState, step: int) -> float | 
 
     The score is None during the warm-up: rankings by SIC alone do not compare with those by SIM.
     """
+    # Each process evaluates on its own devices, so that nothing is gathered.
     method, recorder = run.experiment.method, run.recorder
     params = run.parallel.local_copy(merge_params(state.params, state.frozen))
     model = TrainedModel(run.experiment, params, step, run.workdir, recorder.history)
@@ -391,6 +399,7 @@ def _alarm_from(experiment: Experiment) -> int | None:
     """Return the step from which a SIM loss at its collapse value is alarming; None without SIM."""
     if not experiment.method.sim_weight:
         return None
+    # A quarter of the run, once both warm-ups are over.
     warm_up = max(experiment.method.warm_up_steps, experiment.optimizer.warmup_steps)
     return warm_up + experiment.steps // 4
 
