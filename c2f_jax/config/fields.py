@@ -27,8 +27,9 @@ def default_values(options: Mapping[str, dataclasses.Field]) -> dict[str, Any]:
     """Return the default of each option; None where there is no default."""
     values = {}
     for name, option in options.items():
-        missing = option.default is dataclasses.MISSING
-        values[name] = None if missing else option.default
+        values[name] = option.default
+        if option.default is dataclasses.MISSING:
+            values[name] = None
     return values
 
 
@@ -36,7 +37,9 @@ def build(cls: type, values: Mapping[str, Any]) -> Any:
     """Build a dataclass from checked plain values, whose lists become tuples."""
     built = {}
     for name, value in values.items():
-        built[name] = tuple(value) if isinstance(value, list) else value
+        if isinstance(value, list):  # as JSON has it
+            value = tuple(value)
+        built[name] = value
     return cls(**built)
 
 
@@ -55,19 +58,24 @@ def check_values(
         range.
     """
     names = [dotted(where, name) for name in options]
-    for name, value in values.items():
+    for name in values:
+        check_known(dotted(where, name), names)
+
+    for name, option in options.items():
         key = dotted(where, name)
-        check_known(key, names)
-        option = options[name]
-        if value is None and option.default is dataclasses.MISSING:
+        required = option.default is dataclasses.MISSING
+        if required and values.get(name) is None:
             raise UserError(f"{key} is not set: give it a value")
+        if name not in values:
+            continue
+
+        # A range holds for each entry of a list.
+        value = values[name]
         if not of_type(value, option.type):
             raise UserError(f"{key}={value!r}: must be {describe(option.type)}")
-        for entry in value if isinstance(value, list | tuple) else [value]:
+        entries = value if isinstance(value, list | tuple) else [value]
+        for entry in entries:
             _check_range(key, value, entry, option.metadata)
-    for name, option in options.items():
-        if name not in values and option.default is dataclasses.MISSING:
-            raise UserError(f"{dotted(where, name)} is not set: give it a value")
 
 
 def check_known(key: str, known: Sequence[str], prefix: str = "") -> None:
@@ -95,9 +103,11 @@ def _check_range(key: str, value: Any, entry: Any, metadata: Mapping[str, Any]) 
     """Raise UserError if an entry of an option's value is out of its range."""
     if entry is None:
         return
+
     choices = metadata.get("choices")
     if choices is not None and entry not in choices:
         raise UserError(f"{key}={value!r}: choose one of {', '.join(map(str, choices))}")
+    # Only numbers have bounds, and nan and infinity are outside of all of them.
     if not isinstance(entry, int | float) or isinstance(entry, bool):
         return
     inside = (
@@ -134,14 +144,17 @@ def of_type(value: Any, kind: Any) -> bool:
         return any(of_type(value, one) for one in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
         entry_kind = typing.get_args(kind)[0]
-        return isinstance(value, list | tuple) and all(
-            of_type(entry, entry_kind) for entry in value
-        )
+        is_list = isinstance(value, list | tuple)
+        return is_list and all(of_type(entry, entry_kind) for entry in value)
     if typing.get_origin(kind) is not None:
         return isinstance(value, typing.get_origin(kind))
+
+    # To Python, True is an integer.
     if isinstance(value, bool) and kind is not bool:
         return False
-    return isinstance(value, int | float if kind is float else kind)
+    if kind is float:
+        kind = int | float
+    return isinstance(value, kind)
 
 
 def describe(kind: Any) -> str:
@@ -153,7 +166,8 @@ def describe(kind: Any) -> str:
     if isinstance(kind, types.UnionType):
         return " or ".join(describe(one) for one in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
-        return f"a list of {describe(typing.get_args(kind)[0]).partition(' ')[2]}s"
+        one_entry = describe(typing.get_args(kind)[0])  # such as "a number"
+        return f"a list of {one_entry.partition(' ')[2]}s"
     if kind is type(None):
         return "None"
     return KINDS.get(kind, "a section")
@@ -191,13 +205,14 @@ def _read(text: str, kind: Any) -> Any:
         return text
     if kind is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
+
+    # Numbers and lists are written as in Python.
     try:
         value = ast.literal_eval(text.strip())
     except (ValueError, SyntaxError):
         return text
     if typing.get_origin(kind) is tuple:
-        entries = value if isinstance(value, list | tuple) else [value]
-        return tuple(entries)
+        return tuple(value) if isinstance(value, list | tuple) else (value,)
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)  # such as 1e5
     if kind is float and of_type(value, float):
@@ -220,6 +235,8 @@ def flatten(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     for name, value in values.items():
         if isinstance(value, Mapping):
             flat |= flatten(value, dotted(where, name))
-        else:
-            flat[dotted(where, name)] = list(value) if isinstance(value, tuple) else value
+            continue
+        if isinstance(value, tuple):  # as JSON has it
+            value = list(value)
+        flat[dotted(where, name)] = value
     return flat

@@ -66,6 +66,7 @@ def save_config(config: ConfigDict, workdir: str | os.PathLike) -> None:
                 f"{workdir} holds a run with another configuration:\n" + "\n".join(rows) + "\n"
                 "Give another --workdir, or the same values to resume that run."
             )
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
@@ -107,10 +108,14 @@ def _differences(saved: ConfigDict, wanted: ConfigDict) -> list[str]:
     found = fields.flatten(json.loads(saved.to_json()))
     asked = fields.flatten(json.loads(wanted.to_json()))
     default = fields.flatten(json.loads(default_config().to_json()))
+
     rows = []
     for key in sorted(found.keys() | asked.keys()):
+        if key in CAN_CHANGE or key.startswith("eval."):
+            continue
+        # An option that the saved file does not have had its default.
         there = found.get(key, default.get(key))
-        if key not in CAN_CHANGE and not key.startswith("eval.") and there != asked.get(key):
+        if there != asked.get(key):
             rows.append(f"  {key}: {there!r} there, {asked.get(key)!r} given")
     return rows
 
@@ -123,15 +128,19 @@ def _call_get_config(path: str) -> ConfigDict:
             f"--config={path}: there is no file {file}; the configurations of this package are in "
             "configs/ of its repository"
         )
+
+    # A configuration is a program, which can fail in any way.
     try:
         get_config = runpy.run_path(file).get("get_config")
         if get_config is None:
             raise ValueError("the file has no function get_config")
         config = get_config(argument) if colon else get_config()
-    except Exception as error:  # a configuration is a program, which can fail in any way
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    except Exception as error:
         reason = (str(error).strip() or "no reason given").splitlines()[-1]
-        raise UserError(f"--config={path}: {kind}{reason}") from error
+        if not isinstance(error, ValueError):
+            reason = f"{type(error).__name__}: {reason}"
+        raise UserError(f"--config={path}: {reason}") from error
+
     if not isinstance(config, ConfigDict):
         raise UserError(
             f"--config={path}: get_config returns {type(config).__name__}: must be a ConfigDict"
@@ -143,6 +152,8 @@ def _override(config: ConfigDict, word: str) -> None:
     """Apply one override to a configuration."""
     key, equals, text = word.removeprefix("--config.").partition("=")
     kinds = _option_types(config)
+
+    # Name the section or the nearest option if there is no such option.
     inside = [name for name in kinds if name.startswith(f"{key}.")]
     if inside and key not in kinds:
         raise UserError(f"--config.{key} is a section: set one of {', '.join(inside)}")
@@ -150,6 +161,7 @@ def _override(config: ConfigDict, word: str) -> None:
     if not equals:
         raise UserError(f"--config.{key} has no value: write --config.{key}=VALUE")
 
+    # The value has the option's type, but perhaps not that of the value before, such as None.
     value = fields.parse(f"--config.{key}", text, kinds[key])
     *path, name = key.split(".")
     section = config
