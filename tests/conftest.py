@@ -1,4 +1,5 @@
-"""Four CPU devices for every test, compiled for a short compile time; set before jax is imported."""
+"""Four CPU devices for every test, compiled for a short compile time; set before jax is
+imported."""
 
 import importlib.metadata
 import os
@@ -22,7 +23,8 @@ import pytest  # noqa: E402
 
 @pytest.fixture
 def no_rank_promotion():
-    """Broadcasting (n,) against (n, m) raises; for the objectives, where it would hide a wrong axis."""
+    """Broadcasting (n,) against (n, m) raises; for the objectives, where it would hide a wrong
+    axis."""
     with jax.numpy_rank_promotion("raise"):
         yield
 

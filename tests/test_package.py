@@ -1,4 +1,5 @@
-"""Importing the package and the objectives in a fresh interpreter: what they load, and how long it takes."""
+"""Importing the package and the objectives in a fresh interpreter: what they load, and how long it
+takes."""
 
 import ast
 import functools
@@ -25,7 +26,8 @@ print(*sys.modules, bool(jax._src.xla_bridge._backends))
 
 
 def fresh(code):
-    """Top-level modules that ``code`` loads and whether a jax backend was started, in a new interpreter."""
+    """Top-level modules that ``code`` loads and whether a jax backend was started, in a new
+    interpreter."""
     done = subprocess.run([sys.executable, "-c", code + REPORT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     *modules, started = done.stdout.split()
@@ -142,7 +144,8 @@ def test_each_package_of_an_extra_is_known_by_its_module():
 
 @pytest.mark.slow
 def test_the_light_core_alone(tmp_path):
-    """`pip install .` brings the losses, the models and the training step, and a command says what it lacks."""
+    """`pip install .` brings the losses, the models and the training step, and a command says what
+    it lacks."""
     source = tmp_path / "source"
     source.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):

@@ -1,4 +1,5 @@
-"""The rooms of the package: arrows point down, no file imports in a circle, private names stay at home."""
+"""The rooms of the package: arrows point down, no file imports in a circle, private names stay at
+home."""
 
 import ast
 from pathlib import Path
@@ -24,7 +25,8 @@ FILES = {module_name(file): file for file in sorted(PACKAGE.rglob("*.py"))}
 
 
 def imports(file):
-    """(module, name or None) of each import of the package in a file, those inside functions too."""
+    """(module, name or None) of each import of the package in a file, those inside functions
+    too."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "c2f_jax":
             for alias in node.names:

@@ -100,7 +100,6 @@ def test_an_unknown_option_is_named_with_the_nearest_one(name, nearest):
         load_config(f"{CONFIGS}/spoken_scenes.py", [f"--config.{name}=1"])
 
 
-@pytest.mark.xfail(reason="the classes follow")
 def test_the_defaults_are_those_of_the_classes():
     experiment = create_experiment(changed())
     assert experiment.data == DataConfig("spoken_scenes")

@@ -1,4 +1,5 @@
-"""Decoding: every odd but legal file gives the expected array, every bad one an error that names it."""
+"""Decoding: every odd but legal file gives the expected array, every bad one an error that names
+it."""
 
 import io
 

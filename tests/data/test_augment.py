@@ -1,4 +1,5 @@
-"""Augmentation: each change does what it says, is off by default, a function of (seed, epoch, recording)."""
+"""Augmentation: each change does what it says, is off by default, a function of (seed, epoch,
+recording)."""
 
 import dataclasses
 import itertools
@@ -37,7 +38,8 @@ def test_crops_stay_inside_and_keep_area_and_ratio():
     areas, ratios = [], []
     for seed in range(100):
         cut = picture({"crop_area": 0.2, "crop_ratio": 1.5}, seed).astype(float)
-        # Off the borders, where resampling repeats pixels: the ramp tells how far apart two pixels were.
+        # Off the borders, where resampling repeats pixels: the ramp tells how far apart two pixels
+        # were.
         w, h = (
             (cut[12, 20, 0] - cut[12, 3, 0]) / 17 / 3 * 24,
             (cut[20, 12, 1] - cut[3, 12, 1]) / 17 / 4 * 24,
@@ -132,8 +134,18 @@ def test_everything_is_off_by_default():
     same(take(source, 4), take(source, 4, augment=AugmentConfig()))
 
 
-ALL = AugmentConfig(crop_area=0.3, flip=0.5, jitter=0.3, speed=0.1, gain_db=6, noise_db=(5, 30), reverb_seconds=0.1,
-                    time_masks=1, time_mask_seconds=0.02, frequency_masks=1)  # fmt: skip
+ALL = AugmentConfig(
+    crop_area=0.3,
+    flip=0.5,
+    jitter=0.3,
+    speed=0.1,
+    gain_db=6,
+    noise_db=(5, 30),
+    reverb_seconds=0.1,
+    time_masks=1,
+    time_mask_seconds=0.02,
+    frequency_masks=1,
+)
 
 
 class Photos(Memory):
@@ -158,8 +170,10 @@ def test_batches_are_the_same_bytes_for_any_number_of_threads(threads, cache_mib
 
 def test_two_processes_together_give_the_batch_of_one():
     lengths = rng(1).integers(500, 4000, 43)
-    whole, *parts = (take(Photos(lengths), 7, augment=ALL, threads=2, process_index=p, process_count=n)
-                     for p, n in ((0, 1), (0, 2), (1, 2)))  # fmt: skip
+    whole, *parts = (
+        take(Photos(lengths), 7, augment=ALL, threads=2, process_index=p, process_count=n)
+        for p, n in ((0, 1), (0, 2), (1, 2))
+    )
     joined = [(step, {key: np.concatenate([part[k][1][key] for part in parts]) for key in batch})
               for k, (step, batch) in enumerate(whole)]  # fmt: skip
     same(whole, joined)

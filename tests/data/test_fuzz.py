@@ -15,7 +15,8 @@ SCRIPT = ROOT / "tests" / "helpers" / "fuzz_files.py"
 
 
 def fuzz(folder, count, seed, *more):
-    """In a process of its own, so that a crash or a hang of a C library fails the test rather than the session."""
+    """In a process of its own, so that a crash or a hang of a C library fails the test rather than
+    the session."""
     command = [sys.executable, "-W", "ignore", SCRIPT, str(count), str(seed), str(folder), *more]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-2000:]

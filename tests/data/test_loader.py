@@ -1,4 +1,5 @@
-"""Batches: a function of (seed, step) alone, whole over processes, with damaged items replaced and named."""
+"""Batches: a function of (seed, step) alone, whole over processes, with damaged items replaced and
+named."""
 
 import threading
 

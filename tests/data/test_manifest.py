@@ -15,7 +15,8 @@ from c2f_jax.errors import UserError
 
 @pytest.fixture
 def files(tmp_path):
-    """Three recordings and two pictures, one of them with a space and another alphabet in its name."""
+    """Three recordings and two pictures, one of them with a space and another alphabet in its
+    name."""
     for k in range(3):
         soundfile.write(tmp_path / f"{k}.wav", np.full(1600 * (k + 1), 0.1), 16_000)
     for name in ("frog.png", "жаба 2.png"):

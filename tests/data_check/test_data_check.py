@@ -1,4 +1,5 @@
-"""`c2f data check` names each planted oddity, writes its reports, mends manifests; `c2f data prepare` and dry run."""
+"""`c2f data check` names each planted oddity, writes its reports, mends manifests; `c2f data
+prepare` and dry run."""
 
 import json
 from pathlib import Path
@@ -82,7 +83,8 @@ def test_spoken_coco_and_places(tmp_path):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_set_with_every_oddity_is_told_and_trains(name, tmp_path):
-    """The seven oddities that the published sets have, in each of them: named, left out or kept, and trained on."""
+    """The seven oddities that the published sets have, in each of them: named, left out or kept,
+    and trained on."""
     planted = odd_set(name, tmp_path / "set")
     report = check_data(name, manual_dir=str(tmp_path / "set"), progress=False)
     names = found(report)
@@ -119,7 +121,8 @@ def test_a_folder_with_a_manifest_is_checked_as_that_manifest(tmp_path, capsys):
 
 
 def test_a_leak_is_mended_with_all_copies_of_a_picture(tmp_path):
-    """A picture that is twice in train, by one image_id or two, and again in test: both are dropped from train."""
+    """A picture that is twice in train, by one image_id or two, and again in test: both are dropped
+    from train."""
     rows = [{"image": f"{k}.jpg", "audio": f"{k}.wav", "split": "train"} for k in range(6)]
     for k in range(6):
         put(tmp_path / f"{k}.jpg", jpeg(0 if k in (2, 4) else k))
@@ -336,8 +339,21 @@ def test_the_dry_run_tells_what_is_missing_and_writes_nothing(tmp_path, capsys):
     assert "size not stated" in told and "--download" not in told and "85 GB to fetch" in told
     flickr8k_audio(tmp_path / "flickr")
     before = sorted(tmp_path.rglob("*"))
-    assert main(["data", "prepare", "flickr8k_audio", "--dry-run", "--manual-dir", str(tmp_path / "flickr"),
-                 "--data-dir", str(tmp_path / "tfds")]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "data",
+                "prepare",
+                "flickr8k_audio",
+                "--dry-run",
+                "--manual-dir",
+                str(tmp_path / "flickr"),
+                "--data-dir",
+                str(tmp_path / "tfds"),
+            ]
+        )
+        == 0
+    )
     told = capsys.readouterr().out
     assert "train: 8 pictures, 40 recordings" in told and "1 listed files are missing" in told
     assert sorted(tmp_path.rglob("*")) == before

@@ -1,4 +1,5 @@
-"""The published layouts are read in every variant, prepared by their builders, and serve training."""
+"""The published layouts are read in every variant, prepared by their builders, and serve
+training."""
 
 import functools
 import http.server
@@ -187,7 +188,8 @@ def prepare(builder, folder, data_dir, **options):
 
 @pytest.fixture(scope="module")
 def flickr(tmp_path_factory):
-    """The folder of the odd copy of Flickr8k Audio, and the TFDS directory that it was prepared in."""
+    """The folder of the odd copy of Flickr8k Audio, and the TFDS directory that it was prepared
+    in."""
     folder, data_dir = tmp_path_factory.mktemp("flickr"), tmp_path_factory.mktemp("tfds")
     prepare(Flickr8kAudio, flickr8k_audio(folder), data_dir, max_bad_share=0.1)
     return folder, data_dir
@@ -299,7 +301,8 @@ def test_parts_of_another_listing_are_not_taken(tmp_path, monkeypatch):
 
 
 def test_a_mended_file_is_read_again(tmp_path):
-    """A preparation that ended with too many bad items goes on, and takes what was mended in the meantime."""
+    """A preparation that ended with too many bad items goes on, and takes what was mended in the
+    meantime."""
     folder = flickr8k_audio(tmp_path / "flickr")
     with pytest.raises(UserError, match="2 of 48"):
         prepare(Flickr8kAudio, folder, tmp_path / "tfds")
@@ -411,7 +414,8 @@ def test_the_shipped_configuration_with_light_encoders_opens(name):
 
 
 def test_one_command_trains_and_evaluates_zero_shot(tmp_path, flickr, capsys):
-    """Trained on SpokenCOCO, evaluated on Flickr8k Audio by protocol and on a manifest, then again by `evaluate`."""
+    """Trained on SpokenCOCO, evaluated on Flickr8k Audio by protocol and on a manifest, then again
+    by `evaluate`."""
     import shutil
 
     from c2f_jax.main import main

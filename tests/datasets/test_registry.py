@@ -1,4 +1,5 @@
-"""A data set is one file and a line of the registry: that of docs/extending.md is prepared and read."""
+"""A data set is one file and a line of the registry: that of docs/extending.md is prepared and
+read."""
 
 import json
 import sys

@@ -30,7 +30,8 @@ def data_dir(tmp_path_factory):
 
 
 def facts_told(sentence: str) -> frozenset:
-    """What a listener learns from a caption, by a grammar written independently of the one that speaks."""
+    """What a listener learns from a caption, by a grammar written independently of the one that
+    speaks."""
     nouns = re.findall(r"\ba (\w+) (\w+) (\w+)", sentence)
     small = {
         "small": True,

@@ -1,4 +1,5 @@
-"""What the documentation promises: code that runs, commands that parse, files and options that exist."""
+"""What the documentation promises: code that runs, commands that parse, files and options that
+exist."""
 
 import importlib
 import json
@@ -18,7 +19,7 @@ from c2f_jax.main import main
 JAX_ALONE = """
 import sys
 
-for name in ("flax", "optax", "clu", "orbax", "absl", "etils", "ml_collections", "librosa", "tensorflow"):
+for name in "flax optax clu orbax absl etils ml_collections librosa tensorflow".split():
     sys.modules[name] = None
 """
 
@@ -60,7 +61,8 @@ def test_named_files_exist():
 
 
 def test_named_options_exist():
-    """An option in backticks, such as `method.alpha`, or set by `--config.`, is one of the default configuration's."""
+    """An option in backticks, such as `method.alpha`, or set by `--config.`, is one of the default
+    configuration's."""
     for page in PAGES:
         text = page.read_text()
         named = re.findall(r"`((?:data|method|optimizer|eval)\.[a-z_.]+[a-z])[`=]", text)
@@ -151,7 +153,8 @@ def test_notebook_runs(notebook):
 
 
 def test_page_of_python_runs(notebook, tiny_data_dir, monkeypatch):
-    """Its blocks go on from each other; the run that they train is the notebook's, which is finished."""
+    """Its blocks go on from each other; the run that they train is the notebook's, which is
+    finished."""
     folder, _ = notebook
     monkeypatch.chdir(folder)
     scope = {"OVERRIDES": [f"--config.data.data_dir={tiny_data_dir}"]}

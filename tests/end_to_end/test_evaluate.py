@@ -1,4 +1,5 @@
-"""Encoding and ranking a split: the same on one device and on four, in mixed lengths and one recording at a time."""
+"""Encoding and ranking a split: the same on one device and on four, in mixed lengths and one
+recording at a time."""
 
 import jax
 import numpy as np

@@ -1,4 +1,5 @@
-"""Two real processes on loopback, two devices each, take the same steps as one process with one device.
+"""Two real processes on loopback, two devices each, take the same steps as one process with one
+device.
 
 Run as a program, this file is one of the two processes.
 """
@@ -51,7 +52,8 @@ def batches():
 
 @functools.cache
 def initial():
-    """The model, the optimiser and the initial state as numpy arrays; each process makes its own."""
+    """The model, the optimiser and the initial state as numpy arrays; each process makes its
+    own."""
     tower = {"width": 16, "depth": 1, "heads": 2, "mlp_ratio": 4.0}
     speech = tower | {"name": "log_mel", "mels": 8, "hop": 160, "conv_layers": 1}
     image = tower | {"name": "vit", "patch": 8, "conv_stem": False, "token_pool": 1}
@@ -64,7 +66,8 @@ def initial():
 
 
 def make_step(pool, mode=None):
-    """Initial state, DataParallel and compiled step; mode None is one device without a device axis."""
+    """Initial state, DataParallel and compiled step; mode None is one device without a device
+    axis."""
     model, optimizer, state = initial()
     if pool == "global":
         state = state.replace(
@@ -77,7 +80,8 @@ def make_step(pool, mode=None):
 
 
 def run(pool, mode, rows=slice(None), steps=STEPS):
-    """Steps with this process's rows: the state and the metrics after each of them, as numpy arrays."""
+    """Steps with this process's rows: the state and the metrics after each of them, as numpy
+    arrays."""
     state, parallel, step = make_step(pool, mode)
     parallel.check_batch_size(N)
     state, after = parallel.place_state(state), []
@@ -97,7 +101,8 @@ def run(pool, mode, rows=slice(None), steps=STEPS):
 
 @functools.cache
 def one_device(pool):
-    """The initial state, and a step of one process with one device: (state, batch) -> (next state, metrics)."""
+    """The initial state, and a step of one process with one device: (state, batch) -> (next state,
+    metrics)."""
     state, _, step = make_step(pool)
 
     def take(state, batch):
@@ -127,7 +132,8 @@ def worker(port, process, directory):
 
 
 def make_file(directory, process):
-    """A data set made where it is missing; process 0, which takes longer, must make it all the same."""
+    """A data set made where it is missing; process 0, which takes longer, must make it all the
+    same."""
     path = directory / "data set"
     if not path.exists():
         time.sleep(0 if process else 1)
@@ -219,7 +225,8 @@ def test_process_0_makes_what_is_missing_and_the_others_wait(results):
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("mode", MODES)
 def test_two_processes_equal_one_device(results, mode, pool):
-    """Every step of the processes is one device's step from the same state, so that no rounding adds up over steps.
+    """Every step of the processes is one device's step from the same state, so that no rounding
+    adds up over steps.
 
     How much rounding may move a result is measured on the machine at hand: see ``rounding_ratios``.
     """
@@ -235,7 +242,8 @@ def test_two_processes_equal_one_device(results, mode, pool):
 
 
 def gradients_of_one_device(tree, axis_name=None):
-    """``pmean`` that leaves trees alone, the gradients, and still averages arrays, such as the loss."""
+    """``pmean`` that leaves trees alone, the gradients, and still averages arrays, such as the
+    loss."""
     return pmean(tree, axis_name) if isinstance(tree, jax.Array) else tree
 
 
@@ -252,7 +260,8 @@ def negatives_of_the_next_row(*arguments):
 
 
 def row_numbers_of_the_first_device(axis_name=None):
-    """``axis_index`` that counts the rows of each device from 0: draws and positive pairs are those of other rows."""
+    """``axis_index`` that counts the rows of each device from 0: draws and positive pairs are those
+    of other rows."""
     return jnp.zeros((), jnp.int32)
 
 

@@ -1,4 +1,5 @@
-"""Training runs of the shipped configuration, shrunk: resume, preemption, cadences, the workdir, the command line."""
+"""Training runs of the shipped configuration, shrunk: resume, preemption, cadences, the workdir,
+the command line."""
 
 import dataclasses
 import json
@@ -29,7 +30,8 @@ CONFIG = str(CONFIGS / "spoken_scenes.py")
 
 @pytest.fixture(scope="session")
 def flags(tiny_data_dir):
-    """Overrides that all runs share: the tiny data set in a directory of its own, negatives from the queue."""
+    """Overrides that all runs share: the tiny data set in a directory of its own, negatives from
+    the queue."""
     return [
         f"--config.data.data_dir={tiny_data_dir}",
         "--config.method.negatives=queue",

@@ -1,4 +1,5 @@
-"""What the light core must be able to do: run by test_package.py in an environment without extras."""
+"""What the light core must be able to do: run by test_package.py in an environment without
+extras."""
 
 import doctest
 import importlib

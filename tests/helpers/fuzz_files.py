@@ -1,8 +1,10 @@
-"""Damaged and odd files by the thousand, each with what must come of it; also run as a script, in a process of its own.
+"""Damaged and odd files by the thousand, each with what must come of it; also run as a script, in a
+process of its own.
 
     python tests/fuzz_files.py COUNT SEED FOLDER [bombs]
 
-prints one JSON object: the number of files of each kind, those accepted, complaints, the slowest file, peak memory.
+prints one JSON object: the number of files of each kind, those accepted, complaints, the slowest
+file, peak memory.
 """
 
 import collections
@@ -24,8 +26,15 @@ from c2f_jax.data.images import decode_image
 from c2f_jax.data.manifest import read_listing
 from c2f_jax.errors import UserError
 
-AUDIO = (("WAV", "PCM_16"), ("WAV", "FLOAT"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("OGG", "OPUS"),
-         ("MP3", "MPEG_LAYER_III"), ("AIFF", "PCM_16"))  # fmt: skip
+AUDIO = (
+    ("WAV", "PCM_16"),
+    ("WAV", "FLOAT"),
+    ("FLAC", "PCM_16"),
+    ("OGG", "VORBIS"),
+    ("OGG", "OPUS"),
+    ("MP3", "MPEG_LAYER_III"),
+    ("AIFF", "PCM_16"),
+)
 IMAGES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 SIZE = 16
 # What may come of a file: an error that names it; the content of another file; anything sane.
@@ -74,7 +83,8 @@ def zeros_flac(count):
 
 
 def cases(rng, folder):
-    """Endless (kind, medium, data or path, what must come of it, the file of the same content or None)."""
+    """Endless (kind, medium, data or path, what must come of it, the file of the same content or
+    None)."""
     while True:
         container, subtype = AUDIO[rng.integers(len(AUDIO))]
         format_ = IMAGES[rng.integers(len(IMAGES))]
@@ -276,10 +286,14 @@ def main(count, seed, folder, with_bombs):
         if wrong:
             complaints.append(f"{number} {kind} ({medium}): {wrong[:300]}")
     return {
-        "files": sum(kinds.values()), "kinds": kinds, "accepted": accepted, "complaints": complaints[:30],
-        "complained": len(complaints), "slowest": slowest,
+        "files": sum(kinds.values()),
+        "kinds": kinds,
+        "accepted": accepted,
+        "complaints": complaints[:30],
+        "complained": len(complaints),
+        "slowest": slowest,
         "peak_mib": peak_mib(),
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What the parity tests share: PyTorch networks with random weights, ours with the same ones, and comparisons."""
+"""What the parity tests share: PyTorch networks with random weights, ours with the same ones, and
+comparisons."""
 
 import os
 
@@ -76,7 +77,8 @@ def tensors_of(model, gradients=False):
 
 
 def ours(model, gradients=False, **changes):
-    """Our network with the weights of a PyTorch model, or with their gradients in their place: (module, parameters)."""
+    """Our network with the weights of a PyTorch model, or with their gradients in their place:
+    (module, parameters)."""
     tensors = tensors_of(model, gradients)
     layout, prefix = find_layout(tensors)
     config = model.config.to_dict() | {"architectures": [type(model).__name__]}
@@ -88,10 +90,11 @@ def ours(model, gradients=False, **changes):
 
 
 def assert_gradients_agree(model, expected, output, seed=1):
-    """Gradients of every parameter, of a random linear form of ``expected`` (PyTorch) and ``output(module, params)``.
+    """Gradients of every parameter, of a random linear form of ``expected`` (PyTorch) and
+    ``output(module, params)``.
 
-    The error is relative to the largest entry of the parameter's gradient, or, of one that nearly vanishes, such as
-    that of the keys' biases, to a thousandth of the largest of all.
+    The error is relative to the largest entry of the parameter's gradient, or, of one that nearly
+    vanishes, such as that of the keys' biases, to a thousandth of the largest of all.
     """
     module, params = ours(model)
     weights = np.random.default_rng(seed).normal(size=expected.shape).astype(np.float32)

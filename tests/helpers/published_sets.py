@@ -1,4 +1,5 @@
-"""Small copies of the published data sets, laid out as their owners do, with the oddities that they have."""
+"""Small copies of the published data sets, laid out as their owners do, with the oddities that they
+have."""
 
 import csv
 import io
@@ -45,7 +46,8 @@ def caption(image, k):
 
 
 def flickr8k_audio(folder, pictures="Flicker8k_Dataset", captions="token", odd=True):
-    """The corpus with 13 pictures of five recordings; returns the folder. captions: token, kaggle, karpathy or none."""
+    """The corpus with 13 pictures of five recordings; returns the folder. captions: token, kaggle,
+    karpathy or none."""
     images = [f"pic{k:02d}.jpg" for k in range(13)]
     split_of = {images[k]: name for name, numbers in FLICKR_SPLITS.items() for k in numbers}
     wavs = folder / "flickr_audio" / "wavs"
@@ -105,7 +107,8 @@ COCO_SPLITS = ("train", "restval", "train", "val", "test", "test", "train", "tra
 
 
 def spoken_coco(folder, ksplit=False, images="", missing=True):
-    """SpokenCOCO with 8 pictures: one test picture has six captions, the picture of the last is missing."""
+    """SpokenCOCO with 8 pictures: one test picture has six captions, the picture of the last is
+    missing."""
     listing = {"train": [], "val": [], "test": []}
     karpathy = []
     for number, split in enumerate(COCO_SPLITS):
@@ -144,7 +147,8 @@ def spoken_coco(folder, ksplit=False, images="", missing=True):
 
 
 def places_audio(folder, older=False, odd=True):
-    """Places Audio with one recording a picture; odd: one recording of the training split is empty."""
+    """Places Audio with one recording a picture; odd: one recording of the training split is
+    empty."""
     files = (
         ["train", "val"]
         if older
@@ -174,7 +178,8 @@ def places_audio(folder, older=False, odd=True):
 
 
 def odd_set(name, folder):
-    """A published set with each oddity that they have planted in its training split: kind of finding -> file."""
+    """A published set with each oddity that they have planted in its training split: kind of
+    finding -> file."""
     make = {
         "flickr8k_audio": flickr8k_audio,
         "spoken_coco": spoken_coco,

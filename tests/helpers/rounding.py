@@ -1,4 +1,5 @@
-"""Rounding, measured on the machine that the tests run on: how far apart two float32 runs of one computation may be."""
+"""Rounding, measured on the machine that the tests run on: how far apart two float32 runs of one
+computation may be."""
 
 import functools
 
@@ -11,14 +12,16 @@ RUNS, FACTOR = 4, 16
 
 
 def rounding_ratios(compute, inputs, found):
-    """How far each array of ``found`` is from ``compute(*inputs)``, in units of what rounding explains; 1 is the limit.
+    """How far each array of ``found`` is from ``compute(*inputs)``, in units of what rounding
+    explains; 1 is the limit.
 
-    A float32 computation gives the exact result of inputs that differ from the given ones in their last bits, whatever
-    the processor and the order of its sums. So rounding moves an array about as far as redrawing the last bit of every
-    input does. The limit is FACTOR times the largest such change in RUNS draws, plus FACTOR last bits of the array's
-    largest entry.
+    A float32 computation gives the exact result of inputs that differ from the given ones in their
+    last bits, whatever the processor and the order of its sums. So rounding moves an array about as
+    far as redrawing the last bit of every input does. The limit is FACTOR times the largest such
+    change in RUNS draws, plus FACTOR last bits of the array's largest entry.
 
-    Integers must be equal. bfloat16 arrays were rounded from float32: neighboring bfloat16 values count as equal.
+    Integers must be equal. bfloat16 arrays were rounded from float32: neighboring bfloat16 values
+    count as equal.
 
     Args:
       compute: a function of ``inputs`` whose result is a tree of arrays.
@@ -68,7 +71,8 @@ def _by_path(tree):
 
 
 def _redraw_last_bits(generator, x):
-    """The array times 1 + u eps, u uniform in [-1, 1]; arrays of other types than float32 as they are."""
+    """The array times 1 + u eps, u uniform in [-1, 1]; arrays of other types than float32 as they
+    are."""
     x = np.asarray(x)
     if x.dtype != np.float32:
         return x
@@ -76,7 +80,8 @@ def _redraw_last_bits(generator, x):
 
 
 def _distance(a, b):
-    """The largest difference of two arrays, in float64; of bfloat16, what it exceeds a step to the next value by."""
+    """The largest difference of two arrays, in float64; of bfloat16, what it exceeds a step to the
+    next value by."""
     one_step = 2.0**-7 if a.dtype == jnp.bfloat16 else 0.0
     a, b = a.astype(np.float64), b.astype(np.float64)
     difference = np.maximum(np.abs(a - b) - one_step * np.maximum(np.abs(a), np.abs(b)), 0.0)

@@ -1,4 +1,5 @@
-"""Encoders and the multimodal encoder: shapes, lengths, independence of padding and of the batch, numpy oracles."""
+"""Encoders and the multimodal encoder: shapes, lengths, independence of padding and of the batch,
+numpy oracles."""
 
 import functools
 import math
@@ -98,7 +99,8 @@ def test_log_mel_equals_librosa():
         assert not np.any(features[row, len(expected) :])
 
 
-# Frames of 9000 samples: 54, 27 and 14 after each convolution; the paddings make even and odd counts at every stage.
+# Frames of 9000 samples: 54, 27 and 14 after each convolution; the paddings make even and odd
+# counts at every stage.
 @pytest.mark.parametrize("size", [9000, 9160, 9330, 9480, 9640, 12_345])
 def test_log_mel_does_not_depend_on_the_padding(size):
     _, frames = log_mel(*noise(3, 9000))
@@ -311,7 +313,8 @@ def test_patches_are_the_squares_of_the_image_row_by_row():
 
 
 def test_image_tokens_belong_to_their_patches():
-    # Without blocks a token is a function of its own patch: a change in one square moves that token and no other.
+    # Without blocks a token is a function of its own patch: a change in one square moves that token
+    # and no other.
     image = np.random.default_rng(6).integers(0, 256, (1, 16, 24, 3)).astype(np.uint8)
     changed = image.copy()
     changed[:, 8:, 8:16] = 255 - changed[:, 8:, 8:16]
@@ -359,7 +362,8 @@ def test_dropout_masks_belong_to_the_example_whatever_its_batch():
 
 
 def test_every_dropout_site_draws_its_own_mask():
-    # A layer that reuses one key would drop the same places twice: fold_in makes each site's keys distinct.
+    # A layer that reuses one key would drop the same places twice: fold_in makes each site's keys
+    # distinct.
     keys = jax.random.split(jax.random.key(3), 2)
     sites = np.stack(
         [

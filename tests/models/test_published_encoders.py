@@ -1,4 +1,5 @@
-"""Published networks inside the C2F model: frozen parameters, layers, pooled tokens, cached tokens, masking."""
+"""Published networks inside the C2F model: frozen parameters, layers, pooled tokens, cached tokens,
+masking."""
 
 import functools
 
@@ -371,7 +372,8 @@ def test_positions_for_another_resolution():
     np.testing.assert_allclose(resize_positions(positions, 65), positions, atol=1e-5)
     larger = resize_positions(positions, 257)
     assert larger.shape == (1, 257, 2) and larger[0, 0].tolist() == [9.0, 9.0]
-    # A ramp stays one, half as steep; the kernel with a = -0.75 is exact for every second difference only.
+    # A ramp stays one, half as steep; the kernel with a = -0.75 is exact for every second
+    # difference only.
     inner = np.asarray(larger[0, 1:]).reshape(16, 16, 2)[4:12, 4:12, 0]
     np.testing.assert_allclose(inner[2:] - inner[:-2], 1.0, atol=1e-5)
     np.testing.assert_allclose(cubic_weights(8, 5).sum(axis=1), 1.0, atol=1e-6)
@@ -412,7 +414,9 @@ def test_create_model_names_what_is_wrong(change, message):
 
 def test_an_unknown_layer_is_named():
     model = create_model(SPEECH | {"layer": "7"}, IMAGE, SMALL)
-    with pytest.raises(UserError, match="layer='7': must be last, weighted_sum or a number below 3"):
+    with pytest.raises(
+        UserError, match="layer='7': must be last, weighted_sum or a number below 3"
+    ):
         jax.eval_shape(model.init, jax.random.key(0), batch())
 
 

@@ -38,7 +38,10 @@ RIGHT = {
     "row_keys": (jax.random.key(0), IDS),
 }
 WRONG = [
-    ("similarity_logits", 1, jnp.ones((M, D + 1)), r"bank has shape \(6, 4\).*float\[M, D\].*D = 3"),
+    (
+        "similarity_logits", 1, jnp.ones((M, D + 1)),
+        r"bank has shape \(6, 4\).*float\[M, D\].*D = 3",
+    ),
     ("similarity_logits", 0, jnp.ones((N, D), int), "queries has shape .* int32; it must be float"),
     ("similarity_logits", 2, jnp.ones(N), r"tau has shape \(4,\)"),
     ("branch_logits", 3, 2, "branches=2 must divide the width of the queries, 3"),
@@ -55,10 +58,16 @@ WRONG = [
     ("alpha_at", 2, None, "ramp_steps is None; it must be an int of at least 0"),
     ("alpha_at", 2, -1, "ramp_steps is -1"),
     ("sample_hard_negatives", 0, KEYS[:1], r"keys has shape \(1,\) .* \(4,\) typed keys"),
-    ("sample_hard_negatives", 2, IDS[:, None], r"ids has shape \(4, 1\).*must be int\[n\] with n = 4"),
+    (
+        "sample_hard_negatives", 2, IDS[:, None],
+        r"ids has shape \(4, 1\).*must be int\[n\] with n = 4",
+    ),
     ("sample_hard_negatives", 3, IDS, r"candidate_ids has shape \(4,\)"),
     ("sample_hard_negatives", 4, LOGITS > 0, r"candidate_valid has shape \(4, 6\)"),
-    ("assemble_pairs", 0, {"tokens": TREE["tokens"][:3]}, r"speech\['tokens'\] has shape \(3, 2, 3\)"),
+    (
+        "assemble_pairs", 0, {"tokens": TREE["tokens"][:3]},
+        r"speech\['tokens'\] has shape \(3, 2, 3\)",
+    ),
     ("assemble_pairs", 3, BANK_IDS, r"negative_image has shape \(6,\); it must be \(4, \.\.\.\)"),
     ("assemble_pairs", 5, IDS, "image_valid has shape .* int32; it must be bool"),
     ("match_logit", 0, jnp.zeros((N, 1)), r"logits has shape \(4, 1\); it must be \(\.\.\., 2\)"),
@@ -66,13 +75,19 @@ WRONG = [
     ("sim_loss", 1, jnp.zeros((N, 1), int), r"labels has shape \(4, 1\)"),
     ("masked_mean", 0, jnp.zeros((N, 1)), r"values has shape \(4, 1\)"),
     ("masked_mean", 1, jnp.full(N, 0.5), "valid has shape .* float32; it must be bool"),
-    ("enqueue", 1, {"id": IDS[:2], "speech": QUERIES}, r"rows\['speech'\] has shape \(4, 3\).*\(2, 3\)"),
+    (
+        "enqueue", 1, {"id": IDS[:2], "speech": QUERIES},
+        r"rows\['speech'\] has shape \(4, 3\).*\(2, 3\)",
+    ),
     ("enqueue", 1, {"id": IDS, "speech": QUERIES[:1]}, r"rows\['speech'\] has shape \(1, 3\)"),
     ("enqueue", 1, {"id": IDS, "speech": QUERIES[0]}, r"rows\['speech'\] has shape \(3,\)"),
     ("enqueue", 1, {"id": IDS}, "rows has the names id; they must be id, speech"),
     ("bank", 0, QUERIES, r"batch_rows has shape \(4, 3\).*entry 'id'"),
     ("bank", 2, "image", "name is 'image'; it must be one of id, speech"),
-    ("update_momentum", 1, {"w": QUERIES[:1]}, r"params\['w'\] has shape \(1, 3\); it must be \(4, 3\)"),
+    (
+        "update_momentum", 1, {"w": QUERIES[:1]},
+        r"params\['w'\] has shape \(1, 3\); it must be \(4, 3\)",
+    ),
     ("update_momentum", 1, {"v": QUERIES}, "key|struct|Dict|v"),
     ("row_keys", 1, IDS[:, None], r"rows has shape \(4, 1\)"),
 ]  # fmt: skip

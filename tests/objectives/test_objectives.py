@@ -1,4 +1,5 @@
-"""The objectives against float64 numpy loops, finite differences, and values known in closed form."""
+"""The objectives against float64 numpy loops, finite differences, and values known in closed
+form."""
 
 import collections
 import math
@@ -94,15 +95,22 @@ def infonce_oracle(z, keys, tau):
 
 @pytest.fixture
 def case():
-    """Five queries, a bank of five and a queue of seven with two unwritten slots, whose id 0 is also a query's."""
+    """Five queries, a bank of five and a queue of seven with two unwritten slots, whose id 0 is
+    also a query's."""
     rng = RNG(0)
     bank_valid = np.array([True] * 10 + [False] * 2)
     ids = np.array([3, 0, 4, 3, 9])
     return {
-        "z": unit_rows(rng, 5), "keys": unit_rows(rng, 12), "logits": rng.normal(size=(5, 12)) * 4,
-        "momentum_logits": rng.normal(size=(5, 12)) * 4, "ids": ids, "tau": 0.13, "pairs": np.arange(5),
-        "bank_ids": np.concatenate([ids, [9, 0, 7, 3, 3, 0, 0]]), "bank_valid": bank_valid,
-    }  # fmt: skip
+        "z": unit_rows(rng, 5),
+        "keys": unit_rows(rng, 12),
+        "logits": rng.normal(size=(5, 12)) * 4,
+        "momentum_logits": rng.normal(size=(5, 12)) * 4,
+        "ids": ids,
+        "tau": 0.13,
+        "pairs": np.arange(5),
+        "bank_ids": np.concatenate([ids, [9, 0, 7, 3, 3, 0, 0]]),
+        "bank_valid": bank_valid,
+    }
 
 
 def test_similarity_logits_and_their_gradients(case):
@@ -321,7 +329,8 @@ def test_sampler_never_takes_the_same_id_and_flags_rows_without_a_candidate():
 
 
 def test_sampler_survives_a_positive_with_all_the_mass():
-    # exp(logit - max) underflows to 0 for every negative: a softmax masked afterwards has nothing left to draw from.
+    # exp(logit - max) underflows to 0 for every negative: a softmax masked afterwards has nothing
+    # left to draw from.
     rows, tau = 3000, 0.001
     logits = np.array([1.0, -1.0, -1.0 + tau, -1.0]) / tau
     keys = objectives.row_keys(jax.random.key(2), jnp.arange(rows))
@@ -443,7 +452,8 @@ def test_queue_equals_a_deque_of_its_size(size):
         count, cursor = int(queue.count), int(queue.cursor)
         assert count == len(expected) and queue.size == size
         assert queue.valid.tolist() == [slot < count for slot in range(size)]
-        # The oldest row is in slot 0 until the buffer is full, then where the next one will be written.
+        # The oldest row is in slot 0 until the buffer is full, then where the next one will be
+        # written.
         order = [(slot + (cursor if count == size else 0)) % size for slot in range(count)]
         found = [(int(queue.entries["id"][s]), queue.entries["speech"][s].tolist()) for s in order]
         assert found == list(expected)

@@ -1,4 +1,5 @@
-"""Published image networks against their PyTorch implementations in transformers, from the same random weights."""
+"""Published image networks against their PyTorch implementations in transformers, from the same
+random weights."""
 
 import jax
 import pytest
@@ -116,7 +117,8 @@ BLIP2 = [
 
 
 def blip2_outputs(model, image, module, **options):
-    """The reference's vision side, its Q-Former, and its queries projected into the contrastive (ITC) space."""
+    """The reference's vision side, its Q-Former, and its queries projected into the contrastive
+    (ITC) space."""
     vision_out = model.vision_model(pixels(image, module), **options)
     qformer = model.qformer(
         query_embeds=model.query_tokens.expand(len(image), -1, -1),

@@ -1,4 +1,5 @@
-"""Recordings and pictures as the networks get them, from file to tensor, against the processors of transformers."""
+"""Recordings and pictures as the networks get them, from file to tensor, against the processors of
+transformers."""
 
 import json
 
@@ -75,7 +76,8 @@ PROCESSORS = [
 @pytest.mark.parametrize("size", [(320, 240), (200, 331), (640, 427)])
 @pytest.mark.parametrize("name, values, layout", PROCESSORS)
 def test_image_preprocessing_from_jpeg_to_tensor(tmp_path, name, values, layout, size):
-    # As published: the processor's file decides, by way of the card's values, what the network sees.
+    # As published: the processor's file decides, by way of the card's values, what the network
+    # sees.
     processor = getattr(transformers, name)(**values)
     published = json.loads(processor.to_json_string())
     config = {"vision_config": {"image_size": 224}}

@@ -1,4 +1,5 @@
-"""Models of transformers, saved as Hugging Face, fairseq and LAVIS publish them, and converted: the same tokens."""
+"""Models of transformers, saved as Hugging Face, fairseq and LAVIS publish them, and converted: the
+same tokens."""
 
 import json
 
@@ -198,5 +199,6 @@ def test_fairseq_and_lavis_files_give_the_same_embeddings(tmp_path, monkeypatch)
         card = convert([tmp_path / name for name in files], output)
         assert card["layout"] == "LAVIS BLIP-2" and card["tower"]["projection"] > 0
         assert [source["file"] for source in card["source"]] == files
-        # A bias of the keys shifts all logits of a query alike: the reference's own one changes nothing.
+        # A bias of the keys shifts all logits of a query alike: the reference's own one changes
+        # nothing.
         np.testing.assert_allclose(embeddings(output, inputs)[0], expected.numpy(), atol=1e-4)

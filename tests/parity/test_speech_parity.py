@@ -1,4 +1,5 @@
-"""Published speech networks against their PyTorch implementations in transformers, from the same random weights."""
+"""Published speech networks against their PyTorch implementations in transformers, from the same
+random weights."""
 
 import jax
 import jax.numpy as jnp
@@ -66,9 +67,11 @@ def test_wav2vec2_unpadded(name, values):
     tokens, frames, hidden = jax.jit(module.apply)({"params": params}, wave, lengths)
     assert frames.tolist() == [(6000 - 400) // 320 + 1] * 2
     assert_close(tokens, expected.last_hidden_state)
-    # 48 residuals add up to entries beyond 20; float32 alone is 1.0e-4 away from PyTorch in float64 there.
+    # 48 residuals add up to entries beyond 20; float32 alone is 1.0e-4 away from PyTorch in float64
+    # there.
     tolerance = 2e-4 if values == XLARGE else TOLERANCE
-    # transformers 5 gives the last hidden state of pre-norm models without their final norm, earlier versions with it.
+    # transformers 5 gives the last hidden state of pre-norm models without their final norm,
+    # earlier versions with it.
     last = len(hidden) - module.pre_norm
     assert_hidden_states_agree(hidden[:last], expected.hidden_states[:last], tolerance=tolerance)
 

@@ -1,4 +1,5 @@
-"""The feature cache: made once, resumed, read by the loader; a whole run on cached and foreign tokens."""
+"""The feature cache: made once, resumed, read by the loader; a whole run on cached and foreign
+tokens."""
 
 import dataclasses
 import io
@@ -40,7 +41,8 @@ SECONDS = {"train": 0.9, "validation": 0.6, "test": 0.5}
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A data set of noise, six pairs a split, one of them unreadable, with tokens of its pictures and a Whisper."""
+    """A data set of noise, six pairs a split, one of them unreadable, with tokens of its pictures
+    and a Whisper."""
     folder = tmp_path_factory.mktemp("set")
     rng, rows, names = np.random.default_rng(0), [], []
     for split, seconds in SECONDS.items():
@@ -358,7 +360,8 @@ def get_config():
     config.data.name = "{data}/manifest.jsonl"
     config.data.image_features = "{data}/tokens.npz"
     small = {{"width": 8, "depth": 1, "heads": 2}}
-    config.model.speech = ConfigDict(small | {{"name": "published", "weights": "{data}/whisper", "pool": 2}})
+    speech = {{"name": "published", "weights": "{data}/whisper", "pool": 2}}
+    config.model.speech = ConfigDict(small | speech)
     config.model.image = ConfigDict(small | {{"name": "tokens"}})
     return config
 """)
@@ -370,7 +373,8 @@ def get_config():
     copies = sorted(path.name for path in (tmp_path / "cache-copy1").glob("*.npy"))
     assert copies == ["train-speech-00000.npy"]
     first = json.loads((run / "eval" / f"{data.name}-test.json").read_text())
-    # The same command resumes, with the frozen network from its weights; evaluation reads the cache.
+    # The same command resumes, with the frozen network from its weights; evaluation reads the
+    # cache.
     assert (
         main(
             [
@@ -397,7 +401,8 @@ def get_config():
     counts = {name: result["queries"] for name, result in voices.items()}
     assert counts["heard"]["speech_to_image"] == 4 and counts["unheard"]["speech_to_image"] == 2
     assert counts["heard"]["gallery_images"] == counts["unheard"]["gallery_images"] == 6
-    # A recording that is in no cache goes through the network: the same answer as from its cached tokens.
+    # A recording that is in no cache goes through the network: the same answer as from its cached
+    # tokens.
     from c2f_jax.inference import TrainedModel, encode_speech
 
     model = TrainedModel.load(run)
@@ -496,8 +501,8 @@ def test_cached_items_of_a_prepared_set_are_not_read(tiny_data_dir, tmp_path, mo
 @pytest.mark.parametrize("size", [(300, 200), (200, 301), (123, 124), (64, 64)])
 @pytest.mark.parametrize("resize, side", [("short_side", 64), ("short_side", 73), ("squash", 64)])
 def test_image_preprocessing_matches_the_reference(tmp_path, size, resize, side):
-    # The reference processors of CLIP and DINOv2 resize the short side and cut out the centre, those of BLIP-2 and
-    # SigLIP squash: bicubic, at whole pixels.
+    # The reference processors of CLIP and DINOv2 resize the short side and cut out the centre,
+    # those of BLIP-2 and SigLIP squash: bicubic, at whole pixels.
     rng = np.random.default_rng(sum(size))
     smooth = Image.fromarray(rng.integers(0, 256, (12, 12, 3)).astype(np.uint8)).resize(
         size, Image.Resampling.BICUBIC

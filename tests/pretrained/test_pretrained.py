@@ -195,7 +195,8 @@ def test_hub_ids_need_the_client_and_a_network(tmp_path, monkeypatch, published)
 
 
 def write_torch(path, stored):
-    """A file in PyTorch's zip format; ``stored`` holds arrays as tensors and any other picklable objects."""
+    """A file in PyTorch's zip format; ``stored`` holds arrays as tensors and any other picklable
+    objects."""
     arrays = []
 
     class Pickler(pickle.Pickler):

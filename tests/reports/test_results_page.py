@@ -1,4 +1,5 @@
-"""The results page holds every example, loads nothing and runs nothing; the PNGs show what they are given."""
+"""The results page holds every example, loads nothing and runs nothing; the PNGs show what they are
+given."""
 
 import base64
 import dataclasses

@@ -1,4 +1,5 @@
-"""The whole evaluation against plain loops in float64: ranks, lists, both directions, scores, table and errors."""
+"""The whole evaluation against plain loops in float64: ranks, lists, both directions, scores, table
+and errors."""
 
 import json
 
@@ -16,7 +17,8 @@ TAU = 0.25  # a power of two: cosine / tau stays exact, so ties in the oracle ar
 
 
 def small_world(seed=0, recordings=40, images=18):
-    """Unit vectors of halves (exact cosines, many ties), ids with several right items on both sides, integer logits."""
+    """Unit vectors of halves (exact cosines, many ties), ids with several right items on both
+    sides, integer logits."""
     rng = np.random.default_rng(seed)
     speech = 0.5 * rng.choice([-1.0, 1.0], (recordings, 4))
     image = 0.5 * rng.choice([-1.0, 1.0], (images, 4))

@@ -1,4 +1,5 @@
-"""The named protocols: what is ranked against what, folds, and whether the numbers are those that were published."""
+"""The named protocols: what is ranked against what, folds, and whether the numbers are those that
+were published."""
 
 import dataclasses
 
@@ -84,15 +85,22 @@ def test_five_folds_are_averaged():
     recall = result.coarse.speech_to_image["R@1"]
     assert recall.value == pytest.approx(expected)
     assert result.protocol.to_json() | {"about": ""} == {
-        "name": "spoken_coco_1k_5fold", "about": "", "folds": 5, "pictures": 500, "recordings": 2503,
-        "of": {"pictures": 500, "recordings": 2503}, "as_published": True}  # fmt: skip
+        "name": "spoken_coco_1k_5fold",
+        "about": "",
+        "folds": 5,
+        "pictures": 500,
+        "recordings": 2503,
+        "of": {"pictures": 500, "recordings": 2503},
+        "as_published": True,
+    }
     assert EvaluationResult.from_json(result.to_json()) == result
     assert len(first.images) == 100 and result.queries.gallery_images == 100
     jax.tree.map(
         np.testing.assert_array_equal, dataclasses.asdict(first), dataclasses.asdict(folds[0])
     )
     assert result.table()
-    # A gallery of a fifth is easier, and five of them tell as much as the whole: the interval is not that of one fold.
+    # A gallery of a fifth is easier, and five of them tell as much as the whole: the interval is
+    # not that of one fold.
     low, high = evaluate(folds[0]).coarse.speech_to_image["R@1"].interval
     mean_low, mean_high = recall.interval
     assert mean_low < expected < mean_high and mean_high - mean_low < 0.65 * (high - low)

@@ -1,4 +1,5 @@
-"""Coarse and fine search against brute force: chunks that do not divide, ties, several right items, k at both ends."""
+"""Coarse and fine search against brute force: chunks that do not divide, ties, several right items,
+k at both ends."""
 
 import jax
 import jax.numpy as jnp
@@ -220,7 +221,8 @@ def test_fine_scores_are_the_written_formulas():
 
 
 def test_joint_score_recovers_the_posterior_that_sic_missed():
-    """The docstring's derivation on a small discrete world: the best matcher plus cosine / tau ranks as p(i|s)."""
+    """The docstring's derivation on a small discrete world: the best matcher plus cosine / tau
+    ranks as p(i|s)."""
     rng = np.random.default_rng(7)
     joint = rng.dirichlet(np.full(64, 0.5)).reshape(8, 8) + 1e-4
     for _ in range(500):  # uniform marginals on both sides

@@ -1,4 +1,5 @@
-"""Metrics from ranks against plain loops, and the bootstrap against an explicit resampling and a known truth."""
+"""Metrics from ranks against plain loops, and the bootstrap against an explicit resampling and a
+known truth."""
 
 import math
 

@@ -1,4 +1,5 @@
-"""Hard negatives as the step mines them: pools, the same on any number of devices, temperature, sides of the pairs."""
+"""Hard negatives as the step mines them: pools, the same on any number of devices, temperature,
+sides of the pairs."""
 
 import functools
 
@@ -21,7 +22,8 @@ NO_LOGITS = Directions(jnp.zeros((8, 8)), jnp.zeros((8, 8)))
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def mine(pool, devices, token_queue, speech, image, ids):
-    """Hard-negative images of each global row, as train_step mines them: (columns, ids, tokens, scores, legal)."""
+    """Hard-negative images of each global row, as train_step mines them: (columns, ids, tokens,
+    scores, legal)."""
 
     def on_device(speech, image, ids):
         axis = "devices"
@@ -59,7 +61,8 @@ def eight_rows():
 
 @pytest.fixture(scope="module")
 def mining():
-    """A token queue of 11 slots, 7 written, with speech of 6 tokens; a batch of 8 from a shorter bucket, 4 tokens."""
+    """A token queue of 11 slots, 7 written, with speech of 6 tokens; a batch of 8 from a shorter
+    bucket, 4 tokens."""
     rng = np.random.default_rng(9)
     old_speech, old_image = random_encoded(rng, 7, 6), random_encoded(rng, 7, 5)
     rows = {

@@ -1,4 +1,5 @@
-"""The optimisers: which values Muon takes as matrices, and what a step does to each kind of value."""
+"""The optimisers: which values Muon takes as matrices, and what a step does to each kind of
+value."""
 
 import jax
 import jax.numpy as jnp
@@ -62,9 +63,11 @@ def test_muon_leaves_all_else_to_adam(params):
 
 
 def test_muon_orthogonalises_the_update_of_a_kernel(params):
-    """All singular values of the update are near 0.2 sqrt(max(inputs, outputs)) times the learning rate.
+    """All singular values of the update are near 0.2 sqrt(max(inputs, outputs)) times the learning
+    rate.
 
-    The five Newton-Schulz steps of Muon bring singular values into about [0.7, 1.2], not exactly to 1.
+    The five Newton-Schulz steps of Muon bring singular values into about [0.7, 1.2], not exactly to
+    1.
     """
     config = OptimizerConfig("muon", learning_rate=0.01, warmup_steps=0, weight_decay=0.0)
     optimizer = create_optimizer(config, 10)

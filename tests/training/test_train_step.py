@@ -1,4 +1,5 @@
-"""The training step: the same on any number of devices, equal to SIC by hand, compiled once, without host transfers."""
+"""The training step: the same on any number of devices, equal to SIC by hand, compiled once,
+without host transfers."""
 
 import dataclasses
 import functools
@@ -38,9 +39,11 @@ CASES = {
 
 
 def scalable_sgd(rate=0.01):
-    """Plain SGD with its rate in the state: the change of the parameters is the gradient times a known number.
+    """Plain SGD with its rate in the state: the change of the parameters is the gradient times a
+    known number.
 
-    Adam would divide rounding errors by themselves where a gradient is zero, as it is for the biases of attention keys.
+    Adam would divide rounding errors by themselves where a gradient is zero, as it is for the
+    biases of attention keys.
     """
     return optax.GradientTransformation(
         lambda params: jnp.float32(rate),
@@ -56,7 +59,8 @@ def tiny_model(dropout_rate=0.0, **options):
 
 
 def make_batch(seed, ids=None):
-    """Eight recordings of up to half a second; five pictures, one of which has id 0 as unwritten slots do."""
+    """Eight recordings of up to half a second; five pictures, one of which has id 0 as unwritten
+    slots do."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(4000, 8001, N).astype(np.int32)
     waveform = rng.normal(size=(N, 8000)).astype(np.float32) * (np.arange(8000) < lengths[:, None])
@@ -93,7 +97,8 @@ def initial_state(branches):
 
 
 def start_of(case):
-    """The initial state as numpy arrays: one initialisation, fitted to the case's queues and momentum model."""
+    """The initial state as numpy arrays: one initialisation, fitted to the case's queues and
+    momentum model."""
     state = initial_state(CASES[case].get("branches", 1))
     if not CASES[case]["queue_size"]:
         empty = [
@@ -106,7 +111,8 @@ def start_of(case):
 
 @functools.cache
 def compiled(case, mode=None, devices=1, **options):
-    """DataParallel and its compiled step; mode None is the step under jit without any device axis."""
+    """DataParallel and its compiled step; mode None is the step under jit without any device
+    axis."""
     step = functools.partial(
         train_step,
         model=model_of(case, **options),
@@ -118,7 +124,8 @@ def compiled(case, mode=None, devices=1, **options):
 
 
 class Run:
-    """Steps from the initial state: ``states`` (host copies, the initial one first), ``metrics`` of each step."""
+    """Steps from the initial state: ``states`` (host copies, the initial one first), ``metrics`` of
+    each step."""
 
     def __init__(self, case, mode=None, devices=1, batches=BATCHES, **options):
         parallel, step = compiled(case, mode, devices, **options)
@@ -141,7 +148,8 @@ def reference(case):
 
 
 def assert_same(found, case):
-    """Every step of a run is one device's step from the same state; so no rounding adds up over the steps."""
+    """Every step of a run is one device's step from the same state; so no rounding adds up over the
+    steps."""
     _, step = compiled(case)
 
     def take(state, batch):
@@ -189,7 +197,8 @@ def test_three_steps_do_not_depend_on_the_number_of_devices(case, mode, devices)
 
 
 def batch_pool_metrics(parallel, step):
-    """A step with negatives from each device's own rows: device 0 has one picture only, device 1 has four."""
+    """A step with negatives from each device's own rows: device 0 has one picture only, device 1
+    has four."""
     batch = make_batch(0, ids=[7, 7, 7, 7, 1, 2, 3, 4])
     return step(parallel.place_state(start_of("batch")), parallel.place_batch(batch))[1]
 
@@ -201,11 +210,13 @@ def loss_against_metrics(metrics):
 
 
 def test_batch_pool_drops_rows_whose_device_holds_no_other_picture():
-    # Device 0 has one picture only: its 4 positives stay, its 8 negatives leave the loss. Device 1 has all 12 pairs.
+    # Device 0 has one picture only: its 4 positives stay, its 8 negatives leave the loss. Device 1
+    # has all 12 pairs.
     metrics = batch_pool_metrics(*compiled("batch", "pmap", 2))
     assert float(metrics["sim_loss"].count) == 4 + 12
     assert float(metrics["sim_positive_accuracy"].count) == 8
-    # Either way at most 16 positive numbers are added, divided and added to one more: under 32 roundings in all.
+    # Either way at most 16 positive numbers are added, divided and added to one more: under 32
+    # roundings in all.
     assert loss_against_metrics(metrics) < 32
 
 
@@ -225,9 +236,11 @@ def encoder(case):
 
 
 def sic_oracle(z, momentum_z, queued, ids, tau, alpha, branches):
-    """L_SIC of one batch in float64: multi-positive targets, distilled, the banks being the batch and ``queued``.
+    """L_SIC of one batch in float64: multi-positive targets, distilled, the banks being the batch
+    and ``queued``.
 
-    The mean over the branches, each with its own part of the embeddings, the teacher with whole ones.
+    The mean over the branches, each with its own part of the embeddings, the teacher with whole
+    ones.
     """
     rows, bank_ids = [], np.concatenate([ids, [row[0] for row in queued]])
     for own, other, own_momentum in ((0, 1, 0), (1, 0, 1)):
@@ -251,7 +264,8 @@ def sic_oracle(z, momentum_z, queued, ids, tau, alpha, branches):
 
 @pytest.mark.parametrize("case", ["queue", "branches"])
 def test_each_step_equals_the_method_by_hand(case):
-    """The loss, the momentum parameters and both queues of every step, from the parameters that it began with."""
+    """The loss, the momentum parameters and both queues of every step, from the parameters that it
+    began with."""
     run, queued, branches = reference(case), [], CASES[case].get("branches", 1)
     for step, batch in enumerate(BATCHES):
         before, after = run.states[step], run.states[step + 1]
@@ -306,7 +320,8 @@ def test_token_queue_keeps_the_momentum_tokens_that_were_encoded():
     "case, mode, devices", [("online", "shard_map", 4), ("detached", "pmap", 2)]
 )
 def test_sic_alone_has_the_gradient_of_plain_infonce(case, mode, devices):
-    """K = 0, alpha = 0, unique ids, momentum = online: symmetric InfoNCE, its keys detached if they are momentum's."""
+    """K = 0, alpha = 0, unique ids, momentum = online: symmetric InfoNCE, its keys detached if they
+    are momentum's."""
     batch, start = make_batch(4, ids=np.arange(N)), start_of(case)
     model = tiny_model()
 
