@@ -10,7 +10,7 @@ SUMMARY = "Train a model, then evaluate its best checkpoint on the test split."
 EXAMPLES = """\
   c2f train --config=configs/spoken_scenes.py --workdir=runs/scenes --config.steps=1000
   c2f train --config=configs/manifest.py:path/to/manifest.jsonl --workdir=runs/mine
-To resume an interrupted run, repeat its command."""
+To resume an interrupted run, repeat its command. docs/options.md explains every option."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:

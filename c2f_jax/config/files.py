@@ -25,6 +25,8 @@ CAN_CHANGE = frozenset(
         "data.prefetch",
     }
 )
+# Options that saved runs may have and that are none any more, with the value that changes nothing.
+REMOVED = {"method": {"momentum_half_life": None, "sic_weight": 1.0}}
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -90,7 +92,12 @@ def load_saved_config(workdir: str | os.PathLike) -> ConfigDict:
             f"{workdir} holds no training run (no config.json): give the --workdir of `c2f train`"
         )
     try:
-        return ConfigDict(json.loads(path.read_text()))
+        values = json.loads(path.read_text())
+        for section, options_removed in REMOVED.items():
+            for name, neutral in options_removed.items():
+                if values.get(section, {}).get(name, "") == neutral:
+                    del values[section][name]
+        return ConfigDict(values)
     except (ValueError, AttributeError, OSError) as error:  # no text, no JSON object, no file
         raise UserError(
             f"{path} is damaged ({error}): restore it or train into another --workdir"

@@ -1,5 +1,7 @@
 """Configurations: what is refused before anything is built from them, and how the refusal reads."""
 
+import json
+
 import pytest
 from helpers.paths import CONFIGS
 
@@ -195,6 +197,17 @@ def test_a_damaged_saved_configuration_is_named(tmp_path, content):
         UserError, match="config.json is damaged .*restore it or train into another --workdir"
     ):
         load_saved_config(tmp_path)
+
+
+def test_a_saved_run_may_have_options_that_were_removed(tmp_path):
+    saved = json.loads(changed().to_json())
+    saved["method"] |= {"momentum_half_life": None, "sic_weight": 1.0}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert create_experiment(load_saved_config(tmp_path)) == create_experiment(changed())
+    saved["method"]["sic_weight"] = 0.5
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match="there is no option method.sic_weight"):
+        create_experiment(load_saved_config(tmp_path))
 
 
 def test_a_workdir_is_kept_for_its_configuration_from_the_first_checkpoint_on(tmp_path):
