@@ -162,7 +162,7 @@ def search(model: TrainedModel, query: Query) -> epath.Path:
 
     # An item that answers several queries is encoded once for the page.
     show = functools.cache(lambda row: _media(items.kind, items.media[row], items.names[row]))
-    unknown = [False] * min(query.top, len(items.names))  # nobody knows the right answers
+    unknown = [False] * min(query.top, len(items.names))  # nobody knows the correct answers
     examples = []
     for row, name in enumerate(query.names):
         asked = _media(query.kind, decoded[row], name)

@@ -72,7 +72,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class _Run:
-    """Everything that the training loop needs beside the state."""
+    """Everything that the training loop needs besides the state."""
 
     experiment: Experiment
     workdir: str | PathLike[str]
@@ -97,7 +97,7 @@ def train_and_evaluate(
       config: configuration; see ``configs/spoken_scenes.py``.
       workdir: local directory or gs://; gets config.json, checkpoints, TensorBoard events and the
         results of the evaluation.
-      devices: devices to use; None for all of all processes.
+      devices: devices to use; None for all devices of all processes.
       test: whether to evaluate the test split at the end.
 
     Returns:

@@ -22,13 +22,13 @@ from c2f_jax.pretrained.weights import open_card
 
 @dataclass(frozen=True)
 class NetworkCache:
-    """A feature cache of a network that a configuration has.
+    """A feature cache of a network in a configuration.
 
     Attributes:
       part: "speech" or "image".
-      weights: of the network.
-      path: of the cache.
-      options: which tokens it holds.
+      weights: weights of the network.
+      path: path of the cache.
+      options: which tokens the cache holds.
     """
 
     part: str

@@ -1,4 +1,4 @@
-"""Checks of options that only make sense together."""
+"""Checks that options agree with each other."""
 
 from collections.abc import Mapping
 
@@ -42,7 +42,7 @@ def check_features(model: C2FModel, data: DataConfig, weights: Mapping[str, str]
                 f"data.{part}_features needs a frozen network: set model.{part}.frozen='tower'"
             )
 
-    # What a cache keeps encoded cannot be varied any more, except by copies made before encoding.
+    # Cached tokens cannot be varied, except by copies made before encoding.
     varies_images, varies_speech = data.augment.varies_images, data.augment.varies_speech
     if data.image_features is not None and varies_images:
         raise UserError(

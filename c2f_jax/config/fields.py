@@ -191,7 +191,7 @@ def parse(key: str, text: str, kind: Any) -> Any:
 
 
 def _read(text: str, kind: Any) -> Any:
-    """Return the value that a text stands for; it may be of another type than ``kind``."""
+    """Return the value that a text spells; it may be of another type than ``kind``."""
     if isinstance(kind, types.UnionType):
         kinds = typing.get_args(kind)
         if type(None) in kinds and text in ("None", "none", "null", ""):

@@ -52,7 +52,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class EncoderOptions:
-    """What the section of an encoder has beside the fields of the encoder.
+    """What the section of an encoder has besides the fields of the encoder.
 
     Attributes:
       name: which encoder.

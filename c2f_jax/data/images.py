@@ -98,11 +98,11 @@ def open_rgb(
         raise
     except UnidentifiedImageError as e:
         raise BadFileError(
-            f"{name}: not a picture that can be read; {', '.join(FORMATS)} can", "unreadable"
+            f"{name}: not an image that can be read; {', '.join(FORMATS)} can", "unreadable"
         ) from e
     except Exception as e:  # Pillow's plugins raise nearly anything on damaged files
         kind = "truncated" if "truncated" in str(e) else "unreadable"
-        raise BadFileError(f"{name}: not a picture that can be read ({e})", kind) from e
+        raise BadFileError(f"{name}: not an image that can be read ({e})", kind) from e
 
 
 def resize_box(rgb: Image.Image, box: Box, size: int) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Your own data: a JSONL or CSV file with the columns image, audio, split.
 
-Optional columns: image_id (equal ids show the same thing and are right answers for each other; the
-image's path unless given), caption, speaker, seconds (only used to choose the batch that a
-recording is padded with). Paths are relative to the manifest. Other columns are ignored.
+Optional columns: image_id (items with equal ids match each other; by default the image's path),
+caption, speaker, seconds (only used to choose the batch that a recording is padded with). Paths are
+relative to the manifest. Other columns are ignored.
 """
 
 import csv
@@ -26,7 +26,7 @@ MANIFEST_SUFFIXES = (".jsonl", ".csv")
 REQUIRED = ("image", "audio", "split")
 MOST_SECONDS = 1e5  # a day; a larger number is a mistake
 
-Report = Callable[[str, str], None]  # what is done with (where, what is wrong) of a line
+Report = Callable[[str, str], None]  # called with (where, what is wrong) for a bad line
 
 
 class Note(NamedTuple):
@@ -35,7 +35,7 @@ class Note(NamedTuple):
     Attributes:
       kind: a kind of `c2f_jax.data_check.findings`.
       name: the item, a path where it is a file.
-      detail: in what way.
+      detail: what is odd about it.
     """
 
     kind: str
@@ -387,7 +387,7 @@ def _check_row(row: Mapping, where: str) -> dict:
         if isinstance(value, str) and value:
             continue
         if column in row:
-            raise ValueError(f"{column!r} must be a text, not {value!r}")
+            raise ValueError(f"{column!r} must be a non-empty string, not {value!r}")
         raise ValueError(
             f"{column!r} is missing; the row has {', '.join(map(str, row)) or 'nothing'}"
         )

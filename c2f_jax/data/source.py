@@ -13,12 +13,12 @@ from c2f_jax.data.feature_cache import FeatureCache
 from c2f_jax.errors import UserError
 
 SAMPLE_RATE = 16_000
-MIN_SAMPLES = 400  # HuBERT's first frame needs as many
+MIN_SAMPLES = 400  # HuBERT's first frame needs this many
 MOST_SHOWN = 5  # bad items that an error lists
 
 
 class Recording(TypedDict):
-    """What is known of one recording."""
+    """What is known about one recording."""
 
     audio: bytes | str  # the encoded bytes, or a path
     caption: str
@@ -48,7 +48,7 @@ class ModelInputs:
 class BadItems:
     """The recordings and images of one split that could not be used: named, counted, and limited.
 
-    Up to max_share of the items may be bad, and always one where there are a hundred or more.
+    At most max_share of the items may be bad; one always may where there are a hundred or more.
     """
 
     def __init__(self, where: str, total: int, max_share: float = 0.01) -> None:
@@ -124,8 +124,8 @@ class PairSource(abc.ABC):
       split: name of the split.
       image_index: int32 (M,), the image (gallery row) of each recording. A caller may change it, to
         train with wrong captions.
-      image_ids: int32 (G,), identity of each image; images of equal identity are right answers for
-        each other.
+      image_ids: int32 (G,), identity of each image; images of equal identity
+        match each other.
       num_samples: int32 (M,), length of each recording at 16 kHz, -1 where unknown.
       bad_items: what was left out, and why.
       inputs: what the model is given of each item.

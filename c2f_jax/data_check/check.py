@@ -39,7 +39,7 @@ USUAL_SHARE = 0.75  # of the images that must have a number of captions for othe
 
 Sources = dict[str, PairSource]  # by split
 FactsOfSplits = dict[str, list[Facts]]
-NAME_OF = {"picture": PairSource.image_name, "recording": PairSource.recording_name}
+NAME_OF = {"image": PairSource.image_name, "recording": PairSource.recording_name}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ def check_data(
     findings = [Finding(kind, name, detail) for kind, name, detail in data_set.notes]
     splits, seconds, left_out = {}, {}, {}
     for split, source in sources.items():
-        findings += _problems(split, source, "picture", images[split])
+        findings += _problems(split, source, "image", images[split])
         findings += _problems(split, source, "recording", recordings[split])
         left_out[split] = _left_out(source, images[split], recordings[split])
         usable = []
@@ -103,7 +103,7 @@ def check_data(
         splits[split] = _summary(source, seconds[split])
 
     # Oddities that show only when items or splits are compared.
-    findings += _duplicates(sources, images, "picture")
+    findings += _duplicates(sources, images, "image")
     findings += _duplicates(sources, recordings, "recording")
     findings += _shared_ids(sources)
     findings += _odd_numbers(sources)
@@ -222,7 +222,7 @@ def _summary(source: PairSource, seconds: np.ndarray) -> dict[str, Any]:
     # A split without usable recordings has lengths of 0.
     lengths = seconds if len(seconds) else np.zeros(1)
     return {
-        "pictures": source.num_images,
+        "images": source.num_images,
         "recordings": len(source),
         "usable": len(seconds),
         "hours": float(seconds.sum() / 3600),
@@ -233,7 +233,7 @@ def _summary(source: PairSource, seconds: np.ndarray) -> dict[str, Any]:
             "p95": float(np.percentile(lengths, 95)),
             "max": float(lengths.max()),
         },
-        "captions_per_picture": {str(number): count for number, count in sorted(captions.items())},
+        "captions_per_image": {str(number): count for number, count in sorted(captions.items())},
     }
 
 
@@ -268,7 +268,7 @@ def _duplicates(sources: Sources, facts: FactsOfSplits, what: str) -> list[Findi
 
 
 def _duplicate(sources: Sources, what: str, item: _Seen, like: _Seen) -> Finding:
-    """Say in what way an item is like an earlier one."""
+    """Say how an item is like an earlier one."""
     source, other = sources[item.split], sources[like.split]
     first = NAME_OF[what](other, like.index)
 
@@ -277,8 +277,8 @@ def _duplicate(sources: Sources, what: str, item: _Seen, like: _Seen) -> Finding
     detail = f"{same} as {first}"
     if item.split != like.split:
         kind, detail = "split leak", f"also in {like.split}: {first}"
-    elif what == "picture" and source.image_ids[item.index] == source.image_ids[like.index]:
-        kind = "repeated picture"
+    elif what == "image" and source.image_ids[item.index] == source.image_ids[like.index]:
+        kind = "repeated image"
 
     name = NAME_OF[what](source, item.index)
     return Finding(kind, name, detail, item.split, (what, item.index), (like.split, first))
@@ -298,10 +298,10 @@ def _shared_ids(sources: Sources) -> list[Finding]:
 
 
 def _odd_numbers(sources: Sources) -> list[Finding]:
-    """Find images with another number of recordings than three quarters of all have.
+    """Find images that do not have the number of recordings that three quarters of all have.
 
-    Nothing is odd where there is no such number. A split that differs in most of its images is made
-    so, and its images are not named.
+    Without such a number none is odd. A split in which most images differ is so by design, and its
+    images are not named.
     """
     counts = {split: _captions_per_image(source) for split, source in sources.items()}
     joined = np.concatenate([*counts.values()])
@@ -318,7 +318,7 @@ def _odd_numbers(sources: Sources) -> list[Finding]:
         for row in odd.tolist():
             name = sources[split].image_name(row)
             detail = f"{of_split[row]} where most have {usual}"
-            findings.append(Finding("number of captions", name, detail, split, ("picture", row)))
+            findings.append(Finding("number of captions", name, detail, split, ("image", row)))
     return findings
 
 
@@ -328,7 +328,7 @@ def _differing_counts(name: str, splits: Mapping[str, Mapping[str, Any]]) -> lis
         return []
     findings = []
     for split, numbers in layout_of(name).published.items():
-        for what, expected in zip(("pictures", "recordings"), numbers, strict=True):
+        for what, expected in zip(("images", "recordings"), numbers, strict=True):
             if split not in splits or expected is None or splits[split][what] == expected:
                 continue
             detail = f"{splits[split][what]:,}, published {expected:,}"

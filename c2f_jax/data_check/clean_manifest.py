@@ -11,7 +11,7 @@ from c2f_jax.data.manifest import ManifestSource
 from c2f_jax.data_check.findings import Report
 from c2f_jax.errors import UserError
 
-DUPLICATES = ("duplicate picture", "duplicate recording", "repeated picture")
+DUPLICATES = ("duplicate image", "duplicate recording", "repeated image")
 
 Item = tuple[str, str]  # split and name
 
@@ -32,15 +32,15 @@ def check_name(path: str | os.PathLike) -> epath.Path:
     if file.suffix != ".jsonl":
         raise UserError(f"--fix={path}: give a name that ends in .jsonl")
     if file.exists():
-        raise UserError(f"--fix={path}: exists; nothing is overwritten, give another name")
+        raise UserError(f"--fix={path}: already exists; give another name")
     return file
 
 
 def write_clean_manifest(report: Report, path: str | os.PathLike) -> int:
     """Write a manifest of what can be used; the data themselves are not touched.
 
-    It leaves out pairs that cannot be read and, of what is in two splits, all but that of the test
-    split (then validation). Duplicate images of a split get one image_id. Lengths are filled in.
+    It leaves out pairs that cannot be read. What is in two splits stays in the test split, else in
+    validation. Duplicate images of a split get one image_id. Lengths are filled in.
     Paths are relative where the files are below the manifest's folder.
 
     Args:
@@ -75,7 +75,7 @@ def write_clean_manifest(report: Report, path: str | os.PathLike) -> int:
 
 
 def _leaks(report: Report) -> set[Item]:
-    """Find the items that another, more important split holds too, with all that are like them."""
+    """Find the items that a more important split holds too, with all that are like them."""
     alike: dict[Item, set[Item]] = collections.defaultdict(set)  # by the first of their kind
     for finding in report.findings:
         if finding.kind == "split leak" and finding.like is not None:
@@ -102,7 +102,7 @@ def _clean_rows(
     ids = {row["image"]: row["image_id"] for row in source.rows}
     first_of = {}
     for finding in report.findings:
-        if finding.kind == "duplicate picture":
+        if finding.kind == "duplicate image":
             first_of[finding.name] = finding.like[1]
 
     usable = [row for k, row in enumerate(source.rows) if k not in report.left_out[split]]

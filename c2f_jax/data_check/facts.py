@@ -1,4 +1,4 @@
-"""What a data check knows of one item: whether it can be used, what is odd, what it is like."""
+"""What a data check knows about one item: usable or not, oddities, keys to find duplicates by."""
 
 import dataclasses
 import hashlib
@@ -19,7 +19,7 @@ MOST_DIFFERENCE = 12  # of 255, between two pixels of small copies that look the
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Facts:
-    """What is known of one item.
+    """What is known about one item.
 
     Attributes:
       problems: (kind, detail) of each problem, see `KINDS`.
@@ -67,7 +67,7 @@ def recording_facts(source: PairSource, index: int, max_seconds: float) -> Facts
       max_seconds: longer recordings are reported.
 
     Returns:
-      What is known of it.
+      What is known about it.
     """
     import soundfile
 
@@ -106,7 +106,7 @@ def image_facts(source: PairSource, row: int) -> Facts:
       row: number of the image in the gallery.
 
     Returns:
-      What is known of it.
+      What is known about it.
     """
     try:
         image = source.image(row)
@@ -117,7 +117,7 @@ def image_facts(source: PairSource, row: int) -> Facts:
 
     problems = []
     if min(rgb.size) < LOOK_SIDE:
-        problems.append(("tiny picture", f"{rgb.width} x {rgb.height}"))
+        problems.append(("tiny image", f"{rgb.width} x {rgb.height}"))
     # The whole image, squashed: a crop of it should not look the same.
     look = resize_box(rgb, (0, 0, *rgb.size), LOOK_SIDE).tobytes()
     return Facts(tuple(problems), content=hashlib.sha1(encoded).digest(), look=look)

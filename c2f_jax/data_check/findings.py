@@ -10,7 +10,7 @@ from c2f_jax.data.source import MIN_SAMPLES, PairSource
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 VERY_SHORT = 0.25  # seconds
-# By severity, the worst first; 2 is left to a command line that cannot be understood.
+# By severity, the worst first. Status 2 means a wrong command line.
 EXIT_CODES = {ERROR: 3, WARNING: 1, NOTE: 0}
 VERDICTS = {ERROR: "errors found", WARNING: "usable, with warnings", NOTE: "passed"}
 # Kind of finding -> (severity, what it means for training and evaluation).
@@ -21,33 +21,33 @@ KINDS = {
     "zero length": (ERROR, "the pair is left out"),
     "too short": (ERROR, f"under {MIN_SAMPLES} samples, one frame: the pair is left out"),
     "not numbers": (ERROR, "the pair is left out"),
-    "wrong rate": (ERROR, "not a rate of recordings: the pair is left out"),
-    "too long": (ERROR, "taken for a decompression bomb: the pair is left out"),
-    "too large": (ERROR, "taken for a decompression bomb: the pair is left out"),
+    "wrong rate": (ERROR, "no sample rate of speech: the pair is left out"),
+    "too long": (ERROR, "treated as a decompression bomb: the pair is left out"),
+    "too large": (ERROR, "treated as a decompression bomb: the pair is left out"),
     "unreadable line": (ERROR, "the line is left out"),
-    "two image ids": (ERROR, "one picture has one image_id: the pair is left out"),
-    "split leak": (ERROR, "the same picture or recording in two splits: scores come out too high"),
+    "two image ids": (ERROR, "one image has one image_id: the pair is left out"),
+    "split leak": (ERROR, "the same image or recording in two splits: scores are too high"),
     "silence": (WARNING, "nothing louder than -60 dB: there is no speech to learn from"),
     "over-long": (WARNING, "cropped in training, cut in evaluation"),
-    "duplicate picture": (WARNING, "each counts as wrong for the other: ties and false negatives"),
+    "duplicate image": (WARNING, "each counts as wrong for the other: ties and false negatives"),
     "count differs": (WARNING, "scores cannot be compared with published ones"),
-    "caption without picture": (WARNING, "nothing to pair it with"),
+    "caption without image": (WARNING, "nothing to pair it with"),
     "missing split": (WARNING, "this split cannot be loaded"),
     "duplicate recording": (NOTE, "the same sound twice in a split"),
-    "repeated picture": (
+    "repeated image": (
         NOTE,
-        "the same picture twice under one image_id: each is right for the other",
+        "the same image twice under one image_id: each is correct for the other",
     ),
     "very short": (NOTE, f"under {VERY_SHORT} s: hardly a word"),
-    "number of captions": (NOTE, "not that of most pictures"),
+    "number of captions": (NOTE, "not that of most images"),
     "other sample rate": (NOTE, "converted to 16 kHz while loading"),
     "stereo": (NOTE, "channels are averaged while loading"),
-    "tiny picture": (NOTE, "under 16 pixels a side"),
-    "picture without caption": (NOTE, "not used"),
+    "tiny image": (NOTE, "under 16 pixels a side"),
+    "image without caption": (NOTE, "not used"),
     "in no split": (NOTE, "not used"),
     "stray file": (NOTE, "not used"),
     "left out": (NOTE, "cannot be read; it was left out when the set was prepared"),
-    "image_id in two splits": (NOTE, "fine where ids name classes of things rather than pictures"),
+    "image_id in two splits": (NOTE, "fine if ids name classes rather than images"),
 }
 
 
@@ -58,9 +58,9 @@ class Finding:
     Attributes:
       kind: a key of KINDS.
       name: the item, a path where it is a file.
-      detail: in what way.
+      detail: what is wrong with it.
       split: name of its split; "" where it belongs to none.
-      item: "picture" or "recording", and its number in the split; None for what is neither.
+      item: "image" or "recording", and its number in the split; None for what is neither.
       like: split and name of the first item that it is like, for duplicates and leaks.
     """
 
@@ -83,7 +83,7 @@ class Report:
 
     Attributes:
       name: name of the data set.
-      splits: split -> pictures, recordings, usable, hours, seconds, captions_per_picture.
+      splits: split -> images, recordings, usable, hours, seconds, captions_per_image.
       seconds: split -> (usable,) lengths, for the histogram.
       findings: all findings, errors first.
       sources: split -> pairs, to show examples from.
@@ -141,13 +141,13 @@ class Report:
     def _table(self) -> list[str]:
         """Format one line for each split, under a heading."""
         lines = [
-            f"  {'split':14}{'pictures':>10}{'recordings':>12}{'usable':>9}"
-            f"{'a picture':>10}{'hours':>8}  seconds"
+            f"  {'split':14}{'images':>10}{'recordings':>12}{'usable':>9}"
+            f"{'an image':>10}{'hours':>8}  seconds"
         ]
         for split, about in self.splits.items():
             seconds = about["seconds"]
             lines.append(
-                f"  {split:14}{about['pictures']:>10,}{about['recordings']:>12,}"
+                f"  {split:14}{about['images']:>10,}{about['recordings']:>12,}"
                 f"{about['usable']:>9,}{captions_of(about):>10}{about['hours']:>8.1f}  "
                 f"{seconds['min']:.2f} to {seconds['max']:.2f}, median {seconds['median']:.2f}"
             )
@@ -157,9 +157,9 @@ class Report:
 def captions_of(about: dict[str, Any]) -> str:
     """Say how many recordings the images of a split have.
 
-    >>> captions_of({"captions_per_picture": {"5": 1000}})
+    >>> captions_of({"captions_per_image": {"5": 1000}})
     '5'
-    >>> captions_of({"captions_per_picture": {"5": 969, "6": 31}})
+    >>> captions_of({"captions_per_image": {"5": 969, "6": 31}})
     '5 to 6'
 
     Args:
@@ -168,5 +168,5 @@ def captions_of(about: dict[str, Any]) -> str:
     Returns:
       A number or a range.
     """
-    numbers = list(about["captions_per_picture"])
+    numbers = list(about["captions_per_image"])
     return " to ".join(dict.fromkeys([numbers[0], numbers[-1]]))

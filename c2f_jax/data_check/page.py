@@ -48,7 +48,7 @@ def write_check_page(path: str | os.PathLike, report: Report) -> None:
     histogram = data_uri(Media(histogram_png(None, report.seconds, label="seconds"), "image/png"))
     body = _header(report)
     body += section(
-        "Splits", "Usable: recordings that can be read, with a picture.", _table(report)
+        "Splits", "Usable: recordings that can be read, with an image.", _table(report)
     )
     body += section(
         "Lengths", "", f'<img class="curves" alt="histogram of lengths" src="{histogram}">'
@@ -71,14 +71,14 @@ def _header(report: Report) -> str:
     found = {ERROR: 0, WARNING: 0, NOTE: 0}
     for kind, count in report.counts().items():
         found[KINDS[kind][0]] += count
-    images = sum(about["pictures"] for about in report.splits.values())
+    images = sum(about["images"] for about in report.splits.values())
     recordings = sum(about["recordings"] for about in report.splits.values())
     return page_header(
         "Data check",
         [
             ("data set", report.name),
             ("verdict", VERDICTS[report.severity].capitalize()),
-            ("pictures", f"{images:,}"),
+            ("images", f"{images:,}"),
             ("recordings", f"{recordings:,}"),
         ],
         [
@@ -91,12 +91,12 @@ def _header(report: Report) -> str:
 
 def _table(report: Report) -> str:
     """Write the table of the splits."""
-    names = ("pictures", "recordings", "usable", "a picture", "hours", "seconds")
+    names = ("images", "recordings", "usable", "an image", "hours", "seconds")
     heads = "".join(f'<th scope="col">{name}</th>' for name in names)
     rows = ""
     for split, about in report.splits.items():
         seconds = about["seconds"]
-        cells = [f"{about[key]:,}" for key in ("pictures", "recordings", "usable")]
+        cells = [f"{about[key]:,}" for key in ("images", "recordings", "usable")]
         cells += [captions_of(about), f"{about['hours']:.1f}"]
         cells.append(
             f"{seconds['median']:.2f}"
@@ -120,7 +120,7 @@ def _finding(report: Report, finding: Finding) -> str:
 
     source = report.sources[finding.split]
     what, index = finding.item
-    if what == "picture":
+    if what == "image":
         return _article(_image(source, index), "", text)
     return _article(_image(source, source.image_index[index]), _player(source, index), text)
 
@@ -146,7 +146,7 @@ def _image(source: PairSource, row: int) -> str:
     try:
         shown = image_media(np.asarray(open_rgb(source.image(int(row)), 128)), max_side=160)
     except BadFileError:
-        return '<p class="speaker">the picture cannot be read</p>'
+        return '<p class="speaker">the image cannot be read</p>'
     return f'<img class="asked" alt="{escape(source.image_id(int(row)))}" src="{data_uri(shown)}">'
 
 

@@ -51,7 +51,7 @@ class _Shard:
         return f"{self.split}-{self.number:05d}"
 
     def fingerprint(self) -> str:
-        """Hash all that the shard is made from, but for the lines of the listing."""
+        """Hash all that the shard is made from, except the line numbers of the listing."""
         values = []
         for rows in self.images:
             for row in rows:
@@ -61,7 +61,7 @@ class _Shard:
 
 @dataclasses.dataclass(frozen=True)
 class _Made:
-    """A shard that was made: its split, its file, and what is known of it."""
+    """A finished shard: its split, its file and its metadata."""
 
     split: str
     path: epath.Path
@@ -107,7 +107,7 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
         layout = self.LAYOUT
         description, homepage = "Pairs.", None
         if layout is not None:
-            description = f"{layout.name}: pictures with spoken captions. {layout.license}."
+            description = f"{layout.name}: images with spoken captions. {layout.license}."
             homepage = layout.homepage
         return tfds.core.DatasetInfo(
             builder=self,
@@ -123,7 +123,7 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
     def _listing(self, dl_manager: tfds.download.DownloadManager) -> Listing:
         try:
             folders = [dl_manager.manual_dir]
-        except AssertionError:  # how TFDS says that there is none, or an empty one
+        except AssertionError:  # what TFDS raises without a manual directory, or with an empty one
             folders = []
 
         missing = self.LAYOUT.missing(folders)
@@ -158,7 +158,7 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
         dl_manager: tfds.download.DownloadManager,
         download_config: tfds.download.DownloadConfig | None = None,
     ) -> None:
-        del download_config  # none of it applies
+        del download_config  # none of its options apply
         splits = self._shard_iterators_per_split(dl_manager)
         shards = [shard for of_split in splits.values() for shard in of_split]
         # Outside of the directory that TFDS empties when it starts again.
@@ -166,14 +166,14 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
         folder.mkdir(parents=True, exist_ok=True)
 
         total = sum(len(shard.images) for shard in shards)
-        bar = tqdm(total=total, desc=self.name, unit=" pictures", disable=not self._progress)
+        bar = tqdm(total=total, desc=self.name, unit=" images", disable=not self._progress)
         stop = threading.Event()
         with bar, concurrent.futures.ThreadPoolExecutor(self._threads) as threads:
             futures = [threads.submit(self._make, folder, s, bar, stop) for s in shards]
             try:
                 made = [future.result() for future in futures]
             except BaseException:
-                stop.set()  # shards in the making end after the image in hand
+                stop.set()  # unfinished shards end after the current image
                 threads.shutdown(cancel_futures=True)
                 raise
 
@@ -226,11 +226,11 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
             else:
                 os.replace(part, path)
         about["stamps"] = _stamps(about["bad"])
-        about_path.write_text(json.dumps(about))  # last: it says that the shard is whole
+        about_path.write_text(json.dumps(about))  # last: marks the shard as complete
         return _Made(shard.split, path, about)
 
     def _finish(self, made: list[_Made]) -> None:
-        """Move the shards to where TFDS looks for them, and write what is known of each split."""
+        """Move the shards to where TFDS looks for them, and write the metadata of each split."""
         splits = list(dict.fromkeys(shard.split for shard in made))
         # All splits are checked before any shard is moved.
         metadata, full = {}, {}
@@ -257,7 +257,7 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
         self.info.set_splits(tfds.core.SplitDict(infos))
 
     def _metadata(self, split: str, shards: list[dict]) -> dict[str, Any]:
-        """Join what is known of the shards of a split, as `PreparedSource` reads it."""
+        """Join the metadata of the shards of a split, as `PreparedSource` reads them."""
         captions, samples, identities = [], [], []
         # Identities are numbered over the whole split, in the order of its images.
         number_of: dict[str, int] = {}

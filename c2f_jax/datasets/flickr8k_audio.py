@@ -26,7 +26,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 def _read(parts: dict[str, epath.Path]) -> Listing:
     """Read the pairs: wav2capt.txt names a recording, its image and the number of its caption."""
     listing = Listing("flickr8k_audio")
-    images, order = parts["pictures"], parts["recordings"]
+    images, order = parts["images"], parts["recordings"]
     wavs = order.parent / "wavs"
     splits = _splits(parts["splits"], listing)
     captions = _captions(parts.get("captions"))
@@ -70,12 +70,12 @@ def _note_images(
     """Note captions without an image, images without a recording, and files that are not images."""
     there = {path.name for path in folder.iterdir()}
     for image in sorted(set(captions) - there):
-        listing.note("caption without picture", image, f"has captions, but no file in {folder}")
+        listing.note("caption without image", image, f"has captions, but no file in {folder}")
     for image in sorted(there - spoken):
         if image.lower().endswith(IMAGE_SUFFIXES):
-            listing.note("picture without caption", folder / image, "no recording")
+            listing.note("image without caption", folder / image, "no recording")
         else:
-            listing.note("stray file", folder / image, "not a picture")
+            listing.note("stray file", folder / image, "not an image")
 
 
 def _splits(path: epath.Path, listing: Listing) -> dict[str, str]:
@@ -151,7 +151,7 @@ FLICKR8K_AUDIO = Layout(
             4.2,
         ),
         Part(
-            "pictures",
+            "images",
             ("Flicker8k_Dataset", "Flickr8k_Dataset", "Images"),
             f"{_DATASETS}/Flickr8k_Dataset.zip",
             1.1,

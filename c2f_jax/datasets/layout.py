@@ -1,4 +1,4 @@
-"""A published data set as its owners lay it out: its parts, its reader, its published sizes."""
+"""How a published data set is laid out on disk: its parts, its reader, its published sizes."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ class Part:
     optional: bool = False
 
     def describe(self) -> str:
-        """Say in two lines what it is called, where it comes from and how large it is."""
+        """Describe the part in two lines: names, source and size."""
         size = "size not stated" if self.gigabytes is None else f"{self.gigabytes:g} GB"
         return f"{self.what}: {' or '.join(self.names)}\n    from {self.source} ({size})"
 
@@ -172,7 +172,7 @@ def dict_list(values: object, where: str) -> list[dict]:
       The value.
 
     Raises:
-      UserError: it is something else.
+      UserError: it is not.
     """
     if isinstance(values, list) and all(isinstance(value, dict) for value in values):
         return values
@@ -180,22 +180,24 @@ def dict_list(values: object, where: str) -> list[dict]:
 
 
 def text_value(entry: Mapping, key: str, where: str) -> str:
-    """Take a text from an object read from JSON.
+    """Take a string from an object read from JSON.
 
     Args:
       entry: the object.
-      key: key of the text.
+      key: key of the string.
       where: what the error message calls the object.
 
     Returns:
-      The text.
+      The string.
 
     Raises:
-      UserError: there is none, or it is empty.
+      UserError: it is missing or empty, or no string.
     """
     value = entry.get(key)
     if not isinstance(value, str) or not value:
-        raise UserError(f"{where}: {key!r} must be a text, not {value!r}; download the file again")
+        raise UserError(
+            f"{where}: {key!r} must be a non-empty string, not {value!r}; download the file again"
+        )
     return value
 
 

@@ -12,7 +12,7 @@ PLACES_2020 = ("dev_seen", "dev_unseen", "test_seen", "test_unseen")
 def _read(parts: dict[str, epath.Path]) -> Listing:
     """Read the pairs: one JSON file a split lists them, under names of 2020 or older ones."""
     listing = Listing("places_audio")
-    folder, images = parts["listing"].parent, parts["pictures"]
+    folder, images = parts["listing"].parent, parts["images"]
     audio_root = parts["recordings"].parent
     files = {name: folder / f"{name}_2020.json" for name in ("train", *PLACES_2020)}
     # The older release has two splits.
@@ -58,7 +58,7 @@ PLACES_AUDIO = Layout(
         ),
         Part("recordings", ("wavs", "PlacesAudio_400k_distro/wavs"), _SOURCE, 85),
         Part(
-            "pictures",
+            "images",
             ("images", "PlacesAudio_400k_distro/images", "images256"),
             "http://places.csail.mit.edu/downloadData.html (registration)",
             direct=False,

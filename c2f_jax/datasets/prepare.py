@@ -1,4 +1,4 @@
-"""From what was downloaded, or a manifest, to a prepared set; and what a dry run says about it."""
+"""Prepare a data set from downloads or a manifest, and say in a dry run what that needs."""
 
 import os
 
@@ -38,8 +38,8 @@ def prepare(
       spec: a published data set, `spoken_scenes`, a manifest, or a folder that holds manifest.jsonl
         or manifest.csv.
       manual_dir: folder of the downloaded parts of a published set.
-      data_dir: directory to write to, local or gs://; TFDS's default unless given.
-      name: name of the prepared set of a manifest; that of its folder unless given.
+      data_dir: directory to write to, local or gs://; None for TFDS's default.
+      name: name of the prepared set of a manifest; by default that of its folder.
       download: whether to fetch missing parts where their owners give a direct link.
       threads: shards made at a time; None for one a core.
       max_bad_share: share of the items of a split that may be left out.
@@ -57,7 +57,7 @@ def prepare(
         prepared_builder(spec.partition("/")[2], data_dir)
         return spec
 
-    # TFDS is loaded here, so that a dry run does without.
+    # TFDS is loaded here, so that a dry run does not need it.
     import tensorflow_datasets as tfds
 
     from c2f_jax.datasets.builder import ManifestPairs
@@ -151,7 +151,7 @@ def _describe_listing(listing: Listing) -> list[str]:
     """Count the images, recordings and files of a listing."""
     lines = []
     for split, (images, recordings) in listing.count_splits().items():
-        lines.append(f"  {split}: {images:,} pictures, {recordings:,} recordings")
+        lines.append(f"  {split}: {images:,} images, {recordings:,} recordings")
 
     files = {row[column] for row in listing.rows for column in ("image", "audio")}
     sizes, gone = [], 0

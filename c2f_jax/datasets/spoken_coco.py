@@ -45,8 +45,8 @@ def _read(parts: dict[str, epath.Path]) -> Listing:
     path, recordings = parts["listing"], parts["recordings"].parent
     # Archives are unpacked one by one, so the two years need not lie in one folder.
     folders = {
-        "train2014": parts["pictures"].parent,
-        "val2014": parts["pictures of val2014"].parent,
+        "train2014": parts["images"].parent,
+        "val2014": parts["images of val2014"].parent,
     }
 
     unused: list[epath.Path] = []
@@ -70,7 +70,7 @@ def _read(parts: dict[str, epath.Path]) -> Listing:
             )
 
         if not entry.captions:
-            listing.note("picture without caption", entry.image, f"no recording ({entry.where})")
+            listing.note("image without caption", entry.image, f"no recording ({entry.where})")
 
         for number, caption in enumerate(entry.captions):
             where = f"{entry.where}, caption {number}"
@@ -133,7 +133,7 @@ def _official_entries(
     # The five folds of a thousand test images are cut from Karpathy's order.
     listed.sort(key=lambda entry: place_of[entry.file])
     for file in sorted(place_of.keys() - {entry.file for entry in listed}):
-        listing.note("picture without caption", file, f"in {karpathy.name}, but no recording")
+        listing.note("image without caption", file, f"in {karpathy.name}, but no recording")
     return listed + unlisted
 
 
@@ -153,9 +153,9 @@ SPOKEN_COCO = Layout(
             64,
         ),
         Part("recordings", ("SpokenCOCO/wavs", "wavs"), _SOURCE, 64),
-        Part("pictures", ("train2014",), "http://images.cocodataset.org/zips/train2014.zip", 13.5),
+        Part("images", ("train2014",), "http://images.cocodataset.org/zips/train2014.zip", 13.5),
         Part(
-            "pictures of val2014",
+            "images of val2014",
             ("val2014",),
             "http://images.cocodataset.org/zips/val2014.zip",
             6.6,

@@ -27,7 +27,7 @@ class Encoded(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Every output of the model, of n pairs.
+    """Every output of the model for n pairs.
 
     Attributes:
       speech: the encoded recordings.

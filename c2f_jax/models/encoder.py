@@ -17,7 +17,7 @@ POOLINGS = ("cls", "mean")
 
 
 class NetworkOutput(NamedTuple):
-    """What a published network makes of a batch.
+    """The output of a published network for a batch.
 
     Attributes:
       tokens: (n, T, W).
@@ -71,7 +71,7 @@ class TransformerEncoder(nn.Module):
 
 
 class PooledEncoder(TransformerEncoder):
-    """An encoder whose first output token stands for all: SIC projects it, SIM decides by it.
+    """An encoder whose first output token stands for all: SIC projects it, SIM classifies it.
 
     Attributes:
       pooling: what that token is. "cls" is the output of the learned [CLS], as in the paper; "mean"
@@ -119,7 +119,7 @@ def branch_projections(name: str, size: int, branches: int) -> list[nn.Module]:
     """Return the M maps W -> D from the branches' first tokens to their embeddings.
 
     Args:
-      name: of the first branch's module; the others have numbers.
+      name: name of the first branch's module; the others have numbers.
       size: D.
       branches: M.
     """
@@ -153,7 +153,7 @@ def project(projections: Sequence[nn.Module], token: jax.Array) -> jax.Array:
 def mean_token(tokens: jax.Array, lengths: jax.Array) -> jax.Array:
     """Return the means of the valid tokens: (n, T, W), (n,) -> (n, 1, W)."""
     valid = length_mask(lengths, tokens.shape[1])[..., None]
-    # Summed in float32: bfloat16 loses the last of many tokens.
+    # Summed in float32: in bfloat16 the last of many tokens would be lost.
     total = jnp.sum(jnp.where(valid, tokens, 0), axis=1, keepdims=True, dtype=jnp.float32)
     return (total / jnp.maximum(lengths, 1)[:, None, None]).astype(tokens.dtype)
 
@@ -166,5 +166,5 @@ def prepend_cls(module: nn.Module, tokens: jax.Array) -> jax.Array:
 
 
 def _numbered(name: str, branch: int) -> str:
-    """Return the name of a branch's module; the first one is called as if there were no other."""
+    """Return the name of a branch's module; the first is named as if it were the only one."""
     return f"{name}_{branch}" if branch else name

@@ -1,4 +1,4 @@
-"""Models from plain values: the encoders and networks there are, and their options.
+"""Models from plain values: all encoders and networks, and their options.
 
 To add an encoder or a published network, write its module and list it here.
 """
@@ -23,8 +23,8 @@ from c2f_jax.models.networks.whisper import Whisper
 from c2f_jax.models.published import PublishedImage, PublishedSpeech
 from c2f_jax.models.vit import ViTImageEncoder
 
-# "published" is a network in TOWERS; "tokens" is one of another tool, whose tokens a feature cache
-# holds.
+# "published" is a network in TOWERS; "tokens" stands for a network of another tool, whose tokens
+# are in a feature cache.
 SPEECH_ENCODERS: dict[str, type[nn.Module]] = {
     "log_mel": LogMelSpeechEncoder,
     "published": PublishedSpeech,
@@ -181,7 +181,7 @@ def _encoder(
       where: what error messages call it.
       registry: name -> class.
       attributes: ``name`` and the attributes.
-      shared: attributes that are values of the whole model.
+      shared: options of the whole model.
     """
     values = dict(attributes)
     name = values.pop("name", None)
@@ -189,7 +189,7 @@ def _encoder(
         raise UserError(f"{where}.name={name!r}: choose one of {', '.join(registry)}")
     module = registry[name]
 
-    # A network belongs to "published", and to nothing else.
+    # Only "published" takes a network.
     has_tower = bool(values.get("tower"))
     if name == "published" and not has_tower:
         raise UserError(
@@ -198,7 +198,7 @@ def _encoder(
     if name == "tokens" and has_tower:
         raise UserError(f"{where}.name='tokens' takes no `tower`")
     if isinstance(values.get("tower"), dict):
-        # Branches are of the encoder, not of its network.
+        # Branches belong to the encoder, not to its network.
         towers = SPEECH_TOWERS if registry is SPEECH_ENCODERS else IMAGE_TOWERS
         of_tower = {key: value for key, value in shared.items() if key != "branches"}
         values["tower"] = create_tower(values["tower"], f"{where}.tower", towers, **of_tower)

@@ -29,9 +29,9 @@ class BlockStyle:
     Attributes:
       pre_norm: norms before each sub-layer and one at the end of the stack (GPT-2, ViT); False for
         norms after each residual sum and none at the end (BERT, HuBERT base).
-      activation: of the MLP: "gelu_tanh" (approximate), "gelu" or "quick_gelu" (x sigmoid(1.702 x),
+      activation: in the MLP: "gelu_tanh" (approximate), "gelu" or "quick_gelu" (x sigmoid(1.702 x),
         CLIP).
-      epsilon: of the layer norms.
+      epsilon: epsilon of the layer norms.
       layer_scale: a learned scale of each sub-layer's output (DINOv2).
       cross_every: 1 for cross-attention in every block, 2 for every second one from the first on
         (Q-Former).
@@ -81,7 +81,7 @@ def span_mask(
       keys: (n,) typed keys.
       size: T, number of places.
       probability: expected share of masked places, where spans overlap counted twice.
-      length: of a span.
+      length: length of a span.
       valid: (n, T) bool, where spans may start; None for everywhere.
 
     Returns:
@@ -91,7 +91,7 @@ def span_mask(
     if valid is not None:
         starts = starts & valid
     started = jnp.cumsum(starts, axis=1)
-    # Spans that began `length` or more places ago are over.
+    # A span that began `length` or more places ago has ended.
     over = jnp.pad(started, ((0, 0), (length, 0)))[:, :size]
     return started > over
 
@@ -124,7 +124,7 @@ def relative_buckets(length: int, buckets: int, distance: int) -> np.ndarray:
     Args:
       length: T.
       buckets: rows of the table.
-      distance: from which on all positions share a row.
+      distance: distance from which all positions share a row.
 
     Returns:
       (T, T) int32.
@@ -221,7 +221,7 @@ def dot_product_attention(
     # A large finite number, not -inf: with length 0 the difference of the logits is 0, not nan.
     if lengths is not None:
         logits = jnp.where(length_mask(lengths, key.shape[2])[:, None, None], logits, -1e30)
-    # The softmax does not depend on the subtracted maximum, so that its gradient is left out.
+    # The softmax does not depend on the subtracted maximum, so its gradient is left out.
     weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
 
     # (n, h, T, S) . (n, h, S, d) -> (n, h, T, d)

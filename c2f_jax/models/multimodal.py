@@ -1,4 +1,4 @@
-"""The multimodal encoder: speech tokens attend to themselves and to image tokens; SIM decides."""
+"""The multimodal encoder: speech tokens attend to each other and to image tokens."""
 
 from dataclasses import field
 

@@ -26,10 +26,10 @@ def split_params(
 
     Args:
       params: nested dict.
-      paths: of parameters or of whole parts.
+      paths: paths of parameters or of whole parts.
 
     Returns:
-      Those below none of the paths, and those below one.
+      The parameters below none of the paths, and those below one.
 
     >>> split_params({"a": {"b": 1, "c": 2}, "d": 3}, [("a", "b")])
     ({'a': {'c': 2}, 'd': 3}, {'a': {'b': 1}})

@@ -50,7 +50,7 @@ def pool_tokens(tokens: jax.Array, lengths: jax.Array, size: int) -> tuple[jax.A
     Args:
       tokens: (n, T, W).
       lengths: (n,) valid tokens.
-      size: tokens of a mean.
+      size: tokens per mean.
 
     Returns:
       (n, ceil(T / size), W), and the lengths, ceil(lengths / size).
@@ -106,17 +106,17 @@ class PublishedEncoder(BranchedEncoder):
     """What ``PublishedSpeech`` and ``PublishedImage`` share.
 
     Attributes:
-      tower: the published network; None for tokens of another tool, which no waveform or image can
-        be turned into.
+      tower: the published network; None for tokens of another tool, which are read from a feature
+        cache.
       frozen: "tower" keeps the published weights: they get no gradient, optimizer state, momentum
         copy or dropout. "conv" keeps the convolutions of a speech network only, "none" nothing.
       layer: "last", the number of a hidden state (0 is the input of the first block), or
         "weighted_sum", a learned softmax-weighted sum of all hidden states, equal at the start.
       pool: tokens are means over this many consecutive ones.
       width: W of the tokens; those of the network are normalized and projected to it.
-      depth: of the small transformer with its learned [CLS]. With depth 0 there is neither: tokens
-        are the network's, the first one its summary: [CLS] where it has one and ``pooling`` is
-        "cls", or the mean of all.
+      depth: number of blocks of the small transformer with its learned [CLS]. With depth 0 there is
+        neither: tokens are the network's, summary first: its [CLS] if it has one and ``pooling``
+        is "cls", else the mean of all.
       token_dropout: share of the entries of the network's tokens that are set to 0 in training.
       token_mask: share of the tokens that are set to 0 as a whole in training, as if a part of the
         sentence or of the image were missing.
@@ -145,7 +145,7 @@ class PublishedEncoder(BranchedEncoder):
         Returns:
           (n, T, C) tokens and (n,) int32 lengths.
         """
-        # Tokens of the cache: the network ran before, and its dropout was off.
+        # Tokens of the cache: the network ran before, with dropout off.
         hidden: tuple[jax.Array, ...] | None
         if not self._is_raw(given):
             token_lengths = lengths[0] if lengths else _full_lengths(given)
@@ -164,7 +164,7 @@ class PublishedEncoder(BranchedEncoder):
 
         if self.layer == "weighted_sum":
             tokens = self._weighted_sum(hidden)
-        # A cache without layers is of this layer already.
+        # A cache without a layer axis already holds this layer.
         elif self.layer != "last" and hidden is not None:
             tokens = choose_layer(hidden, self.layer)
         return tokens.astype(self.dtype), token_lengths
@@ -230,8 +230,8 @@ class PublishedSpeech(PublishedEncoder):
     """A published speech network as an encoder.
 
     Attributes:
-      conv_blocks: of ``TimeConvolutions`` before the transformer. With ``pool`` 4 and two blocks,
-        Whisper's tokens of 20 ms become ones of 320 ms, about a word.
+      conv_blocks: convolutions of ``TimeConvolutions`` before the transformer. With ``pool`` 4 and
+        two blocks, Whisper's tokens of 20 ms become tokens of 320 ms, about a word.
       others: as in ``PublishedEncoder``.
     """
 

@@ -9,7 +9,7 @@ import numpy as np
 from c2f_jax.models.layers import length_mask
 
 SAMPLE_RATE = 16_000
-WINDOW = 400  # 25 ms, the length of the Fourier transform too
+WINDOW = 400  # 25 ms, also the length of the Fourier transform
 
 
 @cache

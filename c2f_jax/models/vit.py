@@ -22,7 +22,7 @@ def patches(x: jax.Array, side: int) -> jax.Array:
 
     Args:
       x: (n, H, W, C).
-      side: of a patch in pixels.
+      side: side of a patch in pixels.
 
     Returns:
       (n, H // side, W // side, side side C).

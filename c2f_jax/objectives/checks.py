@@ -1,4 +1,4 @@
-"""Checks of ranks, shapes and types while jax traces: a compiled step does not pay for them."""
+"""Checks of ranks, shapes and types while jax traces; they cost a compiled step nothing."""
 
 import re
 from typing import Any
@@ -18,7 +18,7 @@ _KINDS = {
 
 
 def check_arrays(**arguments: tuple[Any, str]) -> dict[str, int]:
-    """Check types and shapes; a letter stands for the same size wherever it occurs.
+    """Check types and shapes; a letter is the same size wherever it occurs.
 
     Args:
       **arguments: name -> (value, specification), such as ``"float[n, D]"``, ``"number[]"`` for a

@@ -74,7 +74,7 @@ def masked_mean(values: jax.Array, valid: jax.Array, axis_name: AxisName = None)
 
     Args:
       values: (n,) float.
-      valid: (n,) bool; False entries count neither above nor below the line.
+      valid: (n,) bool; False entries are left out of both sums.
       axis_name: device axis, or None for the local rows only.
 
     Returns:

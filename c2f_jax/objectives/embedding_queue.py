@@ -67,8 +67,8 @@ def create_queue(size: int, rows: Mapping[str, Any]) -> EmbeddingQueue:
 def enqueue(queue: EmbeddingQueue, rows: Mapping[str, jax.Array]) -> EmbeddingQueue:
     """Write n rows; the oldest ones fall out, as with ``collections.deque(maxlen=K).extend``.
 
-    n and K are free: n need not divide K, and of n > K rows the last K stay. Under a device axis
-    every device must write the same rows: gather them first.
+    n need not divide K, and if n > K the last K rows stay. Under a device axis every device must
+    write the same rows: gather them first.
 
     Args:
       queue: EmbeddingQueue with K slots.
@@ -162,7 +162,7 @@ def _check_rows(queue: EmbeddingQueue, rows: Mapping[str, jax.Array]) -> None:
             f"rows has the names {', '.join(rows)}; they must be {', '.join(queue.entries)}"
         )
 
-    # jax would broadcast one row over all slots, or pair n rows with fewer ids, without a word.
+    # jax would silently broadcast one row over all slots, or pair n rows with fewer ids.
     count = next(iter(rows.values())).shape[:1]
     for name, entry in queue.entries.items():
         expected = (*count, *entry.shape[1:])

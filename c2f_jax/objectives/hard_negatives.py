@@ -34,8 +34,8 @@ def sample_hard_negatives(
     has.
 
     Args:
-      keys: (n,) typed PRNG keys, one for each row. The two directions need keys of their own: the
-        same keys would draw the same columns.
+      keys: (n,) typed PRNG keys, one for each row. Each direction needs its own keys: equal
+        keys would draw equal columns.
       logits: (n, M) SIC logits (cosine / tau).
       ids: (n,) int image ids of the rows.
       candidate_ids: (M,) int image ids of the candidates.

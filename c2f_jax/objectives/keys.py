@@ -2,8 +2,7 @@
 
 Two purposes never share a stream, whatever further integers (epoch, recording, layer) they take,
 because the number of the purpose has a fixed place in each seed. Nothing else in the package makes
-a generator or derives a key, except where values must never change: data on disk were made with
-them.
+a generator or derives a key, except where data on disk were made with one that must never change.
 """
 
 from enum import IntEnum
@@ -142,7 +141,7 @@ def fold_keys(keys: None, site: Site, *numbers: int) -> None: ...
 def fold_keys(keys: jax.Array | None, site: Site, *numbers: int) -> jax.Array | None:
     """Make the keys of one purpose: fold_in(fold_in(key, site), number).
 
-    Numbers are folded in after the site, so that no layer number is taken for a site.
+    Numbers are folded in after the site, so that a layer number cannot be mistaken for a site.
 
     Args:
       keys: (n,) typed keys, or None where nothing is drawn (no dropout), which stays None.

@@ -108,7 +108,7 @@ def sim_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
     Args:
       logits: (m, 2), columns "no match" and "match".
-      labels: (m,) int, 1 = match, 0 = no match; no other value has a meaning.
+      labels: (m,) int, 1 = match, 0 = no match; other values are meaningless.
 
     Returns:
       (m,) loss of each pair, float32. Average it with ``collectives.masked_mean`` over the valid

@@ -32,7 +32,7 @@ from c2f_jax.pretrained.weights import load_weights, open_card
 from c2f_jax.training.distributed import wait_for_all
 
 SHARD = 256  # items of a shard: what is lost when a run is stopped
-THREADS = 8  # that decode
+THREADS = 8  # decoding threads
 STEP_SECONDS = 0.5  # lengths are padded to multiples of it, so that few programs are compiled
 
 # (key, waveform, image or tokens); None in their place where an item cannot be read.
@@ -45,7 +45,7 @@ class VariedCopy:
 
     Attributes:
       augment: how they are varied.
-      number: of this copy; the draws follow from it and are the same in any run.
+      number: number of this copy, which determines the draws.
     """
 
     augment: AugmentConfig
@@ -80,14 +80,14 @@ def extract_features(
 ) -> FeatureCache:
     """Write a feature cache; an unfinished one is resumed.
 
-    Each utterance's tokens are those it would have alone: the networks ignore the padding.
+    An utterance's tokens do not depend on its batch: the networks ignore the padding.
 
     Args:
       weights: folder of ``c2f convert``, or published files.
-      sources: of the splits.
+      sources: the splits.
       output: folder of the cache.
-      options: which tokens; None for the defaults.
-      batch_size: rows at once.
+      options: which tokens to keep; None for the defaults.
+      batch_size: items per batch.
 
     Returns:
       The cache.
@@ -136,8 +136,8 @@ def cache_card(card: Mapping[str, Any], options: FeatureOptions) -> dict[str, An
     """Return what a cache says about its origin; a cache with another card is not used.
 
     Args:
-      card: of the network's weights.
-      options: which tokens.
+      card: card of the network's weights.
+      options: which tokens the cache holds.
     """
     attributes = {**bare_tower(card), **options.tower}
     found = {
@@ -267,7 +267,7 @@ def _run(
     Args:
       apply: a batch of inputs -> tokens and lengths.
       items: waveforms or images.
-      batch_size: rows at once.
+      batch_size: items per batch.
       progress: bar that counts the items.
     """
     items = iter(items)
@@ -277,7 +277,7 @@ def _run(
         if not readable:
             continue
 
-        # Every batch is full, so that one program serves all: the last row fills it up.
+        # Every batch is full, so that one program fits all: the last item is repeated.
         rows = [item for _, item in readable]
         rows += [rows[-1]] * (batch_size - len(rows))
         if rows[0].ndim == 1:

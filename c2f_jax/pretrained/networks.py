@@ -22,9 +22,9 @@ def tower_inputs(name: str, side: int = 224, samples: int = 16_000) -> tuple[np.
     """Return zeros in the shapes that a network takes, to initialize it with.
 
     Args:
-      name: of the network, a key of ``TOWERS``.
-      side: of an image in pixels.
-      samples: of a recording.
+      name: name of the network, a key of ``TOWERS``.
+      side: side of an image in pixels.
+      samples: length of a recording.
 
     Returns:
       (1, side, side, 3) uint8 images, or (1, samples) float32 waveforms and their (1,) lengths.
@@ -39,7 +39,7 @@ def tower_shapes(tower: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> 
 
     Args:
       tower: attributes as in ``create_tower``.
-      preprocessing: of the card; its ``position_side`` is the image side of the positions.
+      preprocessing: as in the card; ``position_side`` is the image side of the positions.
     """
     inputs = tower_inputs(tower["name"], preprocessing.get("position_side", 224))
     return jax.eval_shape(create_tower(tower).init, jax.random.key(0), *inputs)["params"]

@@ -50,9 +50,9 @@ def image_preprocessing(
 
     Args:
       processor: preprocessor_config.json; what it does not say is taken from the other arguments.
-      config: of the ViT; its ``image_size`` and ``patch_size`` are read.
-      mean: of the three colors, 0 to 1.
-      std: of the three colors.
+      config: the ViT's config.json; ``image_size`` and ``patch_size`` are read.
+      mean: mean of each color, 0 to 1.
+      std: standard deviation of each color.
       squash: resize both sides alike; False to resize the short side and crop the center.
 
     Raises:
@@ -87,7 +87,7 @@ def image_preprocessing(
 
 
 def vision_transformer(config: Mapping[str, Any], preprocessing: Attributes) -> Attributes:
-    """Return the attributes of a ViT that all its publishers name alike in config.json."""
+    """Return the attributes of a ViT that have the same name in every config.json."""
     return {
         "name": "vision_transformer",
         "width": config["hidden_size"],
@@ -106,13 +106,13 @@ def normalize_flag(found: bool | None, published: Published) -> bool:
     """Return whether waveforms are normalized to mean 0 and variance 1.
 
     Args:
-      found: what the publisher's files say, None for nothing.
-      published: whose ``normalize`` is the user's word.
+      found: what the publisher's files say; None for nothing.
+      published: the files, with the user's ``normalize``.
 
     Raises:
       UserError: neither says, or they contradict each other.
     """
-    # Never guessed: with the wrong flag the tokens look sound and retrieve badly.
+    # Never guessed: with the wrong flag the tokens look fine and retrieve badly.
     given = published.normalize
     if found is None and given is None:
         raise UserError(
@@ -132,7 +132,7 @@ def block_numbers(names: Iterable[str], pattern: str) -> list[int]:
     """Return the numbers of the blocks that have a tensor of this name, in order.
 
     Args:
-      names: of all tensors.
+      names: names of all tensors.
       pattern: regular expression of a tensor's name; its first group is the number of the block.
 
     Raises:
@@ -146,7 +146,7 @@ def block_numbers(names: Iterable[str], pattern: str) -> list[int]:
 
 
 def _side(value: Any, default: int) -> int:
-    """Return a side in pixels, published as a number or as one by the name of an edge."""
+    """Return a side in pixels, published as a number or as {name of an edge: number}."""
     if isinstance(value, dict):
         value = value.get("shortest_edge", value.get("height"))
     return int(value or default)

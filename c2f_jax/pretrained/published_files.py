@@ -33,8 +33,8 @@ def read_published(
     Args:
       sources: local files or folders as published, or one hub id "owner/name". Several are read as
         one model, such as LAVIS's BLIP-2 and its EVA ViT-g, which come in two files.
-      normalize: whether waveforms are normalized, where the publisher's files do not say.
-      license: for the card, where there is no README that says.
+      normalize: whether waveforms are normalized, if the publisher's files do not say.
+      license: license for the card, if no README names it.
 
     Returns:
       The card, a dict, and the parameters, a nested dict of float32 arrays.
@@ -81,8 +81,8 @@ def describe(layout: Layout, published: Published) -> tuple[Attributes, Attribut
     """Return the network of published files and its preprocessing.
 
     Args:
-      layout: of the files.
-      published: what they hold.
+      layout: layout of the files.
+      published: what the files hold.
 
     Returns:
       The attributes for ``create_tower``, and the preprocessing for the card.
@@ -107,7 +107,7 @@ def describe(layout: Layout, published: Published) -> tuple[Attributes, Attribut
 
 @dataclass(frozen=True)
 class _Converted:
-    """A published model as ours; the fields are those of the card, and its parameters."""
+    """A converted model: its parameters, and fields of its card."""
 
     layout: str
     tower: Attributes
@@ -136,7 +136,7 @@ def _read_files(files: Sequence[Path]) -> tuple[dict[str, np.ndarray], dict[str,
         both = sorted(tensors.keys() & found.keys())
         if both:
             raise UserError(
-                f"{file} holds {both[0]}, which another file given holds too: leave one of them out"
+                f"{file} holds {both[0]}, which another given file holds too: leave one out"
             )
         tensors |= found
         settings |= says
@@ -162,7 +162,7 @@ def _local_path(source: str | Path) -> Path:
             patterns = [*HUB_TEXTS, SAFETENSORS, TORCH_FILES]
             folder = Path(snapshot_download(source, allow_patterns=patterns))
         return folder
-    except Exception as error:  # the client has many errors, and so has its transport
+    except Exception as error:  # the client and its transport raise many kinds of errors
         raise UserError(
             f"{source}: neither a local path nor a hub id that can be downloaded ({error})"
         ) from error

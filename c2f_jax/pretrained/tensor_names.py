@@ -33,7 +33,7 @@ class Published:
       config: config.json; {} where the publisher has none (fairseq, LAVIS).
       processor: preprocessor_config.json; {} where there is none.
       settings: what a fairseq checkpoint says about its training, else {}.
-      normalize: the user's word on waveform normalization, where the files do not say.
+      normalize: what the user says about waveform normalization, if the files do not.
     """
 
     tensors: Mapping[str, np.ndarray]
@@ -94,12 +94,12 @@ def attention_rules(
     names: tuple[str, str, str, str] = ("q_proj", "k_proj", "v_proj", "out_proj"),
     key_bias: bool = True,
 ) -> Rules:
-    """Return the rules of an attention module whose four linear maps are tensors of their own.
+    """Return the rules of an attention module whose four linear maps are separate tensors.
 
     Args:
       path: regular expression of the module's path among our parameters.
       source: the module's published name.
-      names: of query, key, value and output below ``source``.
+      names: published names of query, key, value and output, below ``source``.
       key_bias: whether keys have a bias; without one it becomes zeros.
     """
     query, key, value, out = (f"{source}.{name}" for name in names)
@@ -140,8 +140,8 @@ def block_rules(path: str, source: str, norms: tuple[str, str], mlp: tuple[str, 
     Args:
       path: regular expression of the block's path among our parameters.
       source: the block's published name.
-      norms: of the attention and of the MLP, below ``source``.
-      mlp: the MLP's two layers, below ``source``.
+      norms: published names of the norms of attention and MLP, below ``source``.
+      mlp: published names of the MLP's two layers, below ``source``.
     """
     return module_rules(
         (f"{path}/self_attention_norm", f"{source}.{norms[0]}"),
@@ -157,8 +157,8 @@ def convert_tensors(
     """Convert published tensors to the parameters of a network.
 
     Args:
-      layout: of the file.
-      prefix: of its names.
+      layout: layout of the file.
+      prefix: what comes before the layout's names in the file.
       tensors: name -> array, as published.
       shapes: nested dict of the parameters' shapes (``jax.eval_shape`` of the network's ``init``).
 
@@ -168,7 +168,7 @@ def convert_tensors(
     Raises:
       UserError: lists every missing, unused, misshaped and damaged tensor.
     """
-    # All problems are collected: a user fixes a file once, not tensor by tensor.
+    # All problems are collected, so that one look at the message shows all of them.
     conversion = _Conversion(layout, prefix, _fold_weight_norm(tensors))
     params = jax.tree_util.tree_map_with_path(conversion.parameter, shapes)
     problems = conversion.problems + conversion.unused()
@@ -195,7 +195,7 @@ class _Conversion:
     problems: list[str] = field(default_factory=list)
 
     def parameter(self, key_path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> np.ndarray:
-        """Return one parameter; where it cannot be had, note the problem and return zeros."""
+        """Return one parameter; if it cannot be used, note the problem and return zeros."""
         path = "/".join(entry.key for entry in key_path)
         sources = _sources(self.layout, path)
         found = self._find(sources)

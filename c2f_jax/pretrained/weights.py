@@ -82,7 +82,7 @@ def load_card(folder: str | Path) -> dict[str, Any]:
         ) from error
     if found_format != FORMAT:
         raise UserError(
-            f"{path} is of format {found_format}, this program reads {FORMAT}: "
+            f"{path} has format {found_format}, but this version reads format {FORMAT}: "
             "convert the weights again"
         )
     return card
@@ -120,7 +120,7 @@ def load_published(
     """Load the published parameters of a C2F model.
 
     Args:
-      model: whose encoders have published networks.
+      model: C2FModel with published networks.
       weights: "speech", "image" -> source, as in ``load_weights``.
       batch: in the shapes that the model takes; a network whose tokens are in the batch is not
         loaded.
@@ -143,12 +143,12 @@ def check_weights(
 ) -> None:
     """Check that weights are those that a run was trained with.
 
-    Compares their SHA-256 with those in ``<workdir>/weights.json``.
+    Compare their SHA-256 with those in ``<workdir>/weights.json``.
 
     Args:
-      workdir: of the run.
+      workdir: directory of the run.
       weights: "speech", "image" -> source, as in ``load_weights``.
-      write: record them where nothing is recorded.
+      write: record the SHA-256 if none is recorded.
 
     Raises:
       UserError: they differ.
@@ -179,16 +179,18 @@ def fit_params(params: Any, shapes: Any, where: str | Path) -> Any:
 
     Args:
       params: nested dict of arrays.
-      shapes: of the network, see ``load_weights``.
+      shapes: shapes of the network's parameters, see ``load_weights``.
       where: what error messages call the parameters.
 
     Raises:
-      UserError: they are of another network.
+      UserError: they belong to another network.
     """
     if "projection" not in shapes:
         params = {name: value for name, value in params.items() if name != "projection"}
     if jax.tree.structure(params) != jax.tree.structure(shapes):
-        raise UserError(f"{where}: these weights are of another network than the model's `tower`")
+        raise UserError(
+            f"{where}: these weights do not fit the model's `tower`; give weights of that network"
+        )
 
     def fit(path: tuple[Any, ...], wanted: jax.ShapeDtypeStruct, value: Any) -> Any:
         if value.shape == wanted.shape:

@@ -22,12 +22,12 @@ class Example:
     Attributes:
       query: the query.
       coarse: best items of the coarse ranking.
-      coarse_hits: which of them are right.
-      coarse_rank: rank of the first right item, from 1; None if nobody knows the right items.
+      coarse_hits: which of them are correct.
+      coarse_rank: rank of the first correct item, from 1; None if nobody knows the correct items.
       fine: the same after reranking; None without a fine stage.
       fine_hits: see coarse_hits.
       fine_rank: see coarse_rank.
-      answer: a right item, shown beside the query.
+      answer: a correct item, shown beside the query.
     """
 
     query: Media
@@ -73,11 +73,11 @@ def random_queries(ranked: RankedLists, count: int, seed: int = 0) -> np.ndarray
 
 
 def worst_queries(ranked: RankedLists, count: int) -> np.ndarray:
-    """Choose the queries whose right item ends up furthest down.
+    """Choose the queries whose correct item ends up furthest down.
 
     Args:
       ranked: lists of q queries.
-      count: most queries to choose; a query whose right item comes first is never chosen.
+      count: most queries to choose; a query whose correct item comes first is never chosen.
 
     Returns:
       (n,) int, places in ``ranked``, the worst first.
@@ -103,7 +103,7 @@ def make_examples(
       places: places in ``ranked``.
       query_media: returns the media of a row among the queries.
       gallery_media: returns the media of a row of the gallery.
-      answer: returns a right item of a row among the queries; None to show none.
+      answer: returns a correct item of a row among the queries; None to show none.
       top: answers per query.
     """
     examples = []

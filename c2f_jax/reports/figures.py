@@ -122,7 +122,7 @@ def results_png(
 ) -> bytes:
     """Draw a contact sheet of spoken queries: the caption, then the best images coarse and fine.
 
-    Right images have a frame and a check mark.
+    Correct images have a frame and a check mark.
 
     Args:
       path: file to write; None for none.
@@ -212,7 +212,7 @@ def _draw_query(canvas: Axes, example: Example, y: float) -> None:
 def _draw_images(
     canvas: Axes, items: Sequence[Media], hits: Sequence[bool], start: float, y: float
 ) -> None:
-    """Draw images side by side from ``start``, right ones with a frame and a check mark."""
+    """Draw images side by side from ``start``, correct ones with a frame and a check mark."""
     from matplotlib.patches import Rectangle
     from PIL import Image
 

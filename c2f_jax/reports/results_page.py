@@ -58,13 +58,13 @@ def write_results_page(
     groups = (
         (
             "Speech → image",
-            "Queries drawn at random. Right images have a frame and a check mark.",
+            "Queries drawn at random. Correct images have a frame and a check mark.",
             examples.speech,
             "s2i",
         ),
         (
             "Worst failures",
-            "The spoken queries whose right image ended up furthest down.",
+            "The spoken queries whose correct image ended up furthest down.",
             examples.failures,
             "s2i",
         ),
@@ -202,9 +202,9 @@ def _footer(result: EvaluationResult) -> str:
     left_out = counts.recordings_without_image + counts.images_without_recording
     dropped = ""
     if left_out:
-        dropped = f" {left_out:,} queries without a right answer in the gallery were left out."
+        dropped = f" {left_out:,} queries without a correct answer in the gallery were left out."
     return (
-        "<footer><p>R@K: share of queries with a right item among the first K, in percent; image → "
+        "<footer><p>R@K: percentage of queries with a correct item among the first K; image → "
         "speech counts any of the image's own recordings. Equal scores: the item that comes first "
         "in the gallery ranks first; in the fine stage, the item with the better coarse place. "
         f"Intervals: {bootstrap.resamples:,} bootstrap resamples of {bootstrap.units:,} images, "
@@ -228,8 +228,8 @@ def _example(example: Example, direction: str) -> str:
     if example.answer is not None:
         shown = sound(example.answer)
         if direction == "s2i":
-            shown = f'<img alt="right image" src="{data_uri(example.answer)}">'
-        query += f'<div class="answer"><span>right answer</span>{shown}</div>'
+            shown = f'<img alt="correct image" src="{data_uri(example.answer)}">'
+        query += f'<div class="answer"><span>correct answer</span>{shown}</div>'
 
     # Both rankings beside each other, so that one sees what SIM changed.
     lists = _list("Coarse (SIC)", example.coarse, example.coarse_hits, direction)
@@ -242,13 +242,13 @@ def _example(example: Example, direction: str) -> str:
 
 
 def _list(name: str, items: Sequence[Media], hits: Sequence[bool], direction: str) -> str:
-    """Return a ranked list of answers, right ones marked."""
+    """Return a ranked list of answers, correct ones marked."""
     entries = ""
     for place, (media, hit) in enumerate(zip(items, hits, strict=True), 1):
         mark, frame, label = f'<span class="mark">{place}</span>', "", f"place {place}"
         if hit:
-            mark, frame = '<span class="mark" title="right">✓</span>', " class=hit"
-            label += ", right"
+            mark, frame = '<span class="mark" title="correct">✓</span>', " class=hit"
+            label += ", correct"
         body = sound(media)
         if direction == "s2i":
             alt = escape(f"{label} {media.caption}".strip())

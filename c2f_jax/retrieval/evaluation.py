@@ -57,8 +57,8 @@ def evaluate_retrieval(
 ) -> EvaluationResult:
     """Compute all retrieval numbers of one split, in both directions.
 
-    A query without a right item is left out and counted. SIM reranks the k best candidates of each
-    query; ``result.fine`` is by ``config.score``, and ``result.fine_scores`` has all five scores.
+    Queries without a correct item are left out and counted. SIM reranks the k best candidates of
+    each query; ``result.fine`` is by ``config.score``, ``result.fine_scores`` has all five scores.
 
     Args:
       encoded: the split; tokens and lengths are needed only with match_fn.
@@ -126,14 +126,14 @@ class _Ranking:
 
     items: np.ndarray  # (q, L) gallery rows, best first
     hits: np.ndarray  # (q, L) bool
-    ranks: np.ndarray  # (q,) of the first right item in the whole gallery
+    ranks: np.ndarray  # (q,) of the first correct item in the whole gallery
 
 
 @dataclass(frozen=True)
 class _RankedDirection:
     """All rankings of the queries of one direction."""
 
-    queries: _Side  # q queries, those with a right item
+    queries: _Side  # q queries, those with a correct item
     gallery: _Side
     rows: np.ndarray  # (q,) row of each query among all recordings or images
     rankings: dict[str, _Ranking]  # "coarse", and one for each score if there is a matcher
@@ -217,7 +217,7 @@ def _rank_direction(
 ) -> _RankedDirection:
     """Rank the gallery for the queries of one direction, coarse and, with a matcher, fine."""
     gallery = sides["i2s" if direction == "s2i" else "s2i"]
-    # Queries without a right item are left out; the gallery stays whole.
+    # Queries without a correct item are left out; the gallery stays whole.
     rows = np.flatnonzero(np.isin(sides[direction].ids, gallery.ids))
     queries = sides[direction].select(rows)
 
@@ -250,7 +250,7 @@ def _rank_coarse(queries: _Side, gallery: _Side, depth: int) -> tuple[np.ndarray
 
 def _measure(ranked: _RankedDirection, resamples: int, seed: int) -> dict[str, _Measured]:
     """Compute the metrics of each ranking of one direction."""
-    # How many right items the gallery has for each query.
+    # How many correct items the gallery has for each query.
     ids, counts = np.unique(ranked.gallery.ids, return_counts=True)
     relevant_counts = counts[np.searchsorted(ids, ranked.queries.ids)]
 

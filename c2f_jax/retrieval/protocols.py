@@ -19,11 +19,11 @@ class Protocol:
 
     Attributes:
       name: name on the command line and in results.
-      about: what it is, for people.
+      about: description for people.
       data_set: data set that it is defined on.
       splits: names of its split; the first that the data set has is used.
-      images: published number of images; None if any number is right.
-      recordings: published number of recordings; None if any number is right.
+      images: published number of images; None if any number will do.
+      recordings: published number of recordings; None if any number will do.
       folds: equal parts of the gallery, in its order, each ranked alone; the results are averaged.
       one_recording: only the first recording of each image is used.
       all_images: the images of the other splits join the gallery.
@@ -77,7 +77,7 @@ _ALL = (
     ),
     Protocol(
         name="mteb",
-        about="as MTEB: ranks the images of all splits; recall is the fraction of right items",
+        about="as MTEB: ranks the images of all splits; recall is the fraction of correct items",
         data_set="flickr8k_audio",
         splits=("test",),
         images=8091,
@@ -134,7 +134,7 @@ def open_protocol(
 
 
 class WithMoreImages(PairSource):
-    """A split whose gallery also has the images of other splits, right for none of its recordings.
+    """A split whose gallery also has the images of other splits, which match no recording.
 
     Args:
       source: the split.

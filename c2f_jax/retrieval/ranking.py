@@ -76,12 +76,12 @@ def first_relevant_rank(
     chunk: int = QUERY_CHUNK,
     gallery_chunk: int = GALLERY_CHUNK,
 ) -> np.ndarray:
-    """Compute the exact coarse rank of each query's best right item in the whole gallery.
+    """Compute the exact coarse rank of each query's best correct item in the whole gallery.
 
     rank = 1 + #{wrong j: s_j > s*} + #{wrong j: s_j = s*, j < j*},
 
-    where (s*, j*) is the best right item, the first among equals. An item is right if its id equals
-    that of the query.
+    where (s*, j*) is the best correct item, the first among equals. An item is correct if its id
+    equals that of the query.
 
     Args:
       queries: (Q, D), L2-normalized.
@@ -95,7 +95,7 @@ def first_relevant_rank(
       (Q,) int64, from 1.
 
     Raises:
-      UserError: a query has no right item, an embedding is not finite, or shapes do not fit.
+      UserError: a query has no correct item, an embedding is not finite, or shapes do not fit.
     """
     queries, gallery = _checked_sides(queries, gallery)
     dense_query_ids, dense_gallery_ids = _checked_ids(queries, gallery, query_ids, gallery_ids)
@@ -115,7 +115,7 @@ def first_relevant_rank(
                 carries[number] = step(block, device_items, ids, item_ids, start, *carries[number])
         return carries
 
-    # First the best right item of each query, then the wrong items ahead of it.
+    # First the best correct item of each query, then the wrong items ahead of it.
     nothing = jnp.full(chunk, -jnp.inf), jnp.zeros(chunk, jnp.int32)
     best = walk(_best_relevant, [nothing] * -(-len(queries) // chunk))
     counted = walk(_count_ahead, [(*pair, jnp.ones(chunk, jnp.int32)) for pair in best])
@@ -148,7 +148,7 @@ def _checked_sides(queries: ArrayLike, gallery: ArrayLike) -> tuple[np.ndarray, 
         raise UserError(
             f"nothing to search: {len(queries)} queries and {len(gallery)} gallery items."
         )
-    # NaN would rank first without a word.
+    # NaN would silently rank first.
     check_finite("queries", queries)
     check_finite("gallery", gallery)
     return queries, gallery
@@ -167,11 +167,11 @@ def _checked_ids(
             f"ids for {len(gallery)} items; give one id each."
         )
 
-    # A query without a right item has no rank.
+    # A query without a correct item has no rank.
     orphans = np.flatnonzero(~np.isin(query_ids, gallery_ids))
     if len(orphans):
         raise UserError(
-            f"{len(orphans)} queries have no right item in the gallery, the first is query "
+            f"{len(orphans)} queries have no correct item in the gallery, the first is query "
             f"{orphans[0]}, id {query_ids[orphans[0]]}; leave such queries out."
         )
 
@@ -216,7 +216,7 @@ def _best_relevant(
     best_score: jax.Array,
     best_row: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Update the best right item of each query, (q,) score and row, with a gallery block."""
+    """Update the best correct item of each query, (q,) score and row, with a gallery block."""
     right = query_ids[:, None] == item_ids[None, :]  # (q, c)
     scores = jnp.where(right, _inner_products(queries, items), -jnp.inf)
 
@@ -237,7 +237,7 @@ def _count_ahead(
     best_row: jax.Array,
     rank: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Add to the rank of each query, (q,), the wrong items of a block ahead of its best right."""
+    """Add to the rank of each query, (q,), the wrong items of a block ahead of its best match."""
     scores = _inner_products(queries, items)
     rows = start + jnp.arange(items.shape[0], dtype=jnp.int32)
 

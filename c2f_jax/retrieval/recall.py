@@ -1,6 +1,6 @@
 """Retrieval metrics from ranks, with bootstrap intervals over images.
 
-The rank of a query is the 1-based place of its first right item. Tie rule: among equal scores the
+The rank of a query is the 1-based place of its first correct item. Tie rule: among equal scores the
 item that comes first in the gallery ranks first (as in jax.lax.top_k), so a collapsed model, which
 gives every item the same score, gets chance.
 
@@ -39,7 +39,7 @@ class Metric:
 
 
 def rank_metrics(ranks: ArrayLike) -> dict[str, float]:
-    """Compute the metrics that need the rank of the first right item.
+    """Compute the metrics that need the rank of the first correct item.
 
     R@K = 100 mean[rank <= K],  K = 1, 5, 10;  MRR = mean[1 / rank];  and the median rank.
 
@@ -68,7 +68,7 @@ def rank_metrics(ranks: ArrayLike) -> dict[str, float]:
 
 
 def list_metrics(hits: ArrayLike, relevant_counts: ArrayLike) -> dict[str, float]:
-    """Compute MTEB's metrics, which ask for all right items of a query, not only for the first.
+    """Compute MTEB's metrics, which ask for all correct items of a query, not only for the first.
 
     nDCG@10 = mean[ sum_j hit_j / log2(j + 1)  /  sum_{j <= min(R, 10)} 1 / log2(j + 1) ],
     j = 1..10
@@ -78,13 +78,13 @@ def list_metrics(hits: ArrayLike, relevant_counts: ArrayLike) -> dict[str, float
     Args:
       hits: (Q, L) bool, the ranked list of each query, best first; L >= 10 unless the gallery is
         smaller.
-      relevant_counts: (Q,) int, R, the number of right items in the whole gallery, at least 1.
+      relevant_counts: (Q,) int, R, the number of correct items in the whole gallery, at least 1.
 
     Returns:
       "nDCG@10" and "fraction_recall@K" for K = 1, 5, 10.
 
     Raises:
-      UserError: the shapes do not fit, or a query has no right item.
+      UserError: the shapes do not fit, or a query has no correct item.
 
     Reference:
       Muennighoff et al., MTEB, https://arxiv.org/abs/2210.07316
@@ -102,7 +102,7 @@ def list_metrics(hits: ArrayLike, relevant_counts: ArrayLike) -> dict[str, float
             f"shape {relevant_counts.shape}."
         )
 
-    # nDCG: found gains over those of an ideal list, which has all right items first.
+    # nDCG: found gains over those of an ideal list, which has all correct items first.
     gains = 1.0 / np.log2(np.arange(2, LIST_DEPTH + 2))
     top = hits[:, :LIST_DEPTH]
     ideal = np.cumsum(gains)[np.minimum(relevant_counts, LIST_DEPTH) - 1]

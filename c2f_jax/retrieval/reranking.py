@@ -170,15 +170,15 @@ def rerank(lists: ArrayLike, scores: ArrayLike) -> np.ndarray:
 
 
 def fine_ranks(coarse_rank: ArrayLike, scores: ArrayLike, relevant: ArrayLike) -> np.ndarray:
-    """Compute the rank of the first right item after the k candidates were reranked.
+    """Compute the rank of the first correct item after the k candidates were reranked.
 
-    All other items keep their coarse order behind the candidates, so a query whose right item is
+    All other items keep their coarse order behind the candidates, so a query whose correct item is
     not among them keeps its coarse rank.
 
     Args:
       coarse_rank: (Q,) int, rank before.
       scores: (Q, k) scores of the candidates, in coarse order.
-      relevant: (Q, k) bool, which candidates are right.
+      relevant: (Q, k) bool, which candidates are correct.
 
     Returns:
       (Q,) int64.
@@ -189,7 +189,7 @@ def fine_ranks(coarse_rank: ArrayLike, scores: ArrayLike, relevant: ArrayLike) -
     coarse_rank = np.asarray(coarse_rank)
     check_rank("coarse_rank", coarse_rank, "Q")
 
-    # A right item among the candidates decides the rank: all others are behind them.
+    # A correct item among the candidates decides the rank: all others are behind them.
     hits = rerank(np.asarray(relevant, bool), scores)
     return np.where(hits.any(1), hits.argmax(1) + 1, coarse_rank).astype(np.int64)
 

@@ -24,13 +24,13 @@ COLUMN = 27  # characters
 class RankedLists:
     """The rankings of one direction, for pages and analysis.
 
-    q queries, those with a right item; L = min(max(k, 10), gallery size) items of each.
+    q queries, those with a correct item; L = min(max(k, 10), gallery size) items of each.
 
     Attributes:
       queries: (q,) row of each query among all recordings or images.
       coarse: (q, L) gallery rows, best first.
-      coarse_hits: (q, L) bool, which of them are right.
-      coarse_rank: (q,) rank of the first right item in the whole gallery, from 1.
+      coarse_hits: (q, L) bool, which of them are correct.
+      coarse_rank: (q,) rank of the first correct item in the whole gallery, from 1.
       fine: the same after reranking by the chosen score; None without a matcher.
       fine_hits: see coarse_hits.
       fine_rank: see coarse_rank.
@@ -87,8 +87,8 @@ class QueryCounts:
     """How many queries and gallery items an evaluation had.
 
     Attributes:
-      speech_to_image: spoken queries with a right image.
-      image_to_speech: image queries with a right recording.
+      speech_to_image: spoken queries with a correct image.
+      image_to_speech: image queries with a correct recording.
       gallery_images: images that spoken queries are ranked against.
       gallery_recordings: recordings that image queries are ranked against.
       recordings_without_image: recordings that were left out as queries.
@@ -124,11 +124,11 @@ class Bootstrap:
 
 @dataclass(frozen=True)
 class ProtocolReport:
-    """What of a split a protocol used.
+    """Which part of a split a protocol used.
 
     Attributes:
       name: name of the protocol.
-      about: what it is.
+      about: description of it.
       folds: parts of the gallery, whose results are averaged.
       images: images used.
       recordings: recordings used.

@@ -11,7 +11,7 @@ class Average:
 
     Attributes:
       total: scalar, their sum.
-      count: int32 scalar, how many they are.
+      count: int32 scalar, their number.
     """
 
     total: jax.Array

@@ -24,7 +24,7 @@ class Checkpoints:
     The position in the data is the step itself.
 
     Attributes:
-      directory: where they are.
+      directory: where the checkpoints are.
 
     Args:
       workdir: directory of the run.
@@ -75,7 +75,7 @@ class Checkpoints:
           progress: JSON values; see ``Recorder.progress``.
           score: the higher, the better; makes the step a candidate for the best. All scores must be
             of one kind: a step ranked by SIC alone, because SIM is not trained yet, has none.
-          wait: block until it is on disk.
+          wait: block until the checkpoint is on disk.
         """
         # Without metrics a step is never the best.
         metrics = None
@@ -124,7 +124,7 @@ class Checkpoints:
         Raises:
           UserError: no checkpoint of that step, or it is damaged or of another model.
         """
-        # Parameters are an item apart, as saved.
+        # Parameters are a separate item, as saved.
         rest = abstract_state.replace(params={})
         restored = self._restore(
             step,

@@ -41,7 +41,7 @@ def initialize(
             "on a pod"
         )
 
-    # CPUs have no collectives of their own.
+    # On CPUs jax needs a library for collectives.
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
 

@@ -28,7 +28,7 @@ class OptimizerConfig:
         scratch need far fewer steps with it.
       learning_rate: peak value.
       warmup_steps: steps over which the learning rate grows from 0 to its peak.
-      final_fraction: last learning rate over the peak; the cosine ends there at the last step.
+      final_fraction: last learning rate as a fraction of the peak; the cosine ends there.
       weight_decay: decoupled, on kernels only.
       b2: decay of Adam's second moment.
       clip_norm: bound on the norm of the whole gradient.

@@ -47,11 +47,11 @@ def split_rows(params: Any, rows: Any) -> Any:
 
 
 def round_up_rows(params: Any, count: int) -> int:
-    """Return the least number of rows, at least ``count``, that ``split_rows`` can split.
+    """Return the smallest number of rows, at least ``count``, that ``split_rows`` can split.
 
     Args:
       params: replicated parameters.
-      count: rows there are.
+      count: number of rows.
 
     Returns:
       ``count`` or the next multiple of the number of devices.

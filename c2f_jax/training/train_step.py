@@ -98,7 +98,7 @@ def train_step(
         momentum = jax.lax.stop_gradient(encode(model, momentum_params, batch))
 
     # Steps 2 to 6 are in c2f_loss. Step 7. Gradients. The loss is averaged over the devices inside,
-    # the gradients outside: right for pmap and shard_map.
+    # the gradients outside: correct for pmap and shard_map.
     gradient_of_loss = jax.value_and_grad(c2f_loss, has_aux=True)
     (loss, metrics), gradients = gradient_of_loss(
         state.params, state, batch, rows, momentum, model=model, method=method, axis_name=axis_name
@@ -270,7 +270,7 @@ def distillation_weight(step: jax.Array, method: MethodConfig) -> jax.Array:
     """Ramp alpha from the end of the warm-up; raise ValueError without a ramp length."""
     if method.alpha_ramp_steps is None:
         raise ValueError(
-            "method.alpha_ramp_steps is None, which stands for one epoch; give its steps"
+            "method.alpha_ramp_steps is None, which means one epoch; give the number of steps"
         )
     return alpha_at(step - method.warm_up_steps, method.alpha, method.alpha_ramp_steps)
 

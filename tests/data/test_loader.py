@@ -178,7 +178,7 @@ def test_damaged_items_are_replaced_and_named():
     reasons = source.bad_items.reasons
     assert len(reasons) == 3
     assert "not audio" in reasons["memory, train, recording 5"]
-    assert "not a picture" in reasons["memory, train, image picture 7"]
+    assert "not an image" in reasons["memory, train, image picture 7"]
     assert "400 are needed" in reasons["memory, train, recording 11"]
 
 

@@ -158,11 +158,11 @@ def test_a_missing_column_is_named(files, column):
         ('["frog.png", "0.wav", "train"]', "must be a JSON object"),
         (
             '{"image": "frog.png", "audio": 3, "split": "train"}',
-            "'audio' must be a text, not 3",
+            "'audio' must be a non-empty string, not 3",
         ),
         (
             '{"image": "", "audio": "0.wav", "split": "train"}',
-            "'image' must be a text, not ''",
+            "'image' must be a non-empty string, not ''",
         ),
         (
             '{"image": "frog.png", "audio": "0.wav", "split": "train", "seconds": "long"}',

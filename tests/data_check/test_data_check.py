@@ -53,19 +53,19 @@ def test_each_oddity_of_flickr8k_audio_is_named(flickr_report):
     assert names.pop("missing file") == {GONE}
     assert names.pop("unreadable") | names.pop("truncated", set()) == {BROKEN}
     assert names.pop("over-long") == {LONG}
-    assert names.pop("duplicate picture") == {DUPLICATE[1]}
-    assert names.pop("caption without picture") == {ORPHAN, GONE}
+    assert names.pop("duplicate image") == {DUPLICATE[1]}
+    assert names.pop("caption without image") == {ORPHAN, GONE}
     assert names.pop("stray file") == {"readme.txt"}
     assert names.pop("very short") == {SHORT}
-    assert "train, pictures" in names.pop("count differs")
+    assert "train, images" in names.pop("count differs")
     assert not names
     assert flickr_report.severity == "error"
     train = flickr_report.splits["train"]
-    assert (train["pictures"], train["recordings"], train["usable"]) == (8, 40, 34)
+    assert (train["images"], train["recordings"], train["usable"]) == (8, 40, 34)
     assert train["seconds"]["min"] == pytest.approx(0.23) and train["seconds"][
         "max"
     ] == pytest.approx(323.5)
-    assert train["captions_per_picture"] == {"5": 8}
+    assert train["captions_per_image"] == {"5": 8}
 
 
 def test_spoken_coco_and_places(tmp_path):
@@ -73,7 +73,7 @@ def test_spoken_coco_and_places(tmp_path):
         "spoken_coco", manual_dir=str(spoken_coco(tmp_path / "coco")), progress=False
     )
     assert found(report)["missing file"] == {"COCO_train2014_000000000007.jpg"}
-    assert report.splits["test"]["captions_per_picture"] == {"5": 1, "6": 1}
+    assert report.splits["test"]["captions_per_image"] == {"5": 1, "6": 1}
     assert "test, recordings" in found(report)["count differs"]
     report = check_data(
         "places_audio", manual_dir=str(places_audio(tmp_path / "places")), progress=False
@@ -131,8 +131,8 @@ def test_a_leak_is_mended_with_all_copies_of_a_picture(tmp_path):
     put(tmp_path / "5.jpg", jpeg(0))
     path = manifest(tmp_path, rows)
     report = check_data(path, progress=False)
-    assert found(report)["duplicate picture"] == {"2.jpg"} and found(report)[
-        "repeated picture"
+    assert found(report)["duplicate image"] == {"2.jpg"} and found(report)[
+        "repeated image"
     ] == {"4.jpg"}
     write_clean_manifest(report, tmp_path / "clean.jsonl")
     left = [json.loads(line)["image"] for line in open(tmp_path / "clean.jsonl")]
@@ -217,10 +217,10 @@ def test_each_oddity_of_a_manifest_is_named(oddities):
         "split leak": {"leak.jpg", "leak2.jpg"},
         "silence": {"silence.wav"},
         "over-long": {"long.wav"},
-        "duplicate picture": {"dup.jpg", "again.png"},
+        "duplicate image": {"dup.jpg", "again.png"},
         "other sample rate": {"rate.wav"},
         "stereo": {"stereo.wav"},
-        "tiny picture": {"tiny.png"},
+        "tiny image": {"tiny.png"},
     }
     assert names.pop("number of captions") == {
         f"good{k}.jpg" for k in range(11)
@@ -257,8 +257,8 @@ def test_fix_writes_a_manifest_that_passes_and_trains(oddities, capsys):
         "duplicate recording",
         "other sample rate",
         "stereo",
-        "tiny picture",
-        "repeated picture",
+        "tiny image",
+        "repeated image",
         "number of captions",
     }
     ids = {row["image"]: row["image_id"] for row in rows}
@@ -355,7 +355,7 @@ def test_the_dry_run_tells_what_is_missing_and_writes_nothing(tmp_path, capsys):
         == 0
     )
     told = capsys.readouterr().out
-    assert "train: 8 pictures, 40 recordings" in told and "1 listed files are missing" in told
+    assert "train: 8 images, 40 recordings" in told and "1 listed files are missing" in told
     assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(UserError, match="give one of flickr8k_audio"):
         dry_run("nonsense")

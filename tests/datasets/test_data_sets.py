@@ -68,7 +68,7 @@ def test_flickr8k_audio_in_every_layout(tmp_path, pictures, captions):
         assert told == ("" if captions == "none" else caption(f"{name}.jpg", int(k)))
     assert named(listing, "stray file") == {"readme.txt"}
     if captions == "token":
-        assert ORPHAN in named(listing, "caption without picture")
+        assert ORPHAN in named(listing, "caption without image")
 
 
 def test_parts_are_found_one_folder_down_and_in_several_folders(tmp_path):
@@ -393,7 +393,7 @@ def test_parts_with_a_direct_link_are_fetched(tmp_path, monkeypatch):
 
 def test_nothing_is_fetched_unless_asked(tmp_path):
     with pytest.raises(
-        UserError, match="(?s)recordings: .*flickr_audio.tar.gz.*4.2 GB.*pictures: "
+        UserError, match="(?s)recordings: .*flickr_audio.tar.gz.*4.2 GB.*images: "
     ):
         prepare(Flickr8kAudio, tmp_path / "empty", tmp_path / "tfds")
 

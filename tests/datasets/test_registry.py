@@ -47,7 +47,7 @@ def my_set(tmp_path, monkeypatch):
 
 
 def test_a_data_set_is_one_file_and_one_line(my_set, tmp_path):
-    assert "train: 2 pictures, 4 recordings" in dry_run("my_set", manual_dir=str(my_set))
+    assert "train: 2 images, 4 recordings" in dry_run("my_set", manual_dir=str(my_set))
     assert "images.zip (2 GB)" in dry_run("my_set")
     data_dir = str(tmp_path / "tfds")
     with pytest.raises(UserError, match="my_set is not prepared in"):

@@ -223,6 +223,6 @@ def odd_set(name, folder):
         "missing file": gone["image"],
         "stray file": "readme.txt",
         "number of captions": one["image"],
-        "duplicate picture": one["image"],
+        "duplicate image": one["image"],
     }
     return {kind: {Path(file).name} for kind, file in planted.items()}

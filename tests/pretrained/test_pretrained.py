@@ -127,7 +127,7 @@ def test_shards_with_an_index_are_one_model(published, tmp_path):
     card = convert([folder], tmp_path / "out")
     assert [s["file"] for s in card["source"]] == sorted(shards)
     with pytest.raises(
-        UserError, match="holds model.encoder.conv1.bias, which another file given holds too"
+        UserError, match="holds model.encoder.conv1.bias, which another given file holds too"
     ):
         convert([folder / "model-00001-of-00002.safetensors"] * 2, tmp_path / "twice")
     (folder / "model-00002-of-00002.safetensors").unlink()

@@ -1,4 +1,4 @@
-"""The prepared builder of `spoken_scenes`; the data set is made when it is not there yet."""
+"""Open `spoken_scenes`, which is made first if it is not there."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def known_config(config: str) -> str:
     Raises:
       UserError: there is no such configuration.
     """
-    # TFDS is loaded here, so that other data sets can be opened without.
+    # TFDS is loaded here, so that other data sets can be opened without it.
     from c2f_jax.datasets.spoken_scenes.builder import SpokenScenes
 
     if config and config not in SpokenScenes.builder_configs:
@@ -33,7 +33,7 @@ def known_config(config: str) -> str:
 
 
 def prepared_builder(config: str = "", data_dir: str | None = None) -> SpokenScenes:
-    """Open the data set, which is made first if it is not there.
+    """Open the data set; make it first if it is not there.
 
     Args:
       config: name of the configuration.
@@ -57,12 +57,12 @@ def prepared_builder(config: str = "", data_dir: str | None = None) -> SpokenSce
     try:
         builder.download_and_prepare()
     except OSError as e:
-        # Another process may have finished the same set in the meantime; then its copy serves.
+        # Another process may have finished the same set in the meantime: use its copy.
         builder = _open(config, data_dir)
         if not builder.info.splits:
             raise UserError(
                 f"spoken_scenes/{config} could not be made in {builder.data_dir} ({e}); give a "
-                "data_dir that can be written and has 1 GB of room"
+                "data_dir that can be written and has 1 GB of free space"
             ) from e
     return builder
 

@@ -314,7 +314,7 @@ def _serve() -> None:
             return
         try:
             answer = [speak(**utterance) for utterance in chunk]
-        except Exception as e:  # told to the parent, which stops
+        except Exception as e:  # sent to the parent, which stops
             answer = f"{type(e).__name__}: {e}"
         pickle.dump(answer, answers)
         answers.flush()

@@ -15,8 +15,8 @@ class Blip2(TransformerEncoder, kw_only=True):
     Attributes:
       vision: the ViT.
       queries: number of query tokens.
-      cross_every: cross-attention in every block whose number is a multiple of it.
-      epsilon: of its layer norms.
+      cross_every: cross-attention in every block whose number is a multiple of this.
+      epsilon: epsilon of the layer norms.
       projection: width of the published contrastive (ITC) space; tokens are projected into it. 0
         leaves them as they are.
       others: of the Q-Former, as in ``TransformerEncoder``.

@@ -20,8 +20,8 @@ class VisionTransformer(TransformerEncoder):
 
     Attributes:
       patch: side of a patch in pixels.
-      mean: of the three colors (0 to 1), subtracted first.
-      std: of the three colors, divided by first.
+      mean: mean of each color (0 to 1), which is subtracted first.
+      std: standard deviation of each color, by which pixels are then divided.
       activation: see ``BlockStyle``.
       epsilon: see ``BlockStyle``.
       layer_scale: see ``BlockStyle``.

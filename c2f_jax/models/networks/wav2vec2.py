@@ -40,13 +40,13 @@ class ConvFeatures(nn.Module):
     """The convolutional feature encoder.
 
     Attributes:
-      widths: of each convolution; none of them is padded.
-      kernels: of each convolution.
-      strides: of each convolution.
+      widths: channels of each convolution; none of them is padded.
+      kernels: kernel size of each convolution.
+      strides: stride of each convolution.
       layer_norm: a layer norm after each convolution (large models); False for one group norm after
         the first, with as many groups as channels, that is a norm of each channel over time (base
         models).
-      bias: of the convolutions (large models, except WavLM's).
+      bias: whether convolutions have a bias (large models, except WavLM's).
       masked_norm: the group norm counts only the frames of the utterance itself, which makes the
         features independent of the padding; False counts the padding too, as the published code
         does.
@@ -108,7 +108,7 @@ class PositionConv(nn.Module):
 
     Attributes:
       size: K of the kernel (K, W / groups, W).
-      groups: of channels; each sees itself alone.
+      groups: groups of channels; each sees itself alone.
       dtype: compute type.
     """
 
@@ -157,14 +157,14 @@ class Wav2Vec2(TransformerEncoder):
         to be guessed.
       pre_norm: norms before the sub-layers (large models) instead of after (base).
       position_kernel: size of the convolution that takes the place of position embeddings.
-      position_groups: of that convolution's channels.
-      position_buckets: of the gated relative positions (WavLM); see ``BlockStyle``.
-      position_distance: of the gated relative positions; see ``BlockStyle``.
+      position_groups: groups of that convolution's channels.
+      position_buckets: buckets of the gated relative positions (WavLM); see ``BlockStyle``.
+      position_distance: largest distance of these positions; see ``BlockStyle``.
       layer_drop: probability of skipping a block in training.
       mask_time: share of frames that the mask embedding replaces in training.
-      mask_time_length: frames of a span.
+      mask_time_length: frames in a span.
       mask_channels: share of channels that are set to 0 in training.
-      mask_channels_length: channels of a span.
+      mask_channels_length: channels in a span.
       others: as in ``TransformerEncoder``.
 
     Reference:
@@ -229,7 +229,7 @@ class Wav2Vec2(TransformerEncoder):
         x = self._masked(x, valid, keys)
 
         # The convolution over positions reaches past the end: the reference has zeros there, so
-        # that padding is unseen.
+        # padding goes unseen.
         x = jnp.where(valid[..., None], x, 0)
         positions = PositionConv(
             self.position_kernel, self.position_groups, self.dtype, name="position_conv"

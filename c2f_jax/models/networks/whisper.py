@@ -102,7 +102,7 @@ class Whisper(TransformerEncoder):
           ceil(length / 320) in both cases.
 
         Raises:
-          UserError: S is more than the positions last.
+          UserError: the recordings are longer than the positions reach.
         """
         step = self.samples_per_token()
         if waveform.shape[1] > self.positions * step:

@@ -100,7 +100,7 @@ def describe_lavis(published: Published) -> tuple[Attributes, Attributes]:
 
 
 def _lavis_vision(tensors: Mapping[str, np.ndarray]) -> Attributes:
-    """Return what the shapes of LAVIS's tensors say about the ViT, in the words of config.json."""
+    """Return what the shapes of LAVIS's tensors say about the ViT, named as in config.json."""
     patch = tensors["visual_encoder.patch_embed.proj.weight"]  # (out, in, row, column)
     width = patch.shape[0]
     blocks = 1 + max(block_numbers(tensors, r"visual_encoder\.blocks\.(\d+)\.norm1\.weight"))
@@ -126,10 +126,10 @@ def _qformer_rules(
     """Return the rules of the Q-Former.
 
     Args:
-      bert: its published name.
-      query_norm: the norm of the queries before the first block.
-      projection: the map into the contrastive space.
-      names: of query, key, value and output in the attention modules.
+      bert: published name of the Q-Former.
+      query_norm: published name of the norm of the queries before the first block.
+      projection: published name of the map into the contrastive space.
+      names: published names of query, key, value and output in the attention modules.
     """
     layer = rf"{bert}.encoder.layer.\1"
     return (
