@@ -25,6 +25,7 @@ from c2f_jax.data.feature_cache import (
 from c2f_jax.data.items import load_image, load_wave
 from c2f_jax.data.source import MIN_SAMPLES, SAMPLE_RATE, PairSource
 from c2f_jax.errors import UserError
+from c2f_jax.models.encoder import NetworkOutput
 from c2f_jax.models.factory import IMAGE_TOWERS, create_tower
 from c2f_jax.models.published import choose_layer
 from c2f_jax.pretrained.networks import bare_tower, tower_inputs
@@ -218,12 +219,13 @@ def _tokens(
     network: nn.Module, layer: str, params: Any, *inputs: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Return float16 tokens, (n, T, C) or (n, T, layers, C) for all layers, and (n,) lengths."""
-    tokens, lengths, hidden = network.apply({"params": params}, *inputs)
+    output = NetworkOutput(*network.apply({"params": params}, *inputs))
+    tokens = output.tokens
     if layer == "all":
-        tokens = jnp.stack(hidden, axis=2)
+        tokens = jnp.stack(output.hidden, axis=2)
     elif layer != "last":
-        tokens = choose_layer(hidden, layer)
-    return tokens.astype(jnp.float16), lengths
+        tokens = choose_layer(output.hidden, layer)
+    return tokens.astype(jnp.float16), output.lengths
 
 
 def _wave_reader(source: PairSource, options: FeatureOptions) -> Callable[[int], Item]:

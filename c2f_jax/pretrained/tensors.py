@@ -183,7 +183,7 @@ class _TensorUnpickler(pickle.Unpickler):
         kind, dtype, key, _, count = pid
         if kind != "storage" or not isinstance(dtype, type) or dtype not in STORAGES.values():
             raise pickle.UnpicklingError(f"unknown storage {pid!r}")
-        data = np.frombuffer(self._archive.read(f"{self._root}data/{key}"), dtype)
+        data: np.ndarray = np.frombuffer(self._archive.read(f"{self._root}data/{key}"), dtype)
         if len(data) != count:
             raise pickle.UnpicklingError(f"storage {key} has {len(data)} of {count} elements")
         return data

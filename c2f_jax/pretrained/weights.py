@@ -187,7 +187,8 @@ def fit_params(params: Any, shapes: Any, where: str | Path) -> Any:
     """
     if "projection" not in shapes:
         params = {name: value for name, value in params.items() if name != "projection"}
-    if jax.tree.structure(params) != jax.tree.structure(shapes):
+    structure: Any = jax.tree.structure(params)
+    if structure != jax.tree.structure(shapes):
         raise UserError(
             f"{where}: these weights do not fit the model's `tower`; give weights of that network"
         )
