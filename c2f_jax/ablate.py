@@ -1,4 +1,4 @@
-"""The paper's claims as an experiment: each idea added to the one before, several seeds.
+"""The paper's claims as an experiment: its ideas added one by one, with several seeds.
 
 The paper starts from pretrained encoders. Here ``method.warm_up_steps`` of plain in-batch
 contrastive learning take their place, once for each seed and kind of captions; all rows of that
@@ -21,7 +21,7 @@ from c2f_jax.errors import UserError
 from c2f_jax.retrieval.result import DIRECTIONS, EvaluationResult, StageMetrics
 from c2f_jax.train import train_and_evaluate
 
-# What a row sets on the configuration, which is that of the whole method.
+# What each row changes in the configuration of the whole method.
 FULL: dict[str, Any] = {"method.negatives": "queue"}
 MINED = FULL | {"method.alpha": 0.0}
 SIM: dict[str, Any] = {"method.alpha": 0.0, "token_queue_size": 0, "method.negatives": "global"}
@@ -129,11 +129,11 @@ def row_config(config: ConfigDict, row: str, seed: int, noise: float) -> ConfigD
     config.steps -= config.method.warm_up_steps
     config.method.warm_up_steps = 0
 
-    # Mined negatives come from the token queue; without a size it is as long as the other.
+    # Mined negatives come from the token queue, by default as long as the embedding queue.
     if changes.get("method.negatives") == "queue":
         config.token_queue_size = config.token_queue_size or config.queue_size
 
-    # A value may become None, or the other way round.
+    # A value may become None, and None a value.
     changes = dict(changes)
     if NOISE in changes:
         changes[NOISE] = noise
@@ -159,8 +159,7 @@ def summarize(results: Results) -> dict[str, dict[str, dict[str, SeedMean]]]:
       results: row -> one result per seed.
 
     Returns:
-      row -> stage -> "speech_to_image/R@1" and so on -> mean. A stage that a row has not is left
-      out.
+      row -> stage -> "speech_to_image/R@1" and so on -> mean. A stage that a row lacks is left out.
     """
     summary: dict[str, dict[str, dict[str, SeedMean]]] = {}
     for row, evaluations in results.items():

@@ -23,7 +23,7 @@ from c2f_jax.retrieval.protocols import Protocol, evaluate_protocol
 from c2f_jax.retrieval.result import EvaluationResult
 from c2f_jax.retrieval.voices import split_voices
 
-EXAMPLES = 8  # spoken queries on the page, drawn at random; half as many of the other groups
+EXAMPLES = 8  # random spoken queries on the page; the other groups have half as many
 SHEET_EXAMPLES = 5  # of them in the figure
 THUMBNAIL = 96  # pixels
 
@@ -82,7 +82,7 @@ def evaluate_source(
         evaluate = functools.partial(evaluate_encoded, model)
         result, encoded = evaluate_protocol(protocol, encoded, evaluate)
 
-    # What the numbers are of, for the files.
+    # Where the numbers come from, for the files.
     result = dataclasses.replace(
         result,
         data_set=source.name,
@@ -110,7 +110,7 @@ def evaluate_by_voice(model: TrainedModel, source: PairSource) -> dict[str, Eval
       UserError: the data set does not name its speakers.
     """
     data = model.experiment.data
-    # Speakers, not the training itself, define which voices were heard.
+    # All speakers of the training split count as heard.
     train = data.load(data.train_split)
     heard = {train.recording(row)["speaker"] for row in range(len(train))}
     groups = split_voices(model.encode_split(source, progress=True), source, heard)

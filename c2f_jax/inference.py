@@ -1,4 +1,4 @@
-"""A trained model at work: load it, encode a split or a few items, match pairs with SIM."""
+"""Use a trained model: load it, encode a split or a few items, match pairs with SIM."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from c2f_jax.retrieval.encoded import EncodedSplit
 from c2f_jax.training.checkpoints import Checkpoints
 from c2f_jax.training.parallel import replicate, round_up_rows, split_rows
 
-LENGTH_BUCKETS = 4  # numbers of speech tokens that pairs are matched at
+LENGTH_BUCKETS = 4  # lengths in speech tokens at which pairs are matched
 
 Params = Mapping[str, Any]
 
@@ -103,7 +103,7 @@ class TrainedModel:
 
     @property
     def has_sim(self) -> bool:
-        """Whether SIM is trained at this step; if not, only the coarse ranking is of use."""
+        """Whether SIM is trained at this step; if not, only the coarse ranking is useful."""
         return self.experiment.method.has_sim(self.step)
 
     @property
@@ -197,7 +197,7 @@ class TrainedModel:
         return match(self.experiment.model, self.params, *rows)
 
     def _encode_waveforms(self, waveforms: Sequence[np.ndarray]) -> Encoded:
-        # All to one length, so that one shape is compiled.
+        # All are padded to one length, so that one shape is compiled.
         samples = round(self.experiment.data.max_seconds * SAMPLE_RATE)
         padded = np.stack([np.pad(wave, (0, samples - len(wave))) for wave in waveforms])
         lengths = np.array([len(wave) for wave in waveforms], np.int32)
@@ -267,7 +267,7 @@ def match(
 
 
 def _step_number(checkpoints: Checkpoints, step: str | int) -> int | None:
-    """Return the number of the checkpoint that ``step`` names; None if there is none at all."""
+    """Return the number of the checkpoint that ``step`` names; None if the run has none."""
     if step == "best":
         return checkpoints.best_step
     if step == "latest":
@@ -286,7 +286,7 @@ def _encode_all(
       encode: encodes a batch.
       batches: batches with "index", row of each item in the split, and "valid".
       total: number of items, for the progress bar.
-      label: of the progress bar; None for no bar.
+      label: label of the progress bar; None for no bar.
 
     Returns:
       Encoded of n host arrays, and their rows (n,).

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _quiet_libraries() -> None:
-    """Silence what jax, TensorFlow and Orbax announce on import; their errors still show."""
+    """Silence what jax, TensorFlow and Orbax print on import; their errors still show."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # TensorFlow prints a notice about it
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")

@@ -154,7 +154,7 @@ def search(model: TrainedModel, query: Query) -> epath.Path:
       UserError: a query cannot be read, or the index does not fit the query or the model.
     """
     page = epath.Path(query.output or epath.Path(model.workdir) / "search.html")
-    # Queries first: they are quickly read, a gallery is not.
+    # Queries first: reading them is quick, encoding a gallery is not.
     decoded = [_decode(model.experiment, query.kind, file) for file in query.files()]
     items = _open_gallery(model, query)
     encoded = model.encode_items(query.kind, decoded)
@@ -162,7 +162,7 @@ def search(model: TrainedModel, query: Query) -> epath.Path:
 
     # An item that answers several queries is encoded once for the page.
     show = functools.cache(lambda row: _media(items.kind, items.media[row], items.names[row]))
-    unknown = [False] * min(query.top, len(items.names))  # nobody knows the correct answers
+    unknown = [False] * min(query.top, len(items.names))  # the correct answers are unknown
     examples = []
     for row, name in enumerate(query.names):
         asked = _media(query.kind, decoded[row], name)
@@ -293,7 +293,7 @@ def _speak(text: str) -> bytes:
     from c2f_jax.datasets.spoken_scenes.speech import check_installed, draw_voice, speak
 
     check_installed()
-    # A bare generator, which must stay so: the same sentence keeps its voice.
+    # A bare generator, which must stay: the same sentence keeps its voice.
     voice = draw_voice(np.random.default_rng(list(text.encode())), "test")
     try:
         return speak(text, **voice)[0]

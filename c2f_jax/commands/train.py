@@ -20,7 +20,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--workdir",
         required=True,
         type=arguments.directory,
-        help="directory of the run, local or gs://; a run that is there already is resumed",
+        help="directory of the run, local or gs://; an existing run is resumed",
     )
     parser.add_argument(
         "--zero-shot",

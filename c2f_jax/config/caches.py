@@ -41,7 +41,7 @@ def prepare_features(experiment: Experiment, splits: Sequence[str]) -> None:
     """Make or finish the caches that a configuration names and whose network it has.
 
     Raises:
-      UserError: the cache that is there is of other weights, another layer or preprocessing.
+      UserError: an existing cache is of other weights, another layer or preprocessing.
     """
     for cache in network_caches(experiment):
         sources = [experiment.data.load(split, features=False) for split in splits]
@@ -57,7 +57,7 @@ def prepare_features(experiment: Experiment, splits: Sequence[str]) -> None:
 
 
 def check_features(experiment: Experiment) -> None:
-    """Compare the caches that are there with the networks of a configuration.
+    """Compare the existing caches with the networks of a configuration.
 
     Raises:
       UserError: as ``prepare_features``.

@@ -30,7 +30,7 @@ from c2f_jax.training.optimizer import OptimizerConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment(RunOptions):
-    """A checked experiment: the options of the run and the pieces that the others describe.
+    """A checked experiment: the options of the run, and what the other options describe.
 
     Attributes:
       data: what to read.
@@ -49,7 +49,7 @@ class Experiment(RunOptions):
     weights: dict[str, str]
 
     def data_of(self, name: str) -> DataConfig:
-        """Return the options for reading another data set, without the caches of the run's own."""
+        """Return the options for reading another data set, without this run's caches."""
         if name == self.data.name:
             return self.data
         changes: dict[str, Any] = {}
@@ -84,7 +84,7 @@ def create_experiment(config: ConfigDict) -> Experiment:
         **plain,
     )
 
-    # What the options mean together.
+    # Options that must agree with each other.
     experiment.data.augment.check()
     if experiment.data.image_features is None:
         consistency.check_image_grid(experiment.model.image_encoder, experiment.data.image_size)
@@ -123,7 +123,7 @@ def _check_options(plain: Mapping[str, Any]) -> None:
     for where, known in options.items():
         values = dict(_section(plain, where))
         for name in list(values):
-            # Sections are checked in their turn, a network when it is built.
+            # Sections have their own turn; a network is checked when it is built.
             if fields.dotted(where, name) in options or name == "tower":
                 del values[name]
         fields.check_values(where, known, values)
@@ -133,7 +133,7 @@ def _section(plain: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """Return the values of a section, "" being the whole configuration.
 
     Raises:
-      UserError: if it is no section.
+      UserError: if it is not a section.
     """
     values, path = plain, ""
     for name in where.split(".") if where else ():

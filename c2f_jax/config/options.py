@@ -1,4 +1,4 @@
-"""Which options there are: each is a dataclass field of what it configures."""
+"""All options: each is a dataclass field of what it configures."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -16,11 +16,11 @@ from c2f_jax.errors import BadFileError
 if TYPE_CHECKING:
     import soundfile
 
-# Before and after conversion: 400 MB, 100 minutes at 16 kHz. More is taken for a bomb.
+# Before and after conversion: 400 MB, 100 minutes at 16 kHz. More is treated as a bomb.
 MOST_SAMPLES = 100_000_000
 MOST_BYTES = 2**30
 RATES = (4_000, 768_000)  # Hz; below there is no speech, above no recorder
-# A recorder that could not go back to write the length wrote this or more.
+# Recorders that cannot go back to write the length write this or more.
 STREAMED_SIZE = 2**31 - 2**16
 _BLOCK = 2**20  # samples read at a time
 
@@ -37,7 +37,7 @@ def decode_audio(
     Args:
       data: the encoded bytes, or a path.
       sample_rate: rate of the samples in Hz.
-      name: what error messages call it; the path unless given.
+      name: what error messages call it; by default the path.
 
     Returns:
       float32 (samples,), about -1 to 1.
@@ -55,11 +55,11 @@ def decode_audio(
         raise BadFileError(f"{name}: the file is empty", "zero length")
     try:
         with soundfile.SoundFile(_Bytes(encoded)) as file:
-            # Both are what the header says, which need not be true.
+            # Both come from the header, which may be wrong.
             rate, promised = file.samplerate, file.frames
             if not RATES[0] <= rate <= RATES[1]:
                 raise BadFileError(
-                    f"{name}: a rate of {rate:,} Hz; recordings have {RATES[0]:,} to "
+                    f"{name}: the sample rate is {rate:,} Hz; it must be {RATES[0]:,} to "
                     f"{RATES[1]:,} Hz",
                     "wrong rate",
                 )
@@ -70,7 +70,7 @@ def decode_audio(
     except (RuntimeError, TypeError, ValueError, OverflowError, MemoryError) as e:
         raise _unreadable(name, e) from e
 
-    # libsndfile reads some files on past their end without a word.
+    # libsndfile silently reads some files past their end.
     _check_whole(encoded, wave, promised, name)
     # Loaded only where it is needed: most sets are at 16 kHz already.
     if rate != sample_rate:
@@ -81,7 +81,7 @@ def decode_audio(
 
 
 class _Bytes(io.BytesIO):
-    """Bytes that stay where they are when a damaged header asks for a place before the beginning.
+    """Bytes that ignore a seek to before their beginning, as damaged headers ask for.
 
     soundfile would print a traceback.
     """
@@ -118,12 +118,10 @@ def _check_whole(encoded: bytes, wave: np.ndarray, promised: int, name: str) -> 
     gone = _missing_bytes(encoded)
     if gone:
         raise BadFileError(
-            f"{name}: cut off, {gone:,} bytes that its header promises are not there", "truncated"
+            f"{name}: cut off, {gone:,} bytes that its header promises are missing", "truncated"
         )
     if len(wave) < promised:
-        raise BadFileError(
-            f"{name}: cut off, {len(wave)} of {promised} samples are there", "truncated"
-        )
+        raise BadFileError(f"{name}: cut off after {len(wave)} of {promised} samples", "truncated")
     if len(wave) == 0:
         raise BadFileError(f"{name}: the recording is empty", "zero length")
     if not np.isfinite(wave).all():
@@ -133,9 +131,9 @@ def _check_whole(encoded: bytes, wave: np.ndarray, promised: int, name: str) -> 
 
 
 def _missing_bytes(encoded: bytes) -> int:
-    """Count the bytes that a file lacks at its end.
+    """Count the bytes that are missing at the end of a file.
 
-    libsndfile says nothing of them in WAV, AIFF and Ogg.
+    libsndfile does not report them in WAV, AIFF and Ogg.
     """
     # A chunk is a name of four bytes, its size, and as many bytes, padded to an even number.
     if encoded[:4] in (b"RIFF", b"FORM"):
@@ -194,7 +192,7 @@ def _read_local(path: str) -> bytes:
         raise BadFileError(f"{path}: cannot be read (not a file)", "unreadable")
     if about.st_size > MOST_BYTES:
         raise BadFileError(
-            f"{path}: {about.st_size:,} bytes are more than {MOST_BYTES:,}", "too large"
+            f"{path}: {about.st_size:,} bytes; at most {MOST_BYTES:,} are allowed", "too large"
         )
     with open(path, "rb") as file:
         return file.read()
@@ -203,5 +201,5 @@ def _read_local(path: str) -> bytes:
 def _unreadable(name: str, error: Exception) -> BadFileError:
     reason = getattr(error, "error_string", None) or str(error)
     return BadFileError(
-        f"{name}: not audio that can be read ({reason}); WAV, FLAC, Ogg and MP3 can", "unreadable"
+        f"{name}: not readable audio ({reason}); use WAV, FLAC, Ogg or MP3", "unreadable"
     )

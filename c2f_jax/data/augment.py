@@ -11,7 +11,7 @@ from c2f_jax.data.images import Box, center_square, resize_box
 from c2f_jax.data.source import MIN_SAMPLES, SAMPLE_RATE
 from c2f_jax.errors import UserError
 
-# After these the center square is taken, as a long strip may hold no such crop.
+# After these the center square is taken: in a long strip no crop may fit.
 CROP_TRIES = 10
 # Weights of red, green and blue in the brightness of a pixel (ITU-R BT.601).
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
@@ -225,7 +225,7 @@ def _mute_band(values: np.ndarray, octaves: float, rng: np.random.Generator) -> 
 
 
 def mentions_sides(captions: list[str]) -> bool:
-    """Return whether mirroring might make a caption wrong, also where a caption is unknown.
+    """Return whether mirroring might make a caption wrong.
 
     >>> mentions_sides(["a dog on the left"])
     True

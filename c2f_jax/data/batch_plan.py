@@ -38,8 +38,8 @@ def plan_epoch(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Plan the batches of one epoch.
 
-    Each batch is of one bucket. What is left over of a bucket joins the next longer one, so that no
-    recording is left out but the last M mod batch_size, other ones in each epoch.
+    A batch belongs to one bucket. The remainder of a bucket joins the next longer one, so that only
+    M mod batch_size recordings are left out, different ones in each epoch.
 
     Args:
       num_samples: int (M,), length of each recording, -1 where unknown.
@@ -57,7 +57,7 @@ def plan_epoch(
     order = rng.permutation(len(num_samples))
     bucket = bucket_of(num_samples, bucket_samples)[order]
 
-    # From the shortest bucket to the longest, so that what is left over can move up.
+    # From the shortest bucket to the longest, so that remainders can move up.
     batches, lengths = [], []
     left_over = order[:0]
     for k, samples in enumerate(bucket_samples):
@@ -118,7 +118,7 @@ def fit_buckets(
       longest: length of the last bucket in samples.
       batch_size: recordings of a batch.
       max_padding: largest share of padding.
-      step: lengths are multiples of it; None for a 64th of the longest.
+      step: lengths are multiples of this; None for a 64th of the longest.
 
     Returns:
       The lengths in samples, increasing.

@@ -20,7 +20,7 @@ import numpy as np
 
 from c2f_jax.errors import UserError
 
-# Names in cards, of caches and of converted weights, that are spelled otherwise on users' disks.
+# Names that older cards, of caches and of converted weights, spell differently.
 OLD_SPELLING = {"normalise": "normalize", "licence": "license"}
 
 PathLike = str | os.PathLike
@@ -32,8 +32,8 @@ class TokenRows:
     """Where the tokens of an item are.
 
     Attributes:
-      read: function that gives an array with them.
-      start: their first row in it.
+      read: function that returns the array that holds them.
+      start: their first row in that array.
       count: their number.
     """
 
@@ -139,7 +139,7 @@ def open_features(path: PathLike) -> FeatureCache:
 
 @functools.lru_cache(maxsize=8)
 def _open(path: Path, changed: tuple[int, ...]) -> FeatureCache:
-    del changed  # part of the key: a folder that has grown is read again
+    del changed  # part of the cache key: a folder that has grown is read again
     return _open_file(path) if path.is_file() else _open_folder(path)
 
 
@@ -231,15 +231,15 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def start_cache(folder: PathLike, card: Card) -> None:
-    """Create the folder with its card, or check that a cache there has the same one.
+    """Create the folder with its card, or check that the existing cache has the same card.
 
     Args:
       folder: path of the cache.
       card: where its tokens come from.
 
     Raises:
-      UserError: a cache of other weights, another layer or preprocessing is there, or the folder
-        cannot be written.
+      UserError: the existing cache is of other weights, another layer or preprocessing, or the
+        folder cannot be written.
     """
     if has_card(folder, card):
         return
@@ -277,7 +277,7 @@ def has_card(folder: PathLike, card: Card) -> bool:
         raise UserError(
             "\n".join(
                 [
-                    f"{folder} holds features of another kind:",
+                    f"{folder} holds other features:",
                     *differences,
                     "remove it or name another folder",
                 ]

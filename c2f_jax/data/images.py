@@ -8,9 +8,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from c2f_jax.data.audio import read_bytes
 from c2f_jax.errors import BadFileError
 
-MOST_PIXELS = 100_000_000  # larger files are taken for decompression bombs
+MOST_PIXELS = 100_000_000  # larger images are treated as decompression bombs
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no others: one of them starts a program
+# No others: one of Pillow's readers starts a program.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 RESIZE = ("square", "short_side", "squash")
 
 Box = tuple[float, float, float, float]  # left, top, width, height
@@ -32,11 +33,11 @@ def decode_image(
     Args:
       data: the encoded bytes, or a path.
       size: side of the square in pixels.
-      resize: "square" takes the largest center square. Published networks saw other ones: with
+      resize: "square" takes the largest center square. Published networks saw others: with
         "short_side" the short side is resized to resize_side and the center cut out (CLIP, DINOv2),
         with "squash" the whole image is made a square (BLIP-2, SigLIP).
       resize_side: length of the short side for "short_side"; 0 for size.
-      name: what error messages call it; the path unless given.
+      name: what error messages call it; by default the path.
 
     Returns:
       uint8 (size, size, 3) RGB.
@@ -44,7 +45,7 @@ def decode_image(
     Raises:
       BadFileError: the file is missing, unreadable, cut off or larger than 100 million pixels.
     """
-    # The references of the other ways decode at full scale.
+    # The other ways follow references that decode at full scale.
     rgb = open_rgb(data, size, reduce=resize == "square", name=name)
     if resize == "squash":
         return resize_box(rgb, (0, 0, *rgb.size), size)
@@ -68,7 +69,7 @@ def open_rgb(
       data: the encoded bytes, or a path.
       size: side in pixels that it will be resized to.
       reduce: whether to decode large JPEGs at a reduced scale, with sides of 2 * size or more.
-      name: what error messages call it; the path unless given.
+      name: what error messages call it; by default the path.
 
     Returns:
       The image, RGB.
@@ -84,7 +85,8 @@ def open_rgb(
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise BadFileError(
-                    f"{name}: {image.width} x {image.height} pixels are more than {MOST_PIXELS:,}",
+                    f"{name}: {image.width} x {image.height} pixels; at most {MOST_PIXELS:,} "
+                    "are allowed",
                     "too large",
                 )
 
@@ -98,11 +100,11 @@ def open_rgb(
         raise
     except UnidentifiedImageError as e:
         raise BadFileError(
-            f"{name}: not an image that can be read; {', '.join(FORMATS)} can", "unreadable"
+            f"{name}: not a readable image; use {', '.join(FORMATS)}", "unreadable"
         ) from e
     except Exception as e:  # Pillow's plugins raise nearly anything on damaged files
         kind = "truncated" if "truncated" in str(e) else "unreadable"
-        raise BadFileError(f"{name}: not an image that can be read ({e})", kind) from e
+        raise BadFileError(f"{name}: not a readable image ({e})", kind) from e
 
 
 def resize_box(rgb: Image.Image, box: Box, size: int) -> np.ndarray:

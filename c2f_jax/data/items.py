@@ -1,4 +1,4 @@
-"""One recording or image of a source as an array, or a note among its bad items."""
+"""Load one recording or image of a source as an array, or note it among the bad items."""
 
 from collections.abc import Callable
 

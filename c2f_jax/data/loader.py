@@ -1,7 +1,7 @@
 """Training and evaluation batches as NumPy dicts, decoded ahead of the step by threads.
 
 Training: the step alone determines the batch, so a run resumes by starting at its step, and the
-rows of all processes, one after the other, are the batch of one process. Evaluation: everything
+rows of all processes, one after the other, are the batch of one process. Evaluation: each item
 once, in few shapes.
 """
 
@@ -20,7 +20,7 @@ from c2f_jax.errors import UserError
 from c2f_jax.objectives.keys import Stream, host_rng
 
 Batch = dict[str, np.ndarray]
-# The iterator needs an end, which no run reaches.
+# The iterator needs an end; no run reaches it.
 MOST_STEPS = 2**31 - 1
 
 
@@ -57,7 +57,7 @@ class BatchOptions:
 def steps_per_epoch(source: PairSource, batch_size: int) -> int:
     """Return the number of batches in an epoch.
 
-    The remainder is dropped, other recordings in each epoch.
+    The remainder is dropped, different recordings in each epoch.
     """
     return len(source) // batch_size
 
@@ -282,7 +282,7 @@ def speech_batches(
 ) -> Iterator[Batch]:
     """Iterate once over all recordings, by length where it is known.
 
-    Recordings are whole but for what exceeds seconds_max. The batches have three lengths: three
+    Recordings are cut only where they exceed seconds_max. The batches have three lengths: three
     shapes to compile, and little padding where most recordings are far shorter than the longest.
 
     Args:

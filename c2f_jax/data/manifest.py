@@ -296,7 +296,7 @@ def _join(folder: str, name: str) -> str:
 
 
 def _missing_file(row: Mapping) -> str | None:
-    """Return the first file of the row that does not exist, but for files in buckets."""
+    """Return the first local file of the row that does not exist."""
     for column in ("audio", "image"):
         # Asking a bucket for each file would take too long.
         if "://" not in row[column] and not os.path.isfile(row[column]):

@@ -126,7 +126,7 @@ def is_prepared(path: str) -> bool:
     """Return whether a path is the directory of a prepared set."""
     try:
         return (epath.Path(path) / "dataset_info.json").exists()
-    except (OSError, ValueError):  # no name that a directory can have
+    except (OSError, ValueError):  # the path cannot name a directory
         return False
 
 

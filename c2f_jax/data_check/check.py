@@ -44,7 +44,7 @@ NAME_OF = {"image": PairSource.image_name, "recording": PairSource.recording_nam
 
 @dataclasses.dataclass(frozen=True)
 class _DataSet:
-    """A data set with nothing left out, and what its listing itself has to say."""
+    """A data set with nothing left out, and the notes of its listing."""
 
     name: str
     sources: Sources
@@ -142,7 +142,7 @@ def _open(spec: str, manual_dir: str | None, data_dir: str | None) -> _DataSet:
 
 
 def _listed(name: str, listing: Listing) -> _DataSet:
-    """Make sources of a listing, without the pairs that give an image a second identity."""
+    """Make sources from a listing, without the pairs that give an image a second identity."""
     rows: dict[str, list[dict]] = {}
     identity: dict[tuple[str, str], str] = {}
     for row in listing.rows:

@@ -75,7 +75,7 @@ def write_clean_manifest(report: Report, path: str | os.PathLike) -> int:
 
 
 def _leaks(report: Report) -> set[Item]:
-    """Find the items that a more important split holds too, with all that are like them."""
+    """Find the items that are also in a more important split, and all their copies."""
     alike: dict[Item, set[Item]] = collections.defaultdict(set)  # by the first of their kind
     for finding in report.findings:
         if finding.kind == "split leak" and finding.like is not None:

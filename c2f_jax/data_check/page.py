@@ -47,9 +47,7 @@ def write_check_page(path: str | os.PathLike, report: Report) -> None:
     """
     histogram = data_uri(Media(histogram_png(None, report.seconds, label="seconds"), "image/png"))
     body = _header(report)
-    body += section(
-        "Splits", "Usable: recordings that can be read, with an image.", _table(report)
-    )
+    body += section("Splits", "Usable: recordings that can be read, with an image.", _table(report))
     body += section(
         "Lengths", "", f'<img class="curves" alt="histogram of lengths" src="{histogram}">'
     )

@@ -67,7 +67,7 @@ class Layout:
           folders: folders of what was downloaded.
 
         Returns:
-          what -> path of each part that is there.
+          what -> path of each part that was found.
         """
         found = {}
         for part in self.parts:

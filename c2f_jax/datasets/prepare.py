@@ -98,8 +98,8 @@ def dry_run(
       name: as for `prepare`.
 
     Returns:
-      The parts that are there and those missing, where to get these and how large they are; or the
-      splits that would be written.
+      The parts found and those missing, where to get these and how large they are; or the splits
+      that would be written.
 
     Raises:
       UserError: the name is unknown, or the manifest cannot be read.
@@ -128,7 +128,7 @@ def dry_run(
 
 
 def _describe_parts(layout: Layout, folders: list[str]) -> list[str]:
-    """Say which parts are there, and where to get those that are not."""
+    """Say which parts were found, and where to get the others."""
     found, missing = layout.find(folders), layout.missing(folders)
     lines = []
     for part in layout.parts:

@@ -1,4 +1,4 @@
-"""Data sets by name, and all that `data.name` may be: a name, a manifest, a prepared directory."""
+"""Data sets by name, manifest or prepared directory: whatever `data.name` may be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all encoders share: a transformer under a [CLS], pooling, and the ensemble of branches."""
+"""What all encoders share: a transformer with a [CLS], pooling, and the ensemble of branches."""
 
 import math
 from collections.abc import Sequence

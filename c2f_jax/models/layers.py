@@ -400,14 +400,14 @@ class Transformer(nn.Module):
 
     Attributes:
       depth: number of blocks.
-      heads: as in ``TransformerBlock``, like all that are not described here.
-      mlp_ratio: see there.
-      cross_attention: see there.
-      dropout_rate: see there.
-      style: see there.
+      heads: see ``TransformerBlock``.
+      mlp_ratio: see ``TransformerBlock``.
+      cross_attention: see ``TransformerBlock``.
+      dropout_rate: see ``TransformerBlock``.
+      style: see ``TransformerBlock``.
       layer_drop: probability that an example skips a block in training (Fan et al. 2019).
-      dtype: see there.
-      attention: see there.
+      dtype: see ``TransformerBlock``.
+      attention: see ``TransformerBlock``.
       remat: recompute each block's activations in the backward pass instead of keeping them.
     """
 

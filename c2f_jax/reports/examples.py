@@ -23,7 +23,7 @@ class Example:
       query: the query.
       coarse: best items of the coarse ranking.
       coarse_hits: which of them are correct.
-      coarse_rank: rank of the first correct item, from 1; None if nobody knows the correct items.
+      coarse_rank: rank of the first correct item, from 1; None if the correct items are unknown.
       fine: the same after reranking; None without a fine stage.
       fine_hits: see coarse_hits.
       fine_rank: see coarse_rank.
@@ -77,7 +77,7 @@ def worst_queries(ranked: RankedLists, count: int) -> np.ndarray:
 
     Args:
       ranked: lists of q queries.
-      count: most queries to choose; a query whose correct item comes first is never chosen.
+      count: number of queries to choose at most; one whose correct item is first is never chosen.
 
     Returns:
       (n,) int, places in ``ranked``, the worst first.
@@ -103,7 +103,7 @@ def make_examples(
       places: places in ``ranked``.
       query_media: returns the media of a row among the queries.
       gallery_media: returns the media of a row of the gallery.
-      answer: returns a correct item of a row among the queries; None to show none.
+      answer: returns a correct item for a row of the queries; None to show none.
       top: answers per query.
     """
     examples = []

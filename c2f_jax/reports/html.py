@@ -36,7 +36,7 @@ def image_media(image: np.ndarray, caption: str = "", max_side: int = 224) -> Me
     Args:
       image: (H, W, 3) uint8.
       caption: text to show with it.
-      max_side: most pixels a side; larger images are shrunk.
+      max_side: largest side in pixels; larger images are shrunk.
     """
     from PIL import Image
 

@@ -242,7 +242,7 @@ def _rank_coarse(queries: _Side, gallery: _Side, depth: int) -> tuple[np.ndarray
     ranks = ranking.first_relevant_rank(
         queries.embeddings, gallery.embeddings, queries.ids, gallery.ids
     )
-    # Within its reach the list decides, so that ranks and lists never differ by a rounding.
+    # Within the list its order decides, so that rounding never makes ranks and lists differ.
     beyond = np.maximum(ranks, hits.shape[1] + 1)
     ranks = np.where(hits.any(1), hits.argmax(1) + 1, beyond)
     return cosine, _Ranking(items, hits, ranks)

@@ -120,7 +120,7 @@ def mean_recall(speech_to_image: Mapping[str, Any], image_to_speech: Mapping[str
 
     Args:
       speech_to_image: R@K of one direction: numbers, or arrays of bootstrap samples.
-      image_to_speech: the same of the other direction.
+      image_to_speech: R@K of the other direction.
 
     Returns:
       A number, or an array of samples.
@@ -216,9 +216,9 @@ def difference_with_intervals(
 
     Args:
       fine: metric name -> value of the fine stage.
-      coarse: the same of the coarse stage.
+      coarse: metric name -> value of the coarse stage.
       fine_samples: metric name -> (B,) bootstrap samples of the fine stage.
-      coarse_samples: those of the coarse stage, from the same draws.
+      coarse_samples: bootstrap samples of the coarse stage, from the same draws.
 
     Returns:
       Metric name -> Metric, for the metrics that have samples.

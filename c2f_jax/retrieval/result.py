@@ -52,7 +52,7 @@ class StageMetrics:
     Attributes:
       speech_to_image: "R@1", "R@5", "R@10", "median_rank", "MRR", "nDCG@10", "fraction_recall@1",
         ... of spoken queries; the last four are not in differences.
-      image_to_speech: the same of image queries.
+      image_to_speech: the same for image queries.
       mean_recall: mean of the six R@K.
     """
 
@@ -74,7 +74,7 @@ class StageMetrics:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> StageMetrics:
-        """Read what ``to_json`` gave."""
+        """Read what ``to_json`` returned."""
         return cls(
             _metrics_from_json(values["speech_to_image"]),
             _metrics_from_json(values["image_to_speech"]),
@@ -160,7 +160,7 @@ class ProtocolReport:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ProtocolReport:
-        """Read what ``to_json`` gave."""
+        """Read what ``to_json`` returned."""
         return cls(
             name=values["name"],
             about=values["about"],
@@ -185,11 +185,11 @@ class EvaluationResult:
       seconds: wall time of "coarse_s2i", "fine_s2i", "coarse_i2s", "fine_i2s", with compilation.
       queries: counts of queries and gallery items.
       bootstrap: how the intervals were made.
-      fine: metrics after reranking by ``score``; None without a matcher, as the next two.
+      fine: metrics after reranking by ``score``; None without a matcher, like the next two.
       fine_scores: metrics after reranking by each of the five scores.
       difference: fine - coarse, with paired intervals.
       protocol: what a protocol used; None without a protocol.
-      data_set: evaluated data set; None if unknown, as the rest.
+      data_set: evaluated data set; None if unknown, like the rest.
       split: evaluated split.
       trained_on: data set of the run.
       step: step of the parameters.
@@ -256,7 +256,7 @@ class EvaluationResult:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> EvaluationResult:
-        """Read what ``to_json`` gave."""
+        """Read what ``to_json`` returned."""
         stages = {}
         for name in STAGES:
             if name in values:
@@ -329,7 +329,7 @@ def _metrics_to_json(metrics: Mapping[str, Metric]) -> dict[str, Any]:
 
 
 def _metrics_from_json(values: Mapping[str, Any]) -> dict[str, Metric]:
-    """Read what ``_metrics_to_json`` gave."""
+    """Read what ``_metrics_to_json`` returned."""
     metrics = {}
     for name, value in values.items():
         if not name.endswith("_interval"):

@@ -1,4 +1,4 @@
-"""Split recordings by voice: what a model learned about words, and what about voices."""
+"""Split recordings by voice, to tell what a model learned about words from what about voices."""
 
 from collections.abc import Set
 

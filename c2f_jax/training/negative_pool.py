@@ -27,7 +27,7 @@ class NegativePool(NamedTuple):
 
     Attributes:
       candidates: Pair of Tokens, leaves (C, ...).
-      logits: Directions of (n, C) SIC logits that the candidates are drawn by.
+      logits: Directions of (n, C) SIC logits by which candidates are drawn.
       ids: (C,) int32 image ids.
       valid: (C,) bool, False for slots never written.
     """
@@ -89,7 +89,7 @@ def mine_negatives(
         rescale = tau / method.mining_tau
         scores = Directions(s2i=scores.s2i * rescale, i2s=scores.i2s * rescale)
 
-    # Each direction has its own keys: with the same ones both would draw the same columns.
+    # Each direction has its own keys: equal keys would draw equal columns.
     image_keys = fold_keys(rows.keys, Site.IMAGE_NEGATIVES)
     image = sample_hard_negatives(image_keys, scores.s2i, rows.ids, pool.ids, pool.valid)
     speech_keys = fold_keys(rows.keys, Site.SPEECH_NEGATIVES)
@@ -140,7 +140,7 @@ def negative_pool(
         )
         return NegativePool(own, own_logits, rows.ids, jnp.ones((n,), bool))
 
-    # Gathered with gradient: a negative on another device trains the encoders as one here would.
+    # Gathered with gradient: a negative on another device trains the encoders like a local one.
     gathered, ids = all_gather((own, rows.ids), axis_name)
     total = ids.shape[0]
     in_batch = Directions(s2i=logits.s2i[:, :total], i2s=logits.i2s[:, :total])
@@ -166,7 +166,7 @@ def with_momentum_tokens(online: Pair[Encoded], momentum: Pair[Encoded]) -> Pair
     """Give online embeddings the momentum encoder's tokens.
 
     The token queue holds momentum tokens. If the batch's candidates kept online ones, the matcher
-    would learn which encoder made the tokens of a pair instead of what they say.
+    would learn which encoder made the tokens of a pair instead of what they mean.
 
     Args:
       online: Pair of Encoded.

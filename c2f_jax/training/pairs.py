@@ -36,7 +36,7 @@ class Rows(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Token sequences, all that matching reads of an encoded batch.
+    """Token sequences: what matching reads of an encoded batch.
 
     Attributes:
       tokens: (n, T, W).

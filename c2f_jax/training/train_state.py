@@ -1,4 +1,4 @@
-"""The train state: everything that a step reads and writes, and all that a checkpoint must hold."""
+"""The train state: what a step reads and writes, and what a checkpoint must hold."""
 
 from collections.abc import Mapping
 from typing import Any

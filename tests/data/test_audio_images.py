@@ -76,11 +76,11 @@ def broken_audio():
     nan[7] = np.nan
     flac = encode(np.random.default_rng(0).normal(0, 0.1, 16_000), 16_000, "FLAC")
     return {
-        "text": (b"this is not audio at all", "not audio"),
+        "text": (b"this is not audio at all", "not readable audio"),
         "nothing": (b"", "empty"),
         "header only": (encode(np.zeros(0), 16_000), "empty"),
         "nan": (encode(nan, 16_000, subtype="FLOAT"), "not numbers"),
-        "cut off": (flac[: len(flac) // 2], "cut off|not audio"),
+        "cut off": (flac[: len(flac) // 2], "cut off|not readable audio"),
     }
 
 
@@ -189,11 +189,11 @@ def test_a_thin_strip_does_not_explode():
 def test_broken_pictures_name_the_item(tmp_path, monkeypatch):
     whole = png(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     for data in (b"", b"not a picture", whole[: len(whole) // 2]):
-        with pytest.raises(UserError, match="photo 3: (not an image|the file is empty)"):
+        with pytest.raises(UserError, match="photo 3: (not a readable image|the file is empty)"):
             decode_image(data, 8, name="photo 3")
     path = tmp_path / "bad.png"
     path.write_bytes(whole[:100])
-    with pytest.raises(UserError, match="bad.png: not an image"):
+    with pytest.raises(UserError, match="bad.png: not a readable image"):
         decode_image(str(path), 8)
     monkeypatch.setattr("c2f_jax.data.images.MOST_PIXELS", 1000)
     with pytest.raises(UserError, match="photo 3: 64 x 64 pixels"):

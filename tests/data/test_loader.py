@@ -177,8 +177,8 @@ def test_damaged_items_are_replaced_and_named():
         ).all()  # the replacement brings its own picture
     reasons = source.bad_items.reasons
     assert len(reasons) == 3
-    assert "not audio" in reasons["memory, train, recording 5"]
-    assert "not an image" in reasons["memory, train, image picture 7"]
+    assert "not readable audio" in reasons["memory, train, recording 5"]
+    assert "not a readable image" in reasons["memory, train, image picture 7"]
     assert "400 are needed" in reasons["memory, train, recording 11"]
 
 
@@ -205,7 +205,7 @@ def test_too_many_damaged_items_stop_with_an_error(threads):
         UserError, match="memory, split train: 3 of 200 items.*max_bad_share"
     ) as caught:
         take(source, 25, threads=threads)
-    assert "recording" in str(caught.value) and "not audio" in str(caught.value)
+    assert "recording" in str(caught.value) and "not readable audio" in str(caught.value)
 
 
 def test_the_next_batches_are_loaded_while_the_caller_works():

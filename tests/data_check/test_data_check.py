@@ -131,9 +131,9 @@ def test_a_leak_is_mended_with_all_copies_of_a_picture(tmp_path):
     put(tmp_path / "5.jpg", jpeg(0))
     path = manifest(tmp_path, rows)
     report = check_data(path, progress=False)
-    assert found(report)["duplicate image"] == {"2.jpg"} and found(report)[
-        "repeated image"
-    ] == {"4.jpg"}
+    assert found(report)["duplicate image"] == {"2.jpg"} and found(report)["repeated image"] == {
+        "4.jpg"
+    }
     write_clean_manifest(report, tmp_path / "clean.jsonl")
     left = [json.loads(line)["image"] for line in open(tmp_path / "clean.jsonl")]
     assert left == ["1.jpg", "3.jpg", "5.jpg"]

@@ -392,9 +392,7 @@ def test_parts_with_a_direct_link_are_fetched(tmp_path, monkeypatch):
 
 
 def test_nothing_is_fetched_unless_asked(tmp_path):
-    with pytest.raises(
-        UserError, match="(?s)recordings: .*flickr_audio.tar.gz.*4.2 GB.*images: "
-    ):
+    with pytest.raises(UserError, match="(?s)recordings: .*flickr_audio.tar.gz.*4.2 GB.*images: "):
         prepare(Flickr8kAudio, tmp_path / "empty", tmp_path / "tfds")
 
 

@@ -197,7 +197,7 @@ def _voice_data() -> str:
 
 
 def _trim(wave: np.ndarray, sample_rate: int) -> np.ndarray:
-    """Cut off the silence before and after the speech, but for 40 ms."""
+    """Cut off the silence before and after the speech, except 40 ms."""
     loud = np.flatnonzero(np.abs(wave) > 0.01 * np.abs(wave).max(initial=1e-6))
     if not len(loud):
         raise RuntimeError("espeak-ng returned silence")
