@@ -333,7 +333,7 @@ def test_a_run_refuses_other_weights(published, tmp_path):
 def test_weights_of_another_network_do_not_fit(published):
     folder, _ = published
     tower = bare_tower(open_card(folder))
-    with pytest.raises(UserError, match="of another network"):
+    with pytest.raises(UserError, match="do not fit the model's .tower."):
         load_weights(folder, tower_shapes(tower | {"depth": 1}, {}))
     with pytest.raises(
         UserError, match=r"mlp_in/bias has the shape \(12,\), the model needs \(16,\)"
