@@ -102,7 +102,7 @@ def ablate(
     rows = rows or tuple(ROWS)
     _check(config, seeds, rows)
 
-    # All rows before the first run: a mistake in the last must not surface hours later.
+    # Check all rows first: a mistake in the last one must not surface hours later.
     for row in rows:
         create_experiment(row_config(config, row, config.seed, noise))
 

@@ -6,7 +6,7 @@ Speech to image on the test split: R@1 67 coarse, 500 images (docs/results.md).
 
 The argument chooses another run:
 
-* ``crowded`` continues with scenes of four objects, two of which the caption describes:
+* ``crowded`` continues with scenes of four objects, of which the caption describes two:
 
     c2f train --config=configs/spoken_scenes.py:crowded --workdir=runs/crowded \\
         --config.init_from=runs/spoken_scenes

@@ -25,7 +25,7 @@ CAN_CHANGE = frozenset(
         "data.prefetch",
     }
 )
-# Options that saved runs may have and that are none any more, with the value that changes nothing.
+# Removed options that saved runs may have, with the value that has no effect.
 REMOVED = {"method": {"momentum_half_life": None, "sic_weight": 1.0}}
 
 
@@ -98,7 +98,7 @@ def load_saved_config(workdir: str | os.PathLike) -> ConfigDict:
                 if values.get(section, {}).get(name, "") == neutral:
                     del values[section][name]
         return ConfigDict(values)
-    except (ValueError, AttributeError, OSError) as error:  # no text, no JSON object, no file
+    except (ValueError, AttributeError, OSError) as error:  # not text, not JSON, not a file
         raise UserError(
             f"{path} is damaged ({error}): restore it or train into another --workdir"
         ) from error

@@ -351,7 +351,6 @@ def image_batches(
 
     def load(rows: np.ndarray) -> Batch:
         images = [load_image_input(source, int(row), image_size) for row in rows]
-
         valid = np.array([image is not None for image in images])
 
         # All rows need an image, so that the batches have one shape.
