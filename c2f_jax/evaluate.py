@@ -25,7 +25,7 @@ from c2f_jax.retrieval.voices import split_voices
 
 EXAMPLES = 8  # random spoken queries on the page; the other groups have half as many
 SHEET_EXAMPLES = 5  # of them in the figure
-THUMBNAIL = 96  # pixels
+THUMBNAIL = 96  # side in pixels
 
 log = logging.getLogger(__name__)
 
@@ -158,11 +158,11 @@ def choose_examples(
         waveform = decode_audio(item["audio"])
         return speech_media(waveform, caption=item["caption"], speaker=item["speaker"])
 
-    def right_image(row: int) -> Media:
+    def correct_image(row: int) -> Media:
         return show_image(int(np.flatnonzero(encoded.image_ids == encoded.speech_ids[row])[0]))
 
     def spoken(places: np.ndarray) -> list[Example]:
-        return make_examples(s2i, places, show_speech, show_image, right_image)
+        return make_examples(s2i, places, show_speech, show_image, correct_image)
 
     lists = result.lists or {}
     s2i, i2s = lists["s2i"], lists["i2s"]

@@ -294,7 +294,7 @@ def _encode_all(
     parts, rows = [], []
     with tqdm(total=total, desc=label, disable=label is None, unit="", leave=False) as bar:
         for batch in batches:
-            # The last batch is padded, and unreadable items are in it as zeros.
+            # The last batch is padded, and unreadable items are zeros.
             valid = batch["valid"]
             encoded = jax.device_get(encode(batch))
             parts.append(jax.tree.map(lambda x, keep=valid: np.asarray(x)[keep], encoded))

@@ -290,7 +290,7 @@ def _start_from_run(run: _Run, state: C2FTrainState, workdir: str) -> C2FTrainSt
 
     params, momentum_params = parallel.host_copy(params), {}
     if state.momentum_params:
-        # A copy: the state is donated, and one buffer must not be given away twice.
+        # A copy: the state is donated, and no buffer may be donated twice.
         momentum_params = jax.tree.map(np.copy, momentum_subset(params))
     run.recorder.say(f"starting from the parameters of {workdir}")
     started = parallel.host_copy(state).replace(params=params, momentum_params=momentum_params)
@@ -410,7 +410,7 @@ def _due(step: int, every: int) -> bool:
 
 @contextlib.contextmanager
 def _stop_request() -> Iterator[threading.Event]:
-    """Give an event that SIGTERM sets, so that the loop can end after a step with a checkpoint."""
+    """Yield an event that SIGTERM sets, so that the loop can save a checkpoint and stop."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event

@@ -343,7 +343,7 @@ def write_shard(
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, even if several processes write it at once."""
+    """Write a file completely or not at all, even if several processes write it at once."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_bytes(data)
     os.replace(partial, path)

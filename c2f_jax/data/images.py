@@ -25,7 +25,7 @@ def decode_image(
     resize_side: int = 0,
     name: str | None = None,
 ) -> np.ndarray:
-    """Decode an image and make it a square.
+    """Decode an image and make it square.
 
     It is turned as its EXIF tag says, transparency is laid on white, 16 bits are reduced to 8, and
     it is resized with antialiased bicubic interpolation.
@@ -35,7 +35,7 @@ def decode_image(
       size: side of the square in pixels.
       resize: "square" takes the largest center square. Published networks saw others: with
         "short_side" the short side is resized to resize_side and the center cut out (CLIP, DINOv2),
-        with "squash" the whole image is made a square (BLIP-2, SigLIP).
+        with "squash" the whole image is resized to a square (BLIP-2, SigLIP).
       resize_side: length of the short side for "short_side"; 0 for size.
       name: what error messages call it; by default the path.
 

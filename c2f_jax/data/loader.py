@@ -166,7 +166,7 @@ class _TrainBatch:
         return step, batch
 
     def _vary_speech(self, speech: np.ndarray, epoch: int, index: int) -> np.ndarray:
-        """Vary a recording; tokens are varied in their copies."""
+        """Vary a recording; cached tokens are varied by their copies instead."""
         if not self.augment.varies_speech or self.source.inputs.speech_features is not None:
             return speech
         rng = host_rng(self.options.seed, Stream.SPEECH_AUGMENTATION, epoch, index)
@@ -185,7 +185,7 @@ class _TrainBatch:
     ) -> tuple[int, np.ndarray, np.ndarray]:
         """Load the recording that is planned for a row, and its image.
 
-        A damaged one is replaced by that of the same row in the next batch, and so on; when all
+        A damaged one is replaced by that of the same row in the next batch, and so on; once all
         batches have been tried at this row, by those of the next row. The choice is the same in any
         process.
         """
@@ -203,7 +203,7 @@ class _TrainBatch:
         raise UserError(f"{self.source.name}, split {self.source.split}: no recording can be read")
 
     def _load_speech(self, epoch: int, index: int) -> np.ndarray | None:
-        """Load a recording, or the one of its copies that this epoch takes."""
+        """Load a recording, or whichever of its copies this epoch draws."""
         copy, copies = 0, len(self.source.inputs.speech_copies)
         if copies:
             rng = host_rng(self.options.seed, Stream.SPEECH_COPIES, epoch, index)
@@ -212,7 +212,7 @@ class _TrainBatch:
         return self.cache.get(("speech", index, copy), load)
 
     def _load_image(self, row: int) -> np.ndarray | None:
-        """Load an image, whole where it will be cropped."""
+        """Load an image, uncut if it will be cropped at random."""
         load = load_whole_image if self.augment.varies_images else load_image_input
         load = functools.partial(load, self.source, row, self.options.image_size)
         return self.cache.get(("image", row), load)
@@ -229,7 +229,7 @@ class _Cache:
         self._items: dict[Hashable, np.ndarray] = {}
 
     def get(self, key: Hashable, make: Callable[[], np.ndarray | None]) -> np.ndarray | None:
-        """Return the array of a key, made if it is not held; None is not kept."""
+        """Return the array of a key; make and keep it if it is missing; None is not kept."""
         array = self._items.get(key)
         if array is None:
             array = make()

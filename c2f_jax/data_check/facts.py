@@ -118,7 +118,7 @@ def image_facts(source: PairSource, row: int) -> Facts:
     problems = []
     if min(rgb.size) < LOOK_SIDE:
         problems.append(("tiny image", f"{rgb.width} x {rgb.height}"))
-    # The whole image, squashed: a crop of it should not look the same.
+    # The whole image, squashed: a crop should not count as the same image.
     look = resize_box(rgb, (0, 0, *rgb.size), LOOK_SIDE).tobytes()
     return Facts(tuple(problems), content=hashlib.sha1(encoded).digest(), look=look)
 

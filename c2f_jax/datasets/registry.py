@@ -108,7 +108,7 @@ def open_builder(spec: str, data_dir: str | None = None) -> tfds.core.DatasetBui
 
     if name in PUBLISHED:
         if config:
-            raise UserError(f"{name} has no configuration {config!r}; give {name} alone")
+            raise UserError(f"{name} has no configuration {config!r}: give {name} alone")
         builder = published_builder(name)(data_dir=data_dir)
         if not builder.info.splits:
             raise UserError(

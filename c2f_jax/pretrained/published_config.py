@@ -81,7 +81,7 @@ def image_preprocessing(
         "resample": "bicubic",
         "mean": list(processor.get("image_mean") or mean),
         "std": list(processor.get("image_std") or std),
-        # Position embeddings are for whole patches alone.
+        # Position embeddings exist for whole patches only.
         "position_side": config["image_size"] // config["patch_size"] * config["patch_size"],
     }
 

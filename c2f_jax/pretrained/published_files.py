@@ -101,7 +101,7 @@ def describe(layout: Layout, published: Published) -> tuple[Attributes, Attribut
     except KeyError as error:
         place = "config.json" if published.config else "the file"
         raise UserError(
-            f"{layout.name}: {place} has no {error.args[0]}, which it is published with"
+            f"{layout.name}: {place} has no {error.args[0]}: use the files as published"
         ) from error
 
 

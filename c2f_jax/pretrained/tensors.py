@@ -146,7 +146,7 @@ def _load_torch(path: Path) -> Any:
 
 
 class _Ignored:
-    """Takes the place of any object that is not a tensor; every call on it has no effect."""
+    """Stand-in for any object that is not a tensor; calling it has no effect."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass

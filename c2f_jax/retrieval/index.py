@@ -43,7 +43,7 @@ class GalleryIndex:
         Raises:
           UserError: the file cannot be written.
         """
-        # numpy has no ragged arrays: all files in one, with the places where they begin.
+        # numpy has no ragged arrays: all files are joined, with the places where they begin.
         sizes = [len(data) for data in self.media]
         buffer = io.BytesIO()
         np.savez(
@@ -81,7 +81,7 @@ class GalleryIndex:
             return cls._read(file.read_bytes())
         except Exception as error:  # numpy and zipfile raise nearly anything on damaged files
             raise UserError(
-                f"{file} is not an index that can be read: make it again with `c2f index`"
+                f"{file} is not a readable index: make it again with `c2f index`"
             ) from error
 
     @classmethod

@@ -171,15 +171,15 @@ class Checkpoints:
             )
         if step not in self._manager.all_steps():
             raise UserError(
-                f"no checkpoint of step {step} in {self.directory}: there are "
-                f"{self._manager.all_steps()}"
+                f"{self.directory} has no checkpoint of step {step}: give one of "
+                f"{', '.join(map(str, self._manager.all_steps()))}"
             )
 
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:  # each reader of a damaged file has its own errors
+        except Exception as error:  # each file format raises its own errors
             reason = " ".join(str(error).split()) or type(error).__name__
-            # What follows is the address of an object and no detail.
+            # What follows is the address of an object, not a detail.
             reason = reason.partition(" See full TensorStore details")[0][:300]
             other = f"remove {self.directory / str(step)} to resume from another one, if any"
             if self._read_only:  # not this command's to remove

@@ -1,4 +1,4 @@
-"""Devices: the only file that says pmap, shard_map or mesh."""
+"""Devices: the only file that uses pmap, shard_map or a mesh."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -108,7 +108,7 @@ class DataParallel:
         """
         step = partial(step, axis_name=AXIS)
 
-        # The state has no device axis: one copy in, one out. Donated, it is not in memory twice.
+        # The state has no device axis: one copy in, one out. Donation saves the memory of a second.
         if self.mode == "pmap":
             return jax.pmap(
                 step,

@@ -83,7 +83,7 @@ def create_train_state(
     params, frozen = split_params(params, model.frozen)
     momentum_params = {}
     if momentum_model:
-        # A copy: the state is donated, and one buffer must not be given away twice.
+        # A copy: the state is donated, and no buffer may be donated twice.
         momentum_params = jax.tree.map(jnp.copy, momentum_subset(params))
 
     return C2FTrainState(

@@ -105,19 +105,19 @@ def test_missing_files_are_named(tmp_path):
 RAMP = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
 
 
-def test_a_picture_of_the_right_size_comes_back_exactly():
+def test_an_image_of_the_right_size_comes_back_exactly():
     decoded = decode_image(png(RAMP), 16)
     assert decoded.dtype == np.uint8
     np.testing.assert_array_equal(decoded, RAMP)
 
 
 @pytest.mark.parametrize("height, width", [(20, 60), (60, 20)])
-def test_the_centre_square_of_the_resized_picture_is_kept(height, width):
+def test_the_center_square_of_the_resized_image_is_kept(height, width):
     pixels = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
     resized = Image.fromarray(pixels).resize((width // 2, height // 2), Image.Resampling.BICUBIC)
     resized = np.asarray(resized).astype(int)
-    centre = resized[:, 10:20] if width > height else resized[10:20]
-    assert abs(decode_image(png(pixels), 10) - centre).max() <= 1
+    center = resized[:, 10:20] if width > height else resized[10:20]
+    assert abs(decode_image(png(pixels), 10) - center).max() <= 1
 
 
 def test_reduction_averages_rather_than_skips():
@@ -132,14 +132,14 @@ def test_exif_rotation_is_applied():
     np.testing.assert_array_equal(decode_image(png(RAMP, exif=exif), 16), np.rot90(RAMP, -1))
 
 
-def test_grey_palette_one_bit_and_cmyk():
-    grey = RAMP[..., 0]
-    np.testing.assert_array_equal(decode_image(png(grey), 16), np.repeat(grey[..., None], 3, 2))
+def test_gray_palette_one_bit_and_cmyk():
+    gray = RAMP[..., 0]
+    np.testing.assert_array_equal(decode_image(png(gray), 16), np.repeat(gray[..., None], 3, 2))
     palette = Image.fromarray(RAMP).quantize(16)
     np.testing.assert_array_equal(
         decode_image(png(palette), 16), np.asarray(palette.convert("RGB"))
     )
-    bits = Image.fromarray(grey > 127)
+    bits = Image.fromarray(gray > 127)
     assert set(np.unique(decode_image(png(bits), 16))) == {0, 255}
     red = Image.new("CMYK", (32, 32), (0, 255, 255, 0))
     np.testing.assert_allclose(
@@ -147,7 +147,7 @@ def test_grey_palette_one_bit_and_cmyk():
     )
 
 
-def test_sixteen_bit_grey_keeps_its_tones():
+def test_sixteen_bit_gray_keeps_its_tones():
     deep = np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)
     decoded = decode_image(png(deep), 16)
     np.testing.assert_allclose(decoded[..., 0], deep / 65535 * 255, atol=0.51)
@@ -186,9 +186,9 @@ def test_a_thin_strip_does_not_explode():
     assert decode_image(png(np.zeros((1, 20_000, 3), np.uint8)), 224).shape == (224, 224, 3)
 
 
-def test_broken_pictures_name_the_item(tmp_path, monkeypatch):
+def test_broken_images_name_the_item(tmp_path, monkeypatch):
     whole = png(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    for data in (b"", b"not a picture", whole[: len(whole) // 2]):
+    for data in (b"", b"not an image", whole[: len(whole) // 2]):
         with pytest.raises(UserError, match="photo 3: (not a readable image|the file is empty)"):
             decode_image(data, 8, name="photo 3")
     path = tmp_path / "bad.png"

@@ -26,7 +26,7 @@ def rng(seed=0):
     return np.random.default_rng(seed)
 
 
-def picture(options, seed=0, may_flip=True):
+def augmented(options, seed=0, may_flip=True):
     return augment_image(RAMP, 24, AugmentConfig(**options), rng(seed), may_flip=may_flip)
 
 
@@ -37,7 +37,7 @@ def wave(options, seed=0, samples=TONE):
 def test_crops_stay_inside_and_keep_area_and_ratio():
     areas, ratios = [], []
     for seed in range(100):
-        cut = picture({"crop_area": 0.2, "crop_ratio": 1.5}, seed).astype(float)
+        cut = augmented({"crop_area": 0.2, "crop_ratio": 1.5}, seed).astype(float)
         # Off the borders, where resampling repeats pixels: the ramp tells how far apart two pixels
         # were.
         w, h = (
@@ -49,27 +49,27 @@ def test_crops_stay_inside_and_keep_area_and_ratio():
         assert (abs(cut[..., 2] - 50) <= 1).all()
     assert 0.15 < min(areas) < 0.35 and max(areas) > 0.7
     assert 0.6 < min(ratios) < 0.8 and 1.2 < max(ratios) < 1.6
-    whole = picture({})
+    whole = augmented({})
     np.testing.assert_allclose(
         whole[12, :, 0], (10 + (np.arange(24) + 0.5) * 2.5 - 0.5) * 3, atol=4
     )
 
 
 def test_flip_mirrors_unless_forbidden():
-    np.testing.assert_array_equal(picture({"flip": 1.0}), picture({})[:, ::-1])
-    np.testing.assert_array_equal(picture({"flip": 1.0}, may_flip=False), picture({}))
-    flipped = [(picture({"flip": 0.5}, seed) != picture({})).any() for seed in range(60)]
+    np.testing.assert_array_equal(augmented({"flip": 1.0}), augmented({})[:, ::-1])
+    np.testing.assert_array_equal(augmented({"flip": 1.0}, may_flip=False), augmented({}))
+    flipped = [(augmented({"flip": 0.5}, seed) != augmented({})).any() for seed in range(60)]
     assert 15 < sum(flipped) < 45
 
 
 def test_jitter_moves_brightness_contrast_and_saturation_within_bounds():
-    means = [picture({"jitter": 0.3}, seed).mean() / picture({}).mean() for seed in range(40)]
+    means = [augmented({"jitter": 0.3}, seed).mean() / augmented({}).mean() for seed in range(40)]
     assert 0.65 < min(means) < 0.85 and 1.15 < max(means) < 1.35
-    grey = np.full((24, 24, 3), 100, np.uint8)
-    jittered = augment_image(grey, 24, AugmentConfig(jitter=0.3), rng(1), may_flip=False)
+    gray = np.full((24, 24, 3), 100, np.uint8)
+    jittered = augment_image(gray, 24, AugmentConfig(jitter=0.3), rng(1), may_flip=False)
     assert (
         np.ptp(jittered) == 0
-    )  # grey stays grey whatever the saturation, and flat whatever the contrast
+    )  # gray stays gray whatever the saturation, and flat whatever the contrast
 
 
 def test_speed_changes_length_and_pitch():
@@ -149,7 +149,7 @@ ALL = AugmentConfig(
 
 
 class Photos(Memory):
-    """Pictures that are not of one colour, so that crops differ."""
+    """Images that are not of one color, so that crops differ."""
 
     def image(self, row):
         return png(np.random.default_rng(row).integers(0, 256, (20, 30, 3), dtype=np.uint8))
@@ -194,7 +194,7 @@ def test_evaluation_is_never_augmented():
     np.testing.assert_allclose(speech["waveform"][3], source.wave(3), atol=1 / 32768)
 
 
-def test_pictures_whose_captions_speak_of_sides_are_not_mirrored():
+def test_images_whose_captions_speak_of_sides_are_not_mirrored():
     class Sided(Photos):
         def recording(self, index):
             captions = ["a dog on the left", "a dog", "a cat", "a cat sleeps", "a bird", ""]

@@ -278,7 +278,7 @@ def test_evaluation_reads_every_recording_once_in_few_shapes(threads, known):
 
 
 @pytest.mark.parametrize("threads", [0, 2])
-def test_evaluation_reads_every_picture_once_in_order(threads):
+def test_evaluation_reads_every_image_once_in_order(threads):
     source = Memory(SOURCE_LENGTHS, broken_images={3})
     source.bad_items.allowed = 1
     batches = list(loader.image_batches(source, batch_size=8, image_size=6, threads=threads))

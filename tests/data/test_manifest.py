@@ -15,7 +15,7 @@ from c2f_jax.errors import UserError
 
 @pytest.fixture
 def files(tmp_path):
-    """Three recordings and two pictures, one of them with a space and another alphabet in its
+    """Three recordings and two images, one of them with a space and another alphabet in its
     name."""
     for k in range(3):
         soundfile.write(tmp_path / f"{k}.wav", np.full(1600 * (k + 1), 0.1), 16_000)
@@ -102,13 +102,13 @@ def test_optional_columns_may_be_absent(files, kind):
     assert pairs.recording(2)["caption"] == "" and pairs.recording(2)["speaker"] == ""
 
 
-def test_equal_image_ids_join_different_pictures(files):
+def test_equal_image_ids_join_different_images(files):
     rows = [{**row, "image_id": 7} for row in ROWS]
     pairs = load_pairs(write(files, rows), "train")
     assert pairs.num_images == 2
     np.testing.assert_array_equal(
         pairs.image_index, [0, 1, 0]
-    )  # each recording keeps its own picture
+    )  # each recording keeps its own image
     np.testing.assert_array_equal(pairs.image_ids, [0, 0])
     assert pairs.image_id(0) == pairs.image_id(1) == "7"
 
@@ -196,7 +196,7 @@ def test_text_that_is_not_utf8(files):
     assert "not UTF-8" in error_of(str(files / "manifest.csv"))
 
 
-def test_one_picture_with_two_ids_is_an_error(files):
+def test_one_image_with_two_ids_is_an_error(files):
     rows = [{**ROWS[0], "image_id": "x"}, {**ROWS[2], "image_id": "y"}]
     message = error_of(write(files, rows))
     assert "manifest.jsonl:2" in message and "'y' here" in message and "'x' before" in message

@@ -120,8 +120,8 @@ def test_a_folder_with_a_manifest_is_checked_as_that_manifest(tmp_path, capsys):
     assert "ends in .jsonl" in told.err and not told.out  # said before anything is decoded
 
 
-def test_a_leak_is_mended_with_all_copies_of_a_picture(tmp_path):
-    """A picture that is twice in train, by one image_id or two, and again in test: both are dropped
+def test_a_leak_is_fixed_with_all_copies_of_an_image(tmp_path):
+    """An image that is twice in train, by one image_id or two, and again in test: both are dropped
     from train."""
     rows = [{"image": f"{k}.jpg", "audio": f"{k}.wav", "split": "train"} for k in range(6)]
     for k in range(6):
@@ -224,7 +224,7 @@ def test_each_oddity_of_a_manifest_is_named(oddities):
     }
     assert names.pop("number of captions") == {
         f"good{k}.jpg" for k in range(11)
-    }  # most pictures have one
+    }  # most images have one
     again = names.pop("duplicate recording")
     assert "dup.wav" in again and names == expected
     assert set(names) <= set(KINDS)
@@ -264,7 +264,7 @@ def test_fix_writes_a_manifest_that_passes_and_trains(oddities, capsys):
     ids = {row["image"]: row["image_id"] for row in rows}
     assert ids["dup.jpg"] == "g3" and ids["again.png"] == "g5"
     assert [row["image"] for row in rows if row["split"] != "train"] == ["leak2.jpg"]
-    assert "good4.jpg" not in {row["image"] for row in rows}  # the same picture, in train
+    assert "good4.jpg" not in {row["image"] for row in rows}  # the same image, in train
     assert len(load_pairs(clean, "train")) == len(rows) - 1
 
     page = (folder / "out" / "check.html").read_text()

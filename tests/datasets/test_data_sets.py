@@ -40,7 +40,7 @@ def named(listing, kind):
 
 
 @pytest.mark.parametrize(
-    "pictures, captions",
+    "images, captions",
     [
         ("Flicker8k_Dataset", "token"),
         ("Images", "kaggle"),
@@ -48,8 +48,8 @@ def named(listing, kind):
         ("Flickr8k_Dataset", "none"),
     ],
 )
-def test_flickr8k_audio_in_every_layout(tmp_path, pictures, captions):
-    listing = FLICKR8K_AUDIO.listing([flickr8k_audio(tmp_path, pictures, captions)])
+def test_flickr8k_audio_in_every_layout(tmp_path, images, captions):
+    listing = FLICKR8K_AUDIO.listing([flickr8k_audio(tmp_path, images, captions)])
     assert listing.count_splits() == {
         "train": (8, 40),
         "validation": (2, 10),
@@ -57,7 +57,7 @@ def test_flickr8k_audio_in_every_layout(tmp_path, pictures, captions):
     }
     row = listing.rows[0]
     assert (
-        row["image"] == f"{tmp_path}/{pictures}/pic00.jpg"
+        row["image"] == f"{tmp_path}/{images}/pic00.jpg"
         and row["image_id"] == "pic00"
         and row["speaker"] == "1"
     )
@@ -125,7 +125,7 @@ def test_spoken_coco_official_with_karpathy_and_ksplit(tmp_path, ksplit, images)
 
 
 def test_spoken_coco_in_several_folders(tmp_path):
-    """As separate archives are unpacked: each year of pictures and the split files lie apart."""
+    """As separate archives are unpacked: each year of images and the split files lie apart."""
     whole = spoken_coco(tmp_path / "coco", ksplit=True, missing=False)
     for name in ("train2014", "val2014"):
         (tmp_path / name).mkdir()
@@ -208,10 +208,10 @@ def test_a_prepared_set_holds_the_files_as_found(flickr):
         recording = pairs.recording(index)
         assert recording["audio"] == Path(row["audio"]).read_bytes()
         assert (recording["caption"], recording["speaker"]) == (row["caption"], row["speaker"])
-        picture = int(pairs.image_index[index])
+        image = int(pairs.image_index[index])
         assert (
-            pairs.image(picture) == Path(row["image"]).read_bytes()
-            and pairs.image_id(picture) == row["image_id"]
+            pairs.image(image) == Path(row["image"]).read_bytes()
+            and pairs.image_id(image) == row["image_id"]
         )
         if Path(row["audio"]).name == LONG:
             assert pairs.num_samples[index] == 323.5 * 16_000

@@ -50,7 +50,7 @@ def test_what_is_no_whole_index_is_named(index, tmp_path, damage):
         )
     with pytest.raises(
         UserError,
-        match="index.npz is not an index that can be read: make it again with `c2f index`",
+        match="index.npz is not a readable index: make it again with `c2f index`",
     ):
         GalleryIndex.load(path)
 

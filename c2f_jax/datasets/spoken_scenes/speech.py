@@ -115,7 +115,7 @@ def speak(
             break
         rate = min(int(rate * 1.03 * seconds / WANTED_SECONDS) + 1, 450)
 
-    # The level is that of the whole recording; peaks are kept from clipping.
+    # The level is set over the whole recording, without clipping the peaks.
     wave = soxr.resample(wave, source_rate, SAMPLE_RATE)[: int(MOST_SECONDS * SAMPLE_RATE)]
     gain = 10 ** (level / 20) / max(float(np.sqrt(np.mean(wave**2))), 1e-4)
     wave = wave * min(gain, 0.95 / max(float(np.abs(wave).max()), 1e-4))
@@ -213,7 +213,7 @@ def check_installed() -> None:
       UserError: `espeakng_loader` is not installed.
     """
     if importlib.util.find_spec("espeakng_loader") is None:
-        # A worker must not import the package; see the head of this file.
+        # A worker must not import the package; see the top of this file.
         from c2f_jax.errors import UserError
 
         raise UserError(
