@@ -77,7 +77,6 @@ class PooledEncoder(TransformerEncoder):
       pooling: what that token is. "cls" is the output of the learned [CLS], as in the paper; "mean"
         is the mean of all valid outputs, [CLS] among them, which need not first learn where to
         look.
-      others: as in ``TransformerEncoder``.
     """
 
     pooling: str = field(default="cls", metadata={"choices": POOLINGS})
@@ -96,7 +95,6 @@ class BranchedEncoder(PooledEncoder):
 
     Attributes:
       branches: M.
-      others: as in ``PooledEncoder``.
 
     Reference:
       Lee et al. 2015 ("Why M Heads are Better than One"), there called TreeNets.

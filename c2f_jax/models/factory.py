@@ -23,8 +23,8 @@ from c2f_jax.models.networks.whisper import Whisper
 from c2f_jax.models.published import PublishedImage, PublishedSpeech
 from c2f_jax.models.vit import ViTImageEncoder
 
-# "published" is a network in TOWERS; "tokens" stands for a network of another tool, whose tokens
-# are in a feature cache.
+# "published" is one of the networks below; "tokens" stands for a network of another tool, whose
+# tokens are in a feature cache.
 SPEECH_ENCODERS: dict[str, type[nn.Module]] = {
     "log_mel": LogMelSpeechEncoder,
     "published": PublishedSpeech,
@@ -41,7 +41,6 @@ IMAGE_TOWERS: dict[str, type[nn.Module]] = {
     "vision_transformer": VisionTransformer,
     "blip2": Blip2,
 }
-TOWERS = SPEECH_TOWERS | IMAGE_TOWERS
 
 # Fields of modules that are Flax's, or options of the whole model.
 NO_OPTIONS = ("parent", "name", "branches", "dtype", "attention", "remat")
@@ -138,8 +137,7 @@ def create_tower(
     """Build a published network from plain values, such as those in a card of converted weights.
 
     Args:
-      attributes: ``name`` (a key of ``TOWERS``) and the network's attributes; ``vision`` of "blip2"
-        is such a dict again.
+      attributes: ``name`` and the network's attributes; ``vision`` of "blip2" is such a dict again.
       where: what error messages call it.
       towers: the registry to choose from; all by default.
       **shared: dtype, attention, remat.
@@ -153,7 +151,7 @@ def create_tower(
         values[name] = tuple(value) if isinstance(value, list) else value
     if isinstance(values.get("vision"), dict):
         values["vision"] = create_tower(values["vision"], f"{where}.vision", IMAGE_TOWERS, **shared)
-    return _encoder(where, towers or TOWERS, values, shared)
+    return _encoder(where, towers or SPEECH_TOWERS | IMAGE_TOWERS, values, shared)
 
 
 def option_fields(module: type[nn.Module]) -> tuple[dataclasses.Field[Any], ...]:
@@ -181,7 +179,7 @@ def _encoder(
       where: what error messages call it.
       registry: name -> class.
       attributes: ``name`` and the attributes.
-      shared: options of the whole model.
+      shared: options of the whole model; a module gets those that it has.
     """
     values = dict(attributes)
     name = values.pop("name", None)
@@ -212,7 +210,9 @@ def _encoder(
         )
     _check_choices(where, tuple(known.values()), values)
 
-    encoder = module(**values, **shared)
+    # A network without attention, say, has no choice of its implementation.
+    own = {option.name for option in dataclasses.fields(module)}
+    encoder = module(**values, **{key: shared[key] for key in shared if key in own})
     if hasattr(encoder, "heads") and encoder.width % encoder.heads:
         raise UserError(
             f"{where}: width {encoder.width} is not a multiple of heads {encoder.heads}"

@@ -158,7 +158,7 @@ def dense_dot_general(
     Args:
       x: (..., C...), contracted over its last axes.
       kernel: (C..., D...), contracted over its first axes.
-      dimension_numbers: as in ``jax.lax.dot_general``; there are no batch axes.
+      dimension_numbers: the contracted axes, as ``jax.lax.dot_general`` takes them; no batch axes.
       precision: as in ``jax.lax.dot_general``.
       preferred_element_type: as in ``jax.lax.dot_general``.
 
@@ -400,14 +400,14 @@ class Transformer(nn.Module):
 
     Attributes:
       depth: number of blocks.
-      heads: see ``TransformerBlock``.
-      mlp_ratio: see ``TransformerBlock``.
-      cross_attention: see ``TransformerBlock``.
-      dropout_rate: see ``TransformerBlock``.
-      style: see ``TransformerBlock``.
+      heads: attention heads.
+      mlp_ratio: hidden width of the MLP over W.
+      cross_attention: whether a context is attended to.
+      dropout_rate: rate after each sub-layer.
+      style: where the norms are, activation and so on.
       layer_drop: probability that an example skips a block in training (Fan et al. 2019).
-      dtype: see ``TransformerBlock``.
-      attention: see ``TransformerBlock``.
+      dtype: compute type.
+      attention: attention implementation.
       remat: recompute each block's activations in the backward pass instead of keeping them.
     """
 

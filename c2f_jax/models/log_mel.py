@@ -24,7 +24,6 @@ class LogMelSpeechEncoder(BranchedEncoder):
       hop: samples from frame to frame; 240 is 15 ms.
       conv_layers: convolutions of stride 2; a token comes every hop 2^conv_layers samples (120 ms
         by default).
-      others: as in ``BranchedEncoder``.
     """
 
     mels: int = field(default=80, metadata={"min": 1})

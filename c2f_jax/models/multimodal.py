@@ -17,7 +17,6 @@ class MultimodalEncoder(PooledEncoder):
       width: W inside; tokens of other widths are projected.
       depth: number of blocks.
       mlp_ratio: hidden width of each MLP over W.
-      others: as in ``PooledEncoder``.
 
     Reference:
       C2F, multimodal encoder; Li et al. 2021 (ALBEF), section 3.1.

@@ -120,7 +120,6 @@ class PublishedEncoder(BranchedEncoder):
       token_dropout: share of the entries of the network's tokens that are set to 0 in training.
       token_mask: share of the tokens that are set to 0 as a whole in training, as if a part of the
         sentence or of the image were missing.
-      others: as in ``BranchedEncoder``.
     """
 
     tower: nn.Module | None = None
@@ -232,7 +231,6 @@ class PublishedSpeech(PublishedEncoder):
     Attributes:
       conv_blocks: convolutions of ``TimeConvolutions`` before the transformer. With ``pool`` 4 and
         two blocks, Whisper's tokens of 20 ms become tokens of 320 ms, about a word.
-      others: as in ``PublishedEncoder``.
     """
 
     frozen: str = field(default="tower", metadata={"choices": ("tower", "none", "conv")})
@@ -267,7 +265,7 @@ class PublishedSpeech(PublishedEncoder):
 
 
 class PublishedImage(PublishedEncoder):
-    """A published image network as an encoder; attributes as in ``PublishedEncoder``."""
+    """A published image network as an encoder."""
 
     def _is_raw(self, given: jax.Array) -> bool:
         return given.dtype == jnp.uint8

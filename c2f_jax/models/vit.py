@@ -43,7 +43,6 @@ class ViTImageEncoder(BranchedEncoder):
       conv_blocks: residual 3 x 3 convolutions on the patch grid before the transformer.
       token_pool: output tokens are means over token_pool x token_pool patches, which makes matching
         cheaper.
-      others: as in ``BranchedEncoder``.
 
     Reference:
       Dosovitskiy et al. 2021; Xiao et al. 2021 ("Early Convolutions Help Transformers See Better").

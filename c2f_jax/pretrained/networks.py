@@ -22,7 +22,7 @@ def tower_inputs(name: str, side: int = 224, samples: int = 16_000) -> tuple[np.
     """Return zeros in the shapes that a network takes, to initialize it with.
 
     Args:
-      name: name of the network, a key of ``TOWERS``.
+      name: name of the network, a key of ``SPEECH_TOWERS`` or ``IMAGE_TOWERS``.
       side: side of an image in pixels.
       samples: length of a recording.
 

@@ -291,8 +291,11 @@ def _arrange(path: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray
         value = value.transpose(2, 1, 0)
         if value.shape != shape:
             raise ValueError
-    elif value.ndim == 4:  # patches: (out, in, row, column) -> (row column in, out)
-        value = value.transpose(2, 3, 1, 0).reshape(-1, value.shape[0])
+    elif value.ndim == 4:  # convolution: (out, in, row, column) -> (row, column, in, out)
+        value = value.transpose(2, 3, 1, 0)
+        # Patches are embedded by a linear map: (row column in, out).
+        if len(shape) == 2:
+            value = value.reshape(-1, value.shape[-1])
         if value.shape != shape:
             raise ValueError
     elif value.ndim == 2:  # (out, in) -> (in, out)

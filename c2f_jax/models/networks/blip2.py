@@ -15,11 +15,13 @@ class Blip2(TransformerEncoder, kw_only=True):
     Attributes:
       vision: the ViT.
       queries: number of query tokens.
+      width: W of the query tokens.
+      depth: blocks of the Q-Former.
+      heads: its attention heads.
       cross_every: cross-attention in every block whose number is a multiple of this.
       epsilon: epsilon of the layer norms.
       projection: width of the published contrastive (ITC) space; tokens are projected into it. 0
         leaves them as they are.
-      others: of the Q-Former, as in ``TransformerEncoder``.
 
     Reference:
       Li et al. 2023 (BLIP-2), section 3.

@@ -31,7 +31,6 @@ class VisionTransformer(TransformerEncoder):
       pooling_head: an attention-pooled token before the patches' (SigLIP).
       projection: width of the published joint space; tokens are projected into it. 0 leaves them as
         they are.
-      others: as in ``TransformerEncoder``.
 
     Reference:
       Dosovitskiy et al. 2021; Radford et al. 2021 (CLIP); Oquab et al. 2023 (DINOv2); Zhai et al.

@@ -165,7 +165,6 @@ class Wav2Vec2(TransformerEncoder):
       mask_time_length: frames in a span.
       mask_channels: share of channels that are set to 0 in training.
       mask_channels_length: channels in a span.
-      others: as in ``TransformerEncoder``.
 
     Reference:
       Baevski et al. 2020 (wav2vec 2.0); Hsu et al. 2021 (HuBERT); Chen et al. 2022 (WavLM).

@@ -67,7 +67,6 @@ class Whisper(TransformerEncoder):
       pad: silence up to 30 s that the transformer attends to, as published. False cuts each
         utterance to its own length: the same features up to the transformer, which attends to no
         silence, at a fraction of the cost.
-      others: as in ``TransformerEncoder``.
 
     Reference:
       Radford et al. 2022.
