@@ -18,7 +18,7 @@ from c2f_jax.datasets.layout import (
     text_value,
 )
 
-# What the lists of names and Karpathy's file call the splits.
+# Names of the splits in the lists and in Karpathy's file.
 SPLITS = {"train": "train", "dev": "validation", "val": "validation", "test": "test"}
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -117,7 +117,7 @@ def _captions(path: epath.Path | None) -> dict[str, dict[int, str]]:
     elif path.name == "captions.txt":
         for _, line in text_lines(path)[1:]:
             # Line by line, or one stray quote would swallow what follows it. Captions with a comma
-            # are not always quoted: all that follows the first comma is the caption.
+            # are not always quoted: everything after the first comma is the caption.
             image, *rest = next(csv.reader([line]))
             captions[image][len(captions[image])] = ",".join(rest)
     else:
@@ -130,7 +130,7 @@ def _captions(path: epath.Path | None) -> dict[str, dict[int, str]]:
 
 
 def _speakers(path: epath.Path) -> dict[str, str]:
-    """Read recording -> speaker; nothing where the file is missing."""
+    """Read recording -> speaker; {} if the file is missing."""
     speakers = {}
     if path.exists():
         for _, line in text_lines(path):

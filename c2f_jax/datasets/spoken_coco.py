@@ -18,7 +18,7 @@ from c2f_jax.datasets.layout import (
 from c2f_jax.errors import UserError
 
 KARPATHY = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
-# What Karpathy's and SpeechCLIP's files call the splits.
+# Names of the splits in Karpathy's and SpeechCLIP's files.
 SPLITS = {"train": "train", "restval": "train", "val": "validation", "test": "test"}
 
 
@@ -58,7 +58,7 @@ def _read(parts: dict[str, epath.Path]) -> Listing:
 
     for entry in entries:
         if entry.split is None:
-            # Recordings of images in no split are listed, so they are no stray files.
+            # Recordings of images in no split are listed, so they are not stray files.
             unused += [recordings / str(caption.get("wav")) for caption in entry.captions]
             continue
 

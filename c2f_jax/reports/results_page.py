@@ -231,7 +231,7 @@ def _example(example: Example, direction: str) -> str:
             shown = f'<img alt="correct image" src="{data_uri(example.answer)}">'
         query += f'<div class="answer"><span>correct answer</span>{shown}</div>'
 
-    # Both rankings beside each other, so that one sees what SIM changed.
+    # Both rankings side by side, to show what SIM changed.
     lists = _list("Coarse (SIC)", example.coarse, example.coarse_hits, direction)
     if example.fine is not None and example.fine_hits is not None:
         lists += _list("Fine (SIM)", example.fine, example.fine_hits, direction)

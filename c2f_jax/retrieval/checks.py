@@ -16,7 +16,7 @@ def check_rank(name: str, values: np.ndarray, *axes: str) -> None:
     if values.ndim != len(axes):
         shape = ", ".join(axes) + "," * (len(axes) == 1)
         raise UserError(
-            f"{name} must have rank {len(axes)}, shape ({shape}); got shape {values.shape}."
+            f"{name} must have rank {len(axes)}, shape ({shape}); got shape {values.shape}"
         )
 
 
@@ -32,5 +32,5 @@ def check_finite(name: str, values: np.ndarray) -> None:
         raise UserError(
             f"{name}: {len(bad)} of {len(values)} rows contain NaN or infinity, the first is row "
             f"{bad[0]}; training diverged or an input is broken: evaluate an earlier checkpoint, "
-            "check the data."
+            "check the data"
         )

@@ -339,11 +339,9 @@ def _describe_bootstrap(sides: Mapping[str, _Side], resamples: int, seed: int) -
 
 def _check_config(config: EvalConfig) -> None:
     if config.score not in SCORES:
-        raise UserError(f"score must be one of {', '.join(SCORES)}; got {config.score!r}.")
+        raise UserError(f"score must be one of {', '.join(SCORES)}; got {config.score!r}")
     if config.k < 1:
-        raise UserError(
-            f"k must be at least 1, the number of candidates to rerank; got {config.k}."
-        )
+        raise UserError(f"k must be at least 1, the number of candidates to rerank; got {config.k}")
 
 
 def _check_sides(sides: Mapping[str, _Side]) -> None:
@@ -353,7 +351,7 @@ def _check_sides(sides: Mapping[str, _Side]) -> None:
         if embeddings.ndim != 2 or side.ids.shape != embeddings.shape[:1]:
             raise UserError(
                 f"{name} must be (rows, D), with one id a row; got {embeddings.shape} and ids "
-                f"{side.ids.shape}."
+                f"{side.ids.shape}"
             )
         check_finite(name, embeddings)
 
@@ -364,14 +362,14 @@ def _check_sides(sides: Mapping[str, _Side]) -> None:
             row = int(np.argmax(errors))
             raise UserError(
                 f"{name} must be L2-normalized, so that their products are cosines; row {row} has "
-                f"norm {norms[row]:.3g}. Divide each row by its norm."
+                f"norm {norms[row]:.3g}. Divide each row by its norm"
             )
 
     # Ids of different numberings would leave out every query.
     if not np.isin(sides["s2i"].ids, sides["i2s"].ids).any():
         raise UserError(
             "no recording shares its id with an image; speech_ids and image_ids must name the same "
-            "images."
+            "images"
         )
 
 
@@ -387,5 +385,5 @@ def _check_tokens(encoded: EncodedSplit) -> None:
             found = "none" if values is None else len(values)
             raise UserError(
                 f"{name} must have {rows} rows for the fine stage, one for each embedding; got "
-                f"{found}."
+                f"{found}"
             )

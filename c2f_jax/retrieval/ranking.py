@@ -44,7 +44,7 @@ def coarse_top_k(
     """
     queries, gallery = _checked_sides(queries, gallery)
     if k < 1:
-        raise UserError(f"k must be at least 1, the number of items per query; got {k}.")
+        raise UserError(f"k must be at least 1, the number of items per query; got {k}")
 
     size = len(gallery)
     # Never more than there are items or queries, so that small inputs waste nothing.
@@ -142,11 +142,11 @@ def _checked_sides(queries: ArrayLike, gallery: ArrayLike) -> tuple[np.ndarray, 
     if queries.shape[1] != gallery.shape[1]:
         raise UserError(
             f"queries (Q, D) and gallery (G, D) must share D; got {queries.shape} and "
-            f"{gallery.shape}."
+            f"{gallery.shape}"
         )
     if not len(queries) or not len(gallery):
         raise UserError(
-            f"nothing to search: {len(queries)} queries and {len(gallery)} gallery items."
+            f"nothing to search: {len(queries)} queries and {len(gallery)} gallery items"
         )
     # NaN would silently rank first.
     check_finite("queries", queries)
@@ -164,7 +164,7 @@ def _checked_ids(
     if len(query_ids) != len(queries) or len(gallery_ids) != len(gallery):
         raise UserError(
             f"{len(query_ids)} query ids for {len(queries)} queries and {len(gallery_ids)} gallery "
-            f"ids for {len(gallery)} items; give one id each."
+            f"ids for {len(gallery)} items; give one id each"
         )
 
     # A query without a correct item has no rank.
@@ -172,7 +172,7 @@ def _checked_ids(
     if len(orphans):
         raise UserError(
             f"{len(orphans)} queries have no correct item in the gallery, the first is query "
-            f"{orphans[0]}, id {query_ids[orphans[0]]}; leave such queries out."
+            f"{orphans[0]}, id {query_ids[orphans[0]]}; leave such queries out"
         )
 
     both = np.concatenate([query_ids, gallery_ids])

@@ -99,7 +99,7 @@ def list_metrics(hits: ArrayLike, relevant_counts: ArrayLike) -> dict[str, float
     if relevant_counts.shape != hits.shape[:1] or np.any(relevant_counts < 1):
         raise UserError(
             f"relevant_counts must be ({len(hits)},) integers of at least 1, one per query; got "
-            f"shape {relevant_counts.shape}."
+            f"shape {relevant_counts.shape}"
         )
 
     # nDCG: found gains over those of an ideal list, which has all correct items first.
@@ -161,7 +161,7 @@ def bootstrap_metrics(
     if cluster_of.shape != checked.shape:
         raise UserError(
             f"clusters has shape {cluster_of.shape} but ranks has {checked.shape}; give one image "
-            "per query."
+            "per query"
         )
 
     # How often each resample draws each cluster: (B, C).

@@ -1,7 +1,7 @@
 """Fine ranking: match the first k candidates of each query by the multimodal encoder (SIM).
 
-Tie rule: among equal scores the item with the better coarse place ranks first. So a matcher without
-an opinion leaves the coarse ranking as it is, k = 1 gives exactly the coarse R@1, and k = gallery
+Tie rule: among equal scores the item with the better coarse place ranks first. So a matcher that
+scores all alike leaves the coarse ranking as it is, k = 1 gives exactly the coarse R@1, and k = gallery
 size gives the full SIM ranking (equal match logits in coarse order).
 """
 
@@ -73,7 +73,7 @@ def match_candidates(
     if bad:
         raise UserError(
             f"match logits ({direction}): {bad} of {match_logits.size} are NaN or infinite; the "
-            "multimodal encoder diverged, evaluate an earlier checkpoint."
+            "multimodal encoder diverged, evaluate an earlier checkpoint"
         )
     return match_logits.reshape(candidates.shape)
 
@@ -112,12 +112,12 @@ def fine_scores(cosine: ArrayLike, match_logit: ArrayLike, tau: float) -> dict[s
     {'sic': 0.5, 'sim': 0.0, 'sum': 0.5, 'prob': 0.5, 'joint': 5.0}
     """
     if not tau > 0:
-        raise UserError(f"tau must be above 0, the temperature that divides the cosine; got {tau}.")
+        raise UserError(f"tau must be above 0, the temperature that divides the cosine; got {tau}")
     # float64: a large match logit must not swallow small differences of the cosine.
     cosine, match_logit = np.asarray(cosine, np.float64), np.asarray(match_logit, np.float64)
     if cosine.shape != match_logit.shape:
         raise UserError(
-            f"match_logit must have the shape of cosine, {cosine.shape}; got {match_logit.shape}."
+            f"match_logit must have the shape of cosine, {cosine.shape}; got {match_logit.shape}"
         )
     return {
         "sic": cosine,
@@ -162,10 +162,10 @@ def rerank(lists: ArrayLike, scores: ArrayLike) -> np.ndarray:
     check_rank("lists", lists, "Q", "L")
 
     if len(lists) != len(order):
-        raise UserError(f"{len(lists)} lists, but scores of {len(order)} queries; give one each.")
+        raise UserError(f"{len(lists)} lists, but scores of {len(order)} queries; give one each")
     k = order.shape[1]
     if k > lists.shape[1]:
-        raise UserError(f"{k} scores per query, but lists of {lists.shape[1]} items.")
+        raise UserError(f"{k} scores per query, but lists of {lists.shape[1]} items")
     return np.concatenate([np.take_along_axis(lists[:, :k], order, axis=1), lists[:, k:]], axis=1)
 
 
@@ -224,14 +224,14 @@ def _pair_up(
     """Check the arguments of ``match_candidates`` and list its pairs, query by query."""
     if direction not in ("s2i", "i2s"):
         raise UserError(
-            f"direction must be 's2i' (speech queries) or 'i2s' (image queries); got {direction!r}."
+            f"direction must be 's2i' (speech queries) or 'i2s' (image queries); got {direction!r}"
         )
     check_rank("candidates", candidates, "Q", "k")
     check_rank("query_tokens", query_tokens, "Q", "tokens", "W")
     check_rank("gallery_tokens", gallery_tokens, "G", "tokens", "W")
     if len(candidates) != len(query_tokens):
         raise UserError(
-            f"{len(candidates)} rows of candidates for {len(query_tokens)} queries; give one each."
+            f"{len(candidates)} rows of candidates for {len(query_tokens)} queries; give one each"
         )
 
     # Whatever the direction, SIM gets speech first and image second.
@@ -246,7 +246,7 @@ def _pair_up(
     if len(lengths) != len(pairs.speech_tokens):
         raise UserError(
             f"{len(lengths)} speech_lengths for {len(pairs.speech_tokens)} recordings; give one "
-            "each."
+            "each"
         )
     return pairs
 

@@ -1,7 +1,4 @@
-"""One C2F training step: the paper's algorithm in nine steps.
-
-Nothing else composes the objectives.
-"""
+"""One C2F training step: the paper's algorithm in nine steps."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -167,7 +164,7 @@ def c2f_loss(
     # Step 5. Hard negatives, mined by the similarities of SIC.
     candidates = online
     if method.negatives == "queue":
-        assert momentum is not None  # MethodConfig.check
+        assert momentum is not None  # see MethodConfig.check
         candidates = with_momentum_tokens(online, momentum)
     negatives = mine_negatives(state.token_queue, rows, candidates, logits, tau, method, axis_name)
 
@@ -241,12 +238,12 @@ def encode(
 
 
 def make_banks(
-    keys: Pair[Encoded], ids: jax.Array, queue: EmbeddingQueue, axis_name: AxisName
+    encoded: Pair[Encoded], ids: jax.Array, queue: EmbeddingQueue, axis_name: AxisName
 ) -> Banks:
-    """Gather the keys of the global batch and append the queue.
+    """Gather the embeddings and ids of the global batch and append the queue.
 
     Args:
-      keys: Pair of Encoded of this device's rows.
+      encoded: Pair of Encoded of this device's rows, by the momentum model if there is one.
       ids: (n,) int32 image ids.
       queue: EmbeddingQueue.
       axis_name: device axis.
@@ -256,7 +253,7 @@ def make_banks(
     """
     # In device order, so that row r of device d is column d n + r.
     speech, image, all_ids = all_gather(
-        (keys.speech.embedding, keys.image.embedding, ids), axis_name
+        (encoded.speech.embedding, encoded.image.embedding, ids), axis_name
     )
     return Banks(
         speech=bank(speech, queue, "speech"),
