@@ -1,8 +1,8 @@
 """Fine ranking: match the first k candidates of each query by the multimodal encoder (SIM).
 
 Tie rule: among equal scores the item with the better coarse place ranks first. So a matcher that
-scores all alike leaves the coarse ranking as it is, k = 1 gives exactly the coarse R@1, and k = gallery
-size gives the full SIM ranking (equal match logits in coarse order).
+scores all alike leaves the coarse ranking as it is, k = 1 gives exactly the coarse R@1, and
+k = gallery size gives the full SIM ranking (equal match logits in coarse order).
 """
 
 from collections.abc import Callable, Iterator
