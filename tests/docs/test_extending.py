@@ -19,6 +19,8 @@ from safetensors.numpy import save_file
 
 import c2f_jax.models.networks
 import c2f_jax.pretrained.families
+from c2f_jax.config import default_config
+from c2f_jax.config.experiment import create_experiment
 from c2f_jax.datasets.registry import load_pairs
 from c2f_jax.errors import UserError
 from c2f_jax.models.factory import IMAGE_TOWERS, create_model
@@ -134,6 +136,16 @@ def test_a_published_network_is_converted_and_makes_tokens(conv_net, tmp_path):
         found = features.tokens(f"{k}.png")
         assert found.dtype == np.float16
         np.testing.assert_allclose(found, tokens, rtol=2e-3, atol=2e-3)
+
+
+def test_a_configuration_takes_the_published_files(conv_net):
+    config = default_config()
+    config.data.name = "spoken_scenes"
+    config.model.image = {"name": "published", "weights": str(conv_net), "width": 16}
+    experiment = create_experiment(config)
+    assert experiment.data.image_size == SIDE and experiment.weights == {"image": str(conv_net)}
+    network = experiment.model.image_encoder.tower
+    assert (network.width, network.depth) == (CHANNELS, BLOCKS)
 
 
 def test_tensors_that_do_not_fit_the_network_are_named(conv_net, tmp_path):
