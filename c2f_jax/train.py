@@ -307,7 +307,7 @@ def _train(run: _Run, state: C2FTrainState, start: int) -> C2FTrainState:
     recorder.start(start)
     with _stop_request() as stop_requested:
         for step in range(start + 1, experiment.steps + 1):
-            # Waiting for data is timed apart, to show whether decoding limits the speed.
+            # Waiting for data is timed separately, to show whether decoding limits the speed.
             began = time.perf_counter()
             _, batch = next(batches)
             waited = time.perf_counter() - began

@@ -24,7 +24,7 @@ def options_of(cls: type) -> dict[str, dataclasses.Field]:
 
 
 def default_values(options: Mapping[str, dataclasses.Field]) -> dict[str, Any]:
-    """Return the default of each option; None where there is no default."""
+    """Return the default of each option; None if there is no default."""
     values = {}
     for name, option in options.items():
         values[name] = option.default

@@ -109,7 +109,7 @@ def load_speech_input(source: PairSource, index: int, copy: int = 0) -> np.ndarr
       copy: 0 for the recording itself, 1 and so on for its varied copies in the feature caches.
 
     Returns:
-      int16 (samples,), or float16 (T, C) tokens where the source has speech features; None, and an
+      int16 (samples,), or float16 (T, C) tokens if the source has speech features; None, and an
       entry in `source.bad_items`, when it cannot be used.
 
     Raises:
@@ -134,7 +134,7 @@ def load_image_input(source: PairSource, row: int, size: int) -> np.ndarray | No
       size: side in pixels.
 
     Returns:
-      uint8 (size, size, 3), or float16 (P, C) tokens where the source has image features; None, and
+      uint8 (size, size, 3), or float16 (P, C) tokens if the source has image features; None, and
       an entry in `source.bad_items`, when it cannot be used.
 
     Raises:

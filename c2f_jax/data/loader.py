@@ -280,7 +280,7 @@ def empty_image(source: PairSource, size: int) -> np.ndarray:
 def speech_batches(
     source: PairSource, *, batch_size: int, seconds_max: float, threads: int = 4, prefetch: int = 4
 ) -> Iterator[Batch]:
-    """Iterate once over all recordings, by length where it is known.
+    """Iterate once over all recordings, by length if it is known.
 
     Recordings are cut only where they exceed seconds_max. The batches have three lengths: three
     shapes to compile, and little padding where most recordings are far shorter than the longest.

@@ -34,7 +34,7 @@ class Note(NamedTuple):
 
     Attributes:
       kind: a kind of `c2f_jax.data_check.findings`.
-      name: the item, a path where it is a file.
+      name: the item; its path if it is a file.
       detail: what is odd about it.
     """
 
@@ -51,7 +51,7 @@ class Listing:
       name: name of the data set, or path of the manifest.
       rows: one dict for each recording: image, audio (paths), split, image_id, caption, speaker,
         where (it is listed), samples (-1: unknown).
-      notes: what is odd about it.
+      notes: what is odd about the listing.
     """
 
     name: str
@@ -247,7 +247,7 @@ def manifest_in(folder: str) -> str | None:
       folder: a folder, which need not exist.
 
     Returns:
-      The path of the manifest; None where there is none.
+      The path of the manifest; None if there is none.
     """
     try:
         for suffix in MANIFEST_SUFFIXES:

@@ -48,7 +48,7 @@ class ModelInputs:
 class BadItems:
     """The recordings and images of one split that could not be used: named, counted, and limited.
 
-    At most max_share of the items may be bad; one always may where there are a hundred or more.
+    At most max_share of the items may be bad; one always may if there are a hundred or more.
     """
 
     def __init__(self, where: str, total: int, max_share: float = 0.01) -> None:

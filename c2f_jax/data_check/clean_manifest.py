@@ -41,7 +41,7 @@ def write_clean_manifest(report: Report, path: str | os.PathLike) -> int:
 
     It leaves out pairs that cannot be read. What is in two splits stays in the test split, else in
     validation. Duplicate images of a split get one image_id. Lengths are filled in.
-    Paths are relative where the files are below the manifest's folder.
+    Paths are relative if the files are below the manifest's folder.
 
     Args:
       report: what the check found.

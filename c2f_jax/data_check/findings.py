@@ -57,10 +57,10 @@ class Finding:
 
     Attributes:
       kind: a key of KINDS.
-      name: the item, a path where it is a file.
+      name: the item; its path if it is a file.
       detail: what is wrong with it.
-      split: name of its split; "" where it belongs to none.
-      item: "image" or "recording", and its number in the split; None for what is neither.
+      split: name of its split; "" if it belongs to none.
+      item: "image" or "recording", and its number in the split; None if it is neither.
       like: split and name of the first item that it is like, for duplicates and leaks.
     """
 
@@ -99,7 +99,7 @@ class Report:
 
     @property
     def severity(self) -> str:
-        """The worst severity found; "note" also where nothing was found."""
+        """The worst severity found; "note" if nothing was found."""
         return min((f.severity for f in self.findings), key=list(EXIT_CODES).index, default=NOTE)
 
     def counts(self) -> dict[str, int]:
@@ -108,7 +108,7 @@ class Report:
         return {kind: found[kind] for kind in KINDS if found[kind]}
 
     def json(self) -> dict[str, Any]:
-        """Return all of it as plain values."""
+        """Return the report as plain values, for check.json."""
         return {
             "data_set": self.name,
             "severity": self.severity,
@@ -142,7 +142,7 @@ class Report:
         """Format one line for each split, under a heading."""
         lines = [
             f"  {'split':14}{'images':>10}{'recordings':>12}{'usable':>9}"
-            f"{'an image':>10}{'hours':>8}  seconds"
+            f"{'per image':>10}{'hours':>8}  seconds"
         ]
         for split, about in self.splits.items():
             seconds = about["seconds"]
@@ -163,7 +163,7 @@ def captions_of(about: dict[str, Any]) -> str:
     '5 to 6'
 
     Args:
-      about: what `Report.splits` holds of a split.
+      about: entry of a split in `Report.splits`.
 
     Returns:
       A number or a range.

@@ -32,10 +32,10 @@ from c2f_jax.reports.html import (
     write_page,
 )
 
-# The page holds its images and sounds itself, so it shows only some.
+# Images and sounds are embedded in the page, so it shows only some.
 SHOWN = 12  # of each kind
 PAIRS = 6  # drawn at random from each split
-MOST_PLAYED = 15.0  # seconds of a recording that the page carries
+MOST_PLAYED = 15.0  # seconds of each recording
 
 
 def write_check_page(path: str | os.PathLike, report: Report) -> None:
@@ -89,7 +89,7 @@ def _header(report: Report) -> str:
 
 def _table(report: Report) -> str:
     """Write the table of the splits."""
-    names = ("images", "recordings", "usable", "an image", "hours", "seconds")
+    names = ("images", "recordings", "usable", "per image", "hours", "seconds")
     heads = "".join(f'<th scope="col">{name}</th>' for name in names)
     rows = ""
     for split, about in report.splits.items():
@@ -106,7 +106,7 @@ def _table(report: Report) -> str:
 
 
 def _finding(report: Report, finding: Finding) -> str:
-    """Show a finding, with the item itself where it can be read."""
+    """Show a finding, with the item itself if it can be read."""
     text = (
         f'<p class="caption">{escape(finding.name)}</p>'
         f'<p class="speaker">{escape(finding.detail)}</p>'

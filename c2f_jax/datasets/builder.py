@@ -305,7 +305,7 @@ def _read_record(rows: list[dict], bad: dict[str, str]) -> tuple[dict, list[int]
       bad: name -> reason of what cannot be used; bad files are added.
 
     Returns:
-      The record, and the samples of its recordings at 16 kHz; nothing where the image is bad.
+      The record, and the samples of its recordings at 16 kHz; nothing if the image is bad.
     """
     # Encoded files are stored as they are; decoding only shows whether they can be used.
     image = rows[0]["image"]

@@ -71,7 +71,7 @@ class DataConfig:
 
         Args:
           split: name of the split.
-          features: whether to read speech_features and image_features where they are given.
+          features: whether to read speech_features and image_features if they are given.
           copies: whether to read the varied copies too, as training does.
 
         Returns:

@@ -22,7 +22,7 @@ class Part:
       what: what it holds.
       names: what it may be called, in a given folder or one folder further down.
       source: where to get it.
-      gigabytes: size of the download; None where it is not stated.
+      gigabytes: size of the download; None if it is not stated.
       direct: whether `source` is a link to a file, which a program may fetch.
       optional: whether the data set can be read without it.
     """

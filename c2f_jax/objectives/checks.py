@@ -104,7 +104,7 @@ def _dtype(value: Any) -> Any:
 def _match(
     shape: tuple[int, ...], dtype: Any, specification: str, sizes: dict[str, int]
 ) -> dict[str, int] | None:
-    """Return the sizes of the letters in one specification, or None where it does not fit."""
+    """Return the sizes of the letters in one specification, or None if it does not fit."""
     parts = _SPEC.fullmatch(specification)
     assert parts is not None, specification
     kind, axes = parts[1], [axis.strip() for axis in parts[2].split(",") if axis.strip()]

@@ -144,7 +144,7 @@ def fold_keys(keys: jax.Array | None, site: Site, *numbers: int) -> jax.Array | 
     Numbers are folded in after the site, so that a layer number cannot be mistaken for a site.
 
     Args:
-      keys: (n,) typed keys, or None where nothing is drawn (no dropout), which stays None.
+      keys: (n,) typed keys, or None if nothing is drawn (no dropout), which stays None.
       site: the purpose.
       *numbers: further integers that the purpose takes, such as the layer.
 

@@ -8,7 +8,7 @@ from c2f_jax.errors import UserError
 from c2f_jax.pretrained.tensor_names import Attributes, Published
 
 BICUBIC = 3  # Pillow's number for it, in preprocessor_config.json
-# Sizes that config.json leaves out where they are those of a base model.
+# Sizes that config.json leaves out if they are those of a base model.
 BASE_SIZES = {
     "hidden_size": 768,
     "num_hidden_layers": 12,

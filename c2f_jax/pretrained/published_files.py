@@ -156,7 +156,7 @@ def _local_path(source: str | Path) -> Path:
             f"{source}: no such path; hub ids need the extra: pip install 'c2f_jax[hub]'"
         ) from error
     try:
-        # Many models are published in both formats: PyTorch's is downloaded only where it must be.
+        # Many models are published in both formats: PyTorch's is downloaded only if it must be.
         folder = Path(snapshot_download(source, allow_patterns=[*HUB_TEXTS, SAFETENSORS]))
         if not any(folder.glob(SAFETENSORS)):
             patterns = [*HUB_TEXTS, SAFETENSORS, TORCH_FILES]
@@ -176,7 +176,7 @@ def _visual_encoder_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.nda
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Return the values of a JSON file that are not null; {} where there is no file."""
+    """Return the values of a JSON file that are not null; {} if there is no file."""
     if not path.exists():
         return {}
 

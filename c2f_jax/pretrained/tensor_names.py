@@ -30,8 +30,8 @@ class Published:
     Attributes:
       tensors: name -> array, as published.
       prefix: what comes before the layout's names in these files.
-      config: config.json; {} where the publisher has none (fairseq, LAVIS).
-      processor: preprocessor_config.json; {} where there is none.
+      config: config.json; {} if the publisher has none (fairseq, LAVIS).
+      processor: preprocessor_config.json; {} if there is none.
       settings: what a fairseq checkpoint says about its training, else {}.
       normalize: what the user says about waveform normalization, if the files do not.
     """
@@ -55,7 +55,7 @@ class Layout:
       rules: (regular expression over a parameter's path, replacement) in order. The first match
         whose tensor is in the file counts, because names have changed between versions. In a
         replacement, ``\LEAF`` becomes "weight" or "bias", an ending "#0", "#1" or "#2" takes that
-        third of the first axis, and an ending "?" gives zeros where the tensor is missing.
+        third of the first axis, and an ending "?" gives zeros if the tensor is missing.
       describe: Published -> (attributes for ``create_tower``, preprocessing for the card).
       unused: regular expressions of tensors in the same files that the network does not need.
       required: regular expression that some name must match, "" for none.
@@ -214,7 +214,7 @@ class _Conversion:
             )
         self.used.add(name)
 
-        # ``np.split`` and ``_arrange`` raise ValueError where the shape is another one.
+        # ``np.split`` and ``_arrange`` raise ValueError if the shape is another one.
         try:
             if third is not None:
                 value = np.split(value, 3)[third]
@@ -277,7 +277,7 @@ def _sources(layout: Layout, path: str) -> list[_Source]:
 
 
 def _arrange(path: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Put a published tensor's axes in our order; ValueError where it does not fit."""
+    """Put a published tensor's axes in our order; ValueError if it does not fit."""
     if not path.endswith("kernel"):
         # Some are published with axes of length 1, and biases of attention not divided into heads.
         published = [n for n in value.shape if n != 1]

@@ -198,7 +198,7 @@ def _draw_query(canvas: Axes, example: Example, y: float) -> None:
     lines = textwrap.fill(caption, 32)
     canvas.text(MARGIN, y + 0.05, lines, fontsize=9, color=INK, va="top", parse_math=False)
 
-    # Speaker and ranks, where they are known.
+    # Speaker and ranks, if known.
     notes = []
     if example.query.speaker:
         notes.append(textwrap.shorten(example.query.speaker, 38, placeholder=" …"))

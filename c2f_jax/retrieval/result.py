@@ -319,7 +319,7 @@ class EvaluationResult:
 
 
 def _metrics_to_json(metrics: Mapping[str, Metric]) -> dict[str, Any]:
-    """Return each value, followed by its interval where it has one."""
+    """Return each value, followed by its interval if it has one."""
     values: dict[str, Any] = {}
     for name, metric in metrics.items():
         values[name] = metric.value

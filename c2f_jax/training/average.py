@@ -46,5 +46,5 @@ class Average:
         return Average(self.total + other.total, self.count + other.count)
 
     def compute(self) -> jax.Array:
-        """Return total / count, a scalar; NaN where nothing was counted."""
+        """Return total / count, a scalar; NaN if nothing was counted."""
         return self.total / self.count

@@ -176,7 +176,7 @@ class DataParallel:
           state: placed state.
 
         Returns:
-          The same values; the state itself where it is global already.
+          The same values; the state itself if it is global already.
         """
         if jax.process_count() == 1 or self.mode == "shard_map":
             return state

@@ -140,7 +140,7 @@ class Recorder:
 
         Returns:
           The score that chooses the best checkpoint: the mean of the six R@K of the fine stage, or
-          of the coarse one where SIM is not trained.
+          of the coarse one if SIM is not trained.
         """
         values = {}
         for stage in ("coarse", "fine"):
@@ -210,7 +210,7 @@ class Recorder:
         self._window_steps = 0
 
     def _check_collapse(self, step: int, values: Mapping[str, float]) -> None:
-        """Warn once where the SIM loss is that of a matcher that ignores its input."""
+        """Warn once if the SIM loss is that of a matcher that ignores its input."""
         if self._alarmed or self._sim_from is None or step < self._sim_from:
             return
         if abs(values.get("sim_loss", 0.0) - COLLAPSE_VALUE) < COLLAPSE_WIDTH:
