@@ -61,7 +61,7 @@ class SeedMean:
 
     Attributes:
       mean: the mean.
-      half_width: of the 95 % Student interval; None with fewer than two seeds.
+      half_width: half the width of the 95 % Student interval; None with fewer than two seeds.
       values: the number of each seed.
     """
 

@@ -63,10 +63,10 @@ def check_features(model: C2FModel, data: DataConfig, weights: Mapping[str, str]
 
 
 def check_image_grid(encoder: nn.Module, size: int) -> None:
-    """Check that an image divides into patches, of which the light ViT would drop a remainder.
+    """Check that images divide into patches; the light ViT would drop a remainder.
 
     Args:
-      encoder: of the images; others than the light ViT are not checked.
+      encoder: image encoder; only the light ViT is checked.
       size: side of the image in pixels.
 
     Raises:

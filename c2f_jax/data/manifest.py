@@ -355,7 +355,7 @@ def _parse_csv(path: str, text: str, report: Report) -> Iterator[tuple[int, dict
                 f"the header has {', '.join(header) or 'nothing'}"
             )
 
-        # csv puts surplus values under None, and None in place of lacking ones.
+        # csv puts surplus values under None, and None in place of missing ones.
         for row in reader:
             if None in row or None in row.values():
                 report(

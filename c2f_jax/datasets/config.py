@@ -29,7 +29,7 @@ class DataConfig:
         configuration names the network's weights) or file of tokens (.npz) to read instead of
         recordings.
       image_features: the same in place of images.
-      speech_copies: number of varied copies of each training recording, as augment says, that the
+      speech_copies: number of copies of each training recording, varied as augment says, that the
         network runs on too. They are kept in caches beside speech_features, and training draws from
         the recording and its copies.
       bucket_seconds: training lengths; every batch has one of them, and longer recordings are

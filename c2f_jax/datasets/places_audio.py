@@ -10,7 +10,7 @@ PLACES_2020 = ("dev_seen", "dev_unseen", "test_seen", "test_unseen")
 
 
 def _read(parts: dict[str, epath.Path]) -> Listing:
-    """Read the pairs: one JSON file a split lists them, under names of 2020 or older ones."""
+    """Read the pairs, which one JSON file per split lists, named as in 2020 or as before."""
     listing = Listing("places_audio")
     folder, images = parts["listing"].parent, parts["images"]
     audio_root = parts["recordings"].parent

@@ -141,7 +141,7 @@ def _describe_parts(layout: Layout, folders: list[str]) -> list[str]:
         # Several parts may come in one archive.
         size = sum({part.source: part.gigabytes or 0.0 for part in missing}.values())
         where = folders[0] if folders else "a folder, and name it with --manual-dir"
-        lines.append(f"  unpack them into {where}; known sizes add up to {size:g} GB")
+        lines.append(f"  unpack them into {where}; {size:g} GB to fetch, without unknown sizes")
         if all(part.direct for part in missing):
             lines.append("  or give --download, and they are fetched from there")
     return lines

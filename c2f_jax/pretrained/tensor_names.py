@@ -75,7 +75,7 @@ class Layout:
     takes_normalize: bool = False
 
     def prefix(self, names: Collection[str]) -> str | None:
-        """Return the prefix of this layout's names, or None where ``names`` are of another one."""
+        """Return the prefix of this layout's names, or None if ``names`` are of another."""
         if self.required and not _any_matches(self.required, names):
             return None
         if self.excluded and _any_matches(self.excluded, names):

@@ -90,7 +90,7 @@ def histogram_png(
     Args:
       path: file to write; None for none.
       values: name -> numbers; a name without numbers is left out.
-      label: of the axis.
+      label: label of the axis.
       bins: number of bars.
 
     Returns:

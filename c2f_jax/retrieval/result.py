@@ -110,9 +110,9 @@ class Bootstrap:
     Attributes:
       resamples: number of resamples.
       seed: seed of the draws.
-      percentiles: of the samples, the bounds of an interval.
+      percentiles: the bounds of an interval, as percentiles of the samples.
       unit: what is drawn.
-      units: how many of them there are.
+      units: number of these units.
     """
 
     resamples: int

@@ -120,7 +120,7 @@ def speak(
     gain = 10 ** (level / 20) / max(float(np.sqrt(np.mean(wave**2))), 1e-4)
     wave = wave * min(gain, 0.95 / max(float(np.abs(wave).max()), 1e-4))
 
-    # Twelve significant bits: FLAC packs the four zero ones away, which halves the set, 50 dB below
+    # Twelve significant bits: FLAC packs the four zero bits away, which halves the set, 50 dB below
     # the speech.
     pcm = np.round(wave * 2047).astype(np.int16) * 16
     buffer = io.BytesIO()
