@@ -27,8 +27,8 @@ def decode_image(
 ) -> np.ndarray:
     """Decode an image and make it square.
 
-    It is rotated as its EXIF tag says, transparency becomes white, 16 bits become 8, and the image is
-    resized with antialiased bicubic interpolation.
+    It is rotated as its EXIF tag says, transparency becomes white, 16 bits become 8, and the image
+    is resized with antialiased bicubic interpolation.
 
     Args:
       data: the encoded bytes, or a path.
