@@ -13,7 +13,7 @@ from c2f_jax.data.source import PairSource
 
 
 class Memory(PairSource):
-    """Recordings whose samples all equal (index + 1) / 1024, pictures whose pixels all equal the
+    """Recordings whose samples all equal (index + 1) / 1024, images whose pixels all equal the
     row."""
 
     def __init__(self, lengths, per_image=2, broken=(), broken_images=()):

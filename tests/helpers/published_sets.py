@@ -45,15 +45,15 @@ def caption(image, k):
     return f"a dog, number {k} on the left of {image}"
 
 
-def flickr8k_audio(folder, pictures="Flicker8k_Dataset", captions="token", odd=True):
-    """The corpus with 13 pictures of five recordings; returns the folder. captions: token, kaggle,
+def flickr8k_audio(folder, image_folder="Flicker8k_Dataset", captions="token", odd=True):
+    """The corpus with 13 images of five recordings; returns the folder. captions: token, kaggle,
     karpathy or none."""
     images = [f"pic{k:02d}.jpg" for k in range(13)]
     split_of = {images[k]: name for name, numbers in FLICKR_SPLITS.items() for k in numbers}
     wavs = folder / "flickr_audio" / "wavs"
     order, speakers = [], []
     for number, image in enumerate(images):
-        put(folder / pictures / image, jpeg(0 if odd and image in DUPLICATE else number))
+        put(folder / image_folder / image, jpeg(0 if odd and image in DUPLICATE else number))
         for k in range(5):
             name = f"{image[:-4]}_{k}.wav"
             put(wavs / name, wav(0.5 + 0.05 * k, 10 * number + k))
@@ -64,7 +64,7 @@ def flickr8k_audio(folder, pictures="Flicker8k_Dataset", captions="token", odd=T
         put(wavs / LONG, wav(323.5, 1))
         put(wavs / SHORT, wav(0.23, 2))
         put(wavs / "readme.txt", "not audio")
-        (folder / pictures / GONE).unlink()
+        (folder / image_folder / GONE).unlink()
     put(folder / "flickr_audio" / "wav2capt.txt", "\n".join(order) + "\n")
     put(folder / "flickr_audio" / "wav2spk.txt", "\n".join(speakers) + "\n")
     if captions == "karpathy":
@@ -107,7 +107,7 @@ COCO_SPLITS = ("train", "restval", "train", "val", "test", "test", "train", "tra
 
 
 def spoken_coco(folder, ksplit=False, images="", missing=True):
-    """SpokenCOCO with 8 pictures: one test picture has six captions, the picture of the last is
+    """SpokenCOCO with 8 images: one test image has six captions, the image of the last is
     missing."""
     listing = {"train": [], "val": [], "test": []}
     karpathy = []
@@ -147,7 +147,7 @@ def spoken_coco(folder, ksplit=False, images="", missing=True):
 
 
 def places_audio(folder, older=False, odd=True):
-    """Places Audio with one recording a picture; odd: one recording of the training split is
+    """Places Audio with one recording an image; odd: one recording of the training split is
     empty."""
     files = (
         ["train", "val"]
