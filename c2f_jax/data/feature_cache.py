@@ -277,7 +277,7 @@ def has_card(folder: PathLike, card: Card) -> bool:
         raise UserError(
             "\n".join(
                 [
-                    f"{folder} holds other features:",
+                    f"{folder} holds features of another kind:",
                     *differences,
                     "remove it or name another folder",
                 ]
