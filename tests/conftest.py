@@ -3,6 +3,7 @@ imported."""
 
 import importlib.metadata
 import os
+import tempfile
 
 # Tests run each program a few times: an unoptimised one without fusion compiles three times faster.
 FAST_COMPILE = "--xla_backend_optimization_level=0"
@@ -15,7 +16,12 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# Several tests run the same training: what one of them has compiled, here or in another process,
+# the others load. The folder lasts as long as this process.
+compiled_programs = tempfile.TemporaryDirectory(prefix="c2f-tests-")
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled_programs.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

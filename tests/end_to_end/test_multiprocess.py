@@ -158,11 +158,24 @@ def start(port, process, directory):
     flags = f"--xla_force_host_platform_device_count={DEVICES} " + " ".join(
         flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag
     )
-    path = os.pathsep.join([str(Path(c2f_jax.__file__).parents[1]), *filter(None, sys.path)])
+    environment = os.environ | {
+        "XLA_FLAGS": flags,
+        "JAX_PLATFORMS": "cpu",
+        # A program of several processes is each one's own; nothing compiled is shared.
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        # For the package and for tests/helpers.
+        "PYTHONPATH": os.pathsep.join(
+            [
+                str(Path(c2f_jax.__file__).parents[1]),
+                str(Path(__file__).parents[1]),
+                os.environ.get("PYTHONPATH", ""),
+            ]
+        ),
+    }
     with open(directory / f"{process}.log", "w") as log:
         return subprocess.Popen(
             [sys.executable, __file__, str(port), str(process), str(directory)],
-            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
+            env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,
         )
