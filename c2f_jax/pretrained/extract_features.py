@@ -218,14 +218,14 @@ def _progress(source: PairSource, options: FeatureOptions, shards: Sequence[_Sha
 def _tokens(
     network: nn.Module, layer: str, params: Any, *inputs: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Return float16 tokens, (n, T, C) or (n, T, layers, C) for all layers, and (n,) lengths."""
+    """Return tokens, (n, T, C) or (n, T, layers, C) for all layers, and (n,) lengths."""
     output = NetworkOutput(*network.apply({"params": params}, *inputs))
     tokens = output.tokens
     if layer == "all":
         tokens = jnp.stack(output.hidden, axis=2)
     elif layer != "last":
         tokens = choose_layer(output.hidden, layer)
-    return tokens.astype(jnp.float16), output.lengths
+    return tokens.astype(jnp.float32), output.lengths
 
 
 def _wave_reader(source: PairSource, options: FeatureOptions) -> Callable[[int], Item]:
@@ -264,7 +264,7 @@ def _run(
     batch_size: int,
     progress: tqdm,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the key and the tokens of each item that can be read.
+    """Yield the key and the float16 tokens of each item that can be read.
 
     Args:
       apply: a batch of inputs -> tokens and lengths.
@@ -289,7 +289,8 @@ def _run(
 
         rows_of_tokens = zip(readable, np.asarray(tokens), np.asarray(lengths), strict=False)
         for (key, _), row, length in rows_of_tokens:
-            yield key, row[:length]
+            # On the host: XLA cannot round to float16 on processors that have no such instruction.
+            yield key, row[:length].astype(np.float16)
 
 
 def _pad_waves(waves: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
