@@ -43,7 +43,23 @@ def split_rows(params: Any, rows: Any) -> Any:
       The same arrays, split.
     """
     sharding = jax.tree.leaves(params)[0].sharding
-    return jax.device_put(rows, NamedSharding(sharding.mesh, P(AXIS)))
+    return jax.device_put(convert_for_cpu(rows), NamedSharding(sharding.mesh, P(AXIS)))
+
+
+def convert_for_cpu(rows: Any) -> Any:
+    """Make float32 of float16 tokens on a CPU; other devices get half the bytes and convert.
+
+    XLA has no such conversion for processors without an instruction for it.
+
+    Args:
+      rows: pytree of host arrays.
+
+    Returns:
+      The same tree.
+    """
+    if jax.default_backend() != "cpu":
+        return rows
+    return jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == np.float16 else x, rows)
 
 
 def round_up_rows(params: Any, count: int) -> int:
@@ -153,6 +169,8 @@ class DataParallel:
         Returns:
           The placed batch by name.
         """
+        batch = convert_for_cpu(dict(batch))
+
         # pmap wants a leading axis of devices.
         if self.mode == "pmap":
             local = len(self.local_devices)

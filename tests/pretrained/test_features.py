@@ -413,7 +413,10 @@ def get_config():
         model.experiment.model, model.params, wave[None], np.array([len(wave)], np.int32)
     )
     cached = encode_speech(
-        model.experiment.model, model.params, tokens[None], np.array([len(tokens)], np.int32)
+        model.experiment.model,
+        model.params,
+        tokens[None].astype(np.float32),
+        np.array([len(tokens)], np.int32),
     )
     np.testing.assert_allclose(raw.embedding, cached.embedding, atol=5e-3)
     index = tmp_path / "gallery.npz"
