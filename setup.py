@@ -10,6 +10,7 @@ TRAIN = [
     "orbax-checkpoint>=0.11",
     "tensorflow-datasets>=4.9.9",
     "importlib_resources",  # tensorflow-datasets imports it without declaring it
+    "protobuf>=6.31.1",  # tensorflow-metadata's files need it; it declares an older one
     "array_record>=0.8",
     "grain>=0.2.12",
     "clu>=0.0.12",
@@ -31,6 +32,7 @@ TENSORBOARD = [
     "tensorflow>=2.18; platform_system == 'Darwin'",
 ]
 SPEECH = ["espeakng-loader>=0.2"]  # includes espeak-ng, which is GPL-3
+KERNEL = ["nbclient>=0.10", "ipykernel>=6.29"]  # to run the notebooks of colab/
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
 
 setup(
@@ -62,7 +64,7 @@ setup(
         "speech": SPEECH,  # to make spoken_scenes, and for `c2f search --say`
         "hub": ["huggingface_hub>=0.30"],  # hub ids for `c2f convert`
         "docs": DOCS,
-        "dev": [*TRAIN, *TENSORBOARD, *SPEECH, "pytest>=8", "ruff>=0.15", "mypy>=1.13"],
+        "dev": [*TRAIN, *TENSORBOARD, *SPEECH, *KERNEL, "pytest>=8", "ruff>=0.15", "mypy>=1.13"],
         "parity": ["torch>=2.6", "transformers>=5"],  # references of tests/parity and benchmarks
     },
     entry_points={"console_scripts": ["c2f=c2f_jax.main:main"]},

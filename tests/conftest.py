@@ -1,8 +1,10 @@
 """Four CPU devices for every test, compiled for a short compile time; set before jax is
 imported."""
 
+import functools
 import importlib.metadata
 import os
+import sys
 import tempfile
 
 # Tests run each program a few times: an unoptimised one without fusion compiles three times faster.
@@ -25,6 +27,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from helpers.paths import ROOT  # noqa: E402
 
 
 @pytest.fixture
@@ -44,3 +47,23 @@ def tiny_data_dir(tmp_path_factory):
     directory = str(tmp_path_factory.mktemp("tfds"))
     load_pairs("spoken_scenes/tiny", "train", directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def run_short(tiny_data_dir, tmp_path_factory):
+    """A function that runs the short form of a notebook of colab/ in a Jupyter kernel, once, and
+    returns it with its outputs and the folder that it ran in."""
+    nbformat = pytest.importorskip("nbformat")
+    notebooks = pytest.importorskip("notebooks")
+    environment = {"PYTHONPATH": str(ROOT), "TFDS_DATA_DIR": tiny_data_dir}
+
+    @functools.cache
+    def run(name):
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "configs").symlink_to(ROOT / "configs")
+        short = notebooks.shorten(nbformat.read(ROOT / "colab" / f"{name}.ipynb", as_version=4))
+        nbformat.write(short, folder / f"{name}.ipynb")
+        notebooks.execute(sys.executable, folder / f"{name}.ipynb", os.environ | environment)
+        return nbformat.read(folder / f"{name}.ipynb", as_version=4), folder
+
+    return run

@@ -2,12 +2,12 @@
 exist."""
 
 import importlib
-import json
 import re
 import subprocess
 import sys
 
 import pytest
+import tensorflow_datasets
 from helpers.pages import PAGES, python_blocks
 from helpers.paths import ROOT
 
@@ -122,42 +122,15 @@ def test_launch_scripts_parse(script):
     assert subprocess.run(["bash", "-n", script]).returncode == 0
 
 
-def shrunk(code):
-    """The code of the notebook or of a page, for a run of seconds and without IPython."""
-    code = code.replace('"configs/spoken_scenes.py"', f'"{ROOT}/configs/spoken_scenes.py:runlocal"')
-    code = code.replace("from IPython.display import HTML, Image, display", "HTML = Image = str")
-    return re.sub(r"load_config\((\w+|\"[^\"]*\")\)", r"load_config(\1, OVERRIDES)", code)
-
-
-@pytest.fixture(scope="module")
-def notebook(tmp_path_factory, tiny_data_dir):
-    """The folder that the notebook was run in, and what it displayed."""
-    cells = json.loads((ROOT / "colab" / "quickstart.ipynb").read_text())["cells"]
-    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    shown = []
-    overrides = [f"--config.data.data_dir={tiny_data_dir}"]
-    scope = {"display": lambda *items: shown.extend(items), "OVERRIDES": overrides}
-    folder = tmp_path_factory.mktemp("notebook")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for cell in code:
-            if not cell.startswith("%pip"):
-                exec(shrunk(cell), scope)  # noqa: S102
-    return folder, shown
-
-
-def test_notebook_runs(notebook):
-    folder, shown = notebook
-    assert len(shown) == 4
-    assert all((folder / item).exists() for item in shown if item.endswith(".png"))
-
-
-def test_page_of_python_runs(notebook, tiny_data_dir, monkeypatch):
+def test_page_of_python_runs(run_short, tiny_data_dir, monkeypatch):
     """Its blocks go on from each other; the run that they train is the notebook's, which is
     finished."""
-    folder, _ = notebook
+    _, folder = run_short("quickstart")
     monkeypatch.chdir(folder)
-    scope = {"OVERRIDES": [f"--config.data.data_dir={tiny_data_dir}"]}
+    monkeypatch.setattr(tensorflow_datasets.core.constants, "DATA_DIR", tiny_data_dir)
+    scope = {}
     for code in python_blocks(ROOT / "docs/python.md"):
-        exec(shrunk(code).replace('"runs/spoken_scenes"', '"runs/colab"'), scope)  # noqa: S102
+        code = code.replace("runs/spoken_scenes", "runs/quickstart")
+        code = code.replace("spoken_scenes.py", "spoken_scenes.py:runlocal")
+        exec(code, scope)  # noqa: S102
     assert scope["page"].exists() and scope["speech"].embedding.shape[0] == 1
