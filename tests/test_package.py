@@ -16,7 +16,7 @@ from helpers.paths import CONFIGS, ROOT
 import c2f_jax
 from c2f_jax.errors import EXTRA_OF_MODULE
 from c2f_jax.main import main
-from c2f_jax.training.average import Average
+from c2f_jax.objectives.average import Average
 from c2f_jax.training.recorder import Recorder
 
 REPORT = """

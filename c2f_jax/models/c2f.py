@@ -9,6 +9,19 @@ import jax.numpy as jnp
 
 from c2f_jax.models.encoder import branch_projections, project
 from c2f_jax.objectives.keys import Site, fold_keys
+from c2f_jax.objectives.pairs import Features
+
+
+class Tokens(NamedTuple):
+    """Token sequences: what matching reads of an encoded batch.
+
+    Attributes:
+      tokens: (n, T, W).
+      lengths: (n,) int32 valid tokens.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
 
 
 class Encoded(NamedTuple):
@@ -24,6 +37,11 @@ class Encoded(NamedTuple):
     embedding: jax.Array
     tokens: jax.Array
     lengths: jax.Array
+
+    @property
+    def features(self) -> Features:
+        """The embedding and the Tokens, as ``c2f_losses`` takes them."""
+        return Features(self.embedding, Tokens(self.tokens, self.lengths))
 
 
 class Outputs(NamedTuple):
@@ -118,7 +136,9 @@ class C2FModel(nn.Module):
         tokens, token_lengths = self.image_encoder(image, keys)
         return Encoded(project(self.image_projections, tokens[:, 0]), tokens, token_lengths)
 
-    def match(self, speech: Encoded, image: Encoded, keys: jax.Array | None = None) -> jax.Array:
+    def match(
+        self, speech: Tokens | Encoded, image: Tokens | Encoded, keys: jax.Array | None = None
+    ) -> jax.Array:
         """Return the SIM logits (n, 2) of n pairs; embeddings are not used and may be None."""
         keys = fold_keys(keys, Site.MULTIMODAL_ENCODER)
         return self.multimodal_encoder(

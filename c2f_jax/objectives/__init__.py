@@ -1,9 +1,19 @@
 """The paper's objectives as pure functions of arrays. Nothing here needs more than jax."""
 
-from c2f_jax.objectives.collectives import all_gather, axis_index, masked_mean, pmean, psum
+from c2f_jax.objectives.average import Average
+from c2f_jax.objectives.collectives import (
+    all_gather,
+    axis_index,
+    masked_mean,
+    pmean,
+    psum,
+    row_numbers,
+    take_rows,
+)
 from c2f_jax.objectives.contrastive import (
     branch_logits,
     sic_loss,
+    sigmoid_loss,
     similarity_logits,
     soft_target_cross_entropy,
 )
@@ -16,9 +26,11 @@ from c2f_jax.objectives.distillation import (
 )
 from c2f_jax.objectives.embedding_queue import (
     EmbeddingQueue,
+    Queues,
     bank,
     bank_valid,
     create_queue,
+    create_queues,
     enqueue,
 )
 from c2f_jax.objectives.hard_negatives import HardNegatives, sample_hard_negatives
@@ -31,6 +43,7 @@ from c2f_jax.objectives.keys import (
     run_keys,
     step_key,
 )
+from c2f_jax.objectives.losses import C2FLosses, c2f_losses
 from c2f_jax.objectives.matching import (
     COLLAPSE_VALUE,
     SimPairs,
@@ -39,13 +52,22 @@ from c2f_jax.objectives.matching import (
     sim_loss,
 )
 from c2f_jax.objectives.momentum import update_momentum
+from c2f_jax.objectives.negative_pool import NEGATIVE_POOLS
+from c2f_jax.objectives.pairs import Directions, Features, Pair
 
 __all__ = [
     "COLLAPSE_VALUE",
     "ID_POLICIES",
+    "NEGATIVE_POOLS",
+    "Average",
+    "C2FLosses",
+    "Directions",
     "EmbeddingQueue",
+    "Features",
     "HardNegatives",
     "IdentityTargets",
+    "Pair",
+    "Queues",
     "SimPairs",
     "Site",
     "Stream",
@@ -56,7 +78,9 @@ __all__ = [
     "bank",
     "bank_valid",
     "branch_logits",
+    "c2f_losses",
     "create_queue",
+    "create_queues",
     "distillation_targets",
     "enqueue",
     "fold_keys",
@@ -67,12 +91,15 @@ __all__ = [
     "pmean",
     "psum",
     "row_keys",
+    "row_numbers",
     "run_keys",
     "sample_hard_negatives",
     "sic_loss",
+    "sigmoid_loss",
     "sim_loss",
     "similarity_logits",
     "soft_target_cross_entropy",
     "step_key",
+    "take_rows",
     "update_momentum",
 ]

@@ -77,22 +77,52 @@ def check_keys(name: str, keys: Any, rows: int) -> None:
         )
 
 
-def check_rows(name: str, tree: Any, rows: int) -> None:
-    """Check that every leaf of a pytree has the same number of rows.
+def check_range(name: str, value: Any, low: float, high: float) -> None:
+    """Check that a number is in a range, unless it is known only when the program runs.
+
+    Args:
+      name: name of the argument.
+      value: Python number; an array passes.
+      low: smallest value.
+      high: largest value.
+
+    Raises:
+      ValueError: names the argument and its range.
+    """
+    if isinstance(value, (int, float)) and not low <= value <= high:
+        raise ValueError(f"{name} is {value}; it must be from {low:g} to {high:g}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Check that a number is above 0, unless it is known only when the program runs.
+
+    Args:
+      name: name of the argument.
+      value: Python number; an array passes.
+
+    Raises:
+      ValueError: names the argument.
+    """
+    if isinstance(value, (int, float)) and not value > 0:
+        raise ValueError(f"{name} is {value}; it must be above 0")
+
+
+def check_rows(name: str, tree: Any, *rows: int) -> None:
+    """Check that every leaf of a pytree has the same first axes.
 
     Args:
       name: name of the argument.
       tree: pytree of arrays.
-      rows: n.
+      *rows: n, or n and m.
 
     Raises:
       ValueError: names the argument, the leaf and its shape, and what it must be.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if np.shape(leaf)[:1] != (rows,):
+        if np.shape(leaf)[: len(rows)] != rows:
             raise ValueError(
                 f"{name}{jax.tree_util.keystr(path)} has shape {np.shape(leaf)}; "
-                f"it must be ({rows}, ...)"
+                f"it must be ({', '.join(map(str, rows))}, ...)"
             )
 
 

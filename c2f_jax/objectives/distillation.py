@@ -5,7 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from c2f_jax.objectives.checks import check_arrays
+from c2f_jax.objectives.checks import check_arrays, check_range
+from c2f_jax.objectives.dtypes import at_least_float32
 
 ID_POLICIES = ("multi_positive", "mask", "diagonal")
 
@@ -92,32 +93,33 @@ def distillation_targets(
     Args:
       momentum_logits: (n, M) logits of the momentum embeddings.
       targets: (n, M) hard targets y.
-      valid: (n, M) or (M,) bool, the columns of the softmax.
+      valid: (n, M) bool, or (1, M) for all rows: the columns of the softmax.
       alpha: scalar from 0 to 1.
 
     Returns:
       (n, M) float32; rows sum to 1, columns that are not valid are 0.
 
     Raises:
-      ValueError: an argument has another shape or type.
+      ValueError: an argument has another shape, type or range.
 
     Reference:
       Li et al. 2021 (ALBEF), equations 6 and 7.
 
-    >>> logits, hard, valid = jnp.zeros((1, 2)), jnp.array([[1., 0.]]), jnp.ones(2, bool)
+    >>> logits, hard, valid = jnp.zeros((1, 2)), jnp.array([[1., 0.]]), jnp.ones((1, 2), bool)
     >>> distillation_targets(logits, hard, valid, 0.5).tolist()
     [[0.75, 0.25]]
     """
     check_arrays(
         momentum_logits=(momentum_logits, "float[n, M]"),
         targets=(targets, "number[n, M]"),
-        valid=(valid, "bool[n, M] | bool[M]"),
+        valid=(valid, "bool[n, M] | bool[1, M]"),
         alpha=(alpha, "number[]"),
     )
+    check_range("alpha", alpha, 0.0, 1.0)
     valid = jnp.broadcast_to(valid, targets.shape)
 
     # The teacher's distribution over the valid columns.
-    pseudo = jax.nn.softmax(momentum_logits.astype(jnp.float32), axis=-1, where=valid)
+    pseudo = jax.nn.softmax(at_least_float32(momentum_logits), axis=-1, where=valid)
     pseudo = jnp.where(valid, pseudo, 0.0)
     return jax.lax.stop_gradient(alpha * pseudo + (1.0 - alpha) * targets)
 

@@ -118,19 +118,22 @@ def row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
     Global row numbers give the same draws on any number of devices.
 
     Args:
-      key: a typed key.
-      rows: (n,) int row numbers in the global batch.
+      key: one typed key; a raw one gives raw keys.
+      rows: (n,) int row numbers in the global batch; see ``row_numbers``.
 
     Returns:
       (n,) typed keys.
 
     Raises:
-      ValueError: rows has another shape or type.
+      ValueError: there are several keys, or rows has another shape or type.
 
     >>> row_keys(jax.random.key(0), jax.numpy.arange(2)).shape
     (2,)
     """
     check_arrays(rows=(rows, "int[n]"))
+    is_typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if key.ndim != (0 if is_typed else 1):
+        raise ValueError(f"key has shape {key.shape}; it must be one key, the same on all devices")
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
 
 

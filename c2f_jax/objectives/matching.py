@@ -1,24 +1,27 @@
 """SIM, speech-image matching: cross entropy over one positive and two mined negatives a row."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from c2f_jax.objectives.checks import check_arrays, check_rows
+from c2f_jax.objectives.dtypes import at_least_float32
+from c2f_jax.objectives.pairs import Pair
 
 # A matcher that always answers p(match) = 1/3 on 1 positive : 2 negatives: ln 3 - (2/3) ln 2.
 COLLAPSE_VALUE = 0.6365141682948129
 
 
 class SimPairs(NamedTuple):
-    """The 3n pairs that SIM decides on.
+    """The (1 + 2m) n pairs that SIM decides on, m negatives a row in each direction.
 
     Attributes:
-      speech: pytree with leaves (3n, ...).
-      image: pytree with leaves (3n, ...).
-      labels: (3n,) int32, 1 = match.
-      valid: (3n,) bool, the pairs that count.
+      speech: pytree with leaves ((1 + 2m) n, ...).
+      image: likewise.
+      labels: int32, 1 = match.
+      valid: bool, the pairs that count.
     """
 
     speech: Any
@@ -34,16 +37,24 @@ def assemble_pairs(
     negative_image: Any,
     speech_valid: jax.Array,
     image_valid: jax.Array,
+    *,
+    row_valid: jax.Array | None = None,
+    positives: Pair | None = None,
 ) -> SimPairs:
     """Put together (speech, image), then (speech, negative image), then (negative speech, image).
+
+    With several negatives a row, those of one row stand together.
 
     Args:
       speech: pytree with leaves (n, ...), such as tokens and lengths.
       image: pytree with leaves (n, ...).
-      negative_speech: as ``speech``, a mined negative speech for each image.
-      negative_image: as ``image``, a mined negative image for each speech.
-      speech_valid: (n,) bool, whether the negative speech exists.
-      image_valid: (n,) bool, whether the negative image exists.
+      negative_speech: as ``speech``, a mined negative speech for each image; leaves (n, m, ...) for
+        several.
+      negative_image: as ``image``, a mined negative image for each speech; likewise.
+      speech_valid: (n,) bool, whether the negative speech exists; (n, m) for several.
+      image_valid: (n,) bool, whether the negative image exists; likewise.
+      row_valid: (n,) bool, False for the padding of a batch: none of its pairs count.
+      positives: Pair of trees to use in the positive pairs in place of ``speech`` and ``image``.
 
     Returns:
       SimPairs (speech, image, labels, valid).
@@ -60,22 +71,34 @@ def assemble_pairs(
     ((3, 2), [1, 0, 0], [True, False, True])
     """
     sizes = check_arrays(
-        speech_valid=(speech_valid, "bool[n]"), image_valid=(image_valid, "bool[n]")
+        speech_valid=(speech_valid, "bool[n] | bool[n, m]"),
+        image_valid=(image_valid, "bool[n, m]" if jnp.ndim(speech_valid) == 2 else "bool[n]"),
     )
     n = sizes["n"]
+    several = (sizes["m"],) if "m" in sizes else ()
+    if row_valid is None:
+        row_valid = jnp.ones_like(image_valid.reshape(n, -1)[:, 0])
+    check_arrays(row_valid=(row_valid, f"bool[{n}]"))
+    positives = Pair(speech, image) if positives is None else positives
     check_rows("speech", speech, n)
     check_rows("image", image, n)
-    check_rows("negative_speech", negative_speech, n)
-    check_rows("negative_image", negative_image, n)
+    check_rows("positives", positives, n)
+    check_rows("negative_speech", negative_speech, n, *several)
+    check_rows("negative_image", negative_image, n, *several)
 
-    # One positive block of n rows, then two negative ones.
-    labels = jnp.concatenate([jnp.ones(n, jnp.int32), jnp.zeros(2 * n, jnp.int32)])
-    valid = jnp.concatenate([jnp.ones(n, bool), image_valid, speech_valid])
+    # One block of positives, then two of negatives. Everything is made from the arguments, so that
+    # it is sharded as they are.
+    of_row = functools.partial(_repeat, times=sizes.get("m", 1))
+    image_valid, speech_valid = image_valid.reshape(-1), speech_valid.reshape(-1)
+    labels = [jnp.ones_like(row_valid, jnp.int32)]
+    labels += [jnp.zeros_like(block, jnp.int32) for block in (image_valid, speech_valid)]
+    valid = [row_valid, image_valid & of_row(row_valid), speech_valid & of_row(row_valid)]
+    flat = _flat if several else lambda tree: tree
     return SimPairs(
-        speech=_concatenate(speech, speech, negative_speech),
-        image=_concatenate(image, negative_image, image),
-        labels=labels,
-        valid=valid,
+        speech=_concatenate(positives.speech, of_row(speech), flat(negative_speech)),
+        image=_concatenate(positives.image, flat(negative_image), of_row(image)),
+        labels=jnp.concatenate(labels),
+        valid=jnp.concatenate(valid),
     )
 
 
@@ -96,7 +119,7 @@ def match_logit(logits: jax.Array) -> jax.Array:
     """
     if logits.ndim < 1 or logits.shape[-1] != 2:
         raise ValueError(f"logits has shape {logits.shape}; it must be (..., 2)")
-    logits = logits.astype(jnp.float32)
+    logits = at_least_float32(logits)
     return logits[..., 1] - logits[..., 0]
 
 
@@ -124,8 +147,18 @@ def sim_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
     0.693147
     """
     check_arrays(logits=(logits, "float[m, 2]"), labels=(labels, "int[m]"))
-    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    log_probabilities = jax.nn.log_softmax(at_least_float32(logits), axis=-1)
     return -jnp.take_along_axis(log_probabilities, labels[:, None], axis=-1)[:, 0]
+
+
+def _repeat(tree: Any, times: int) -> Any:
+    """Repeat every row of every leaf."""
+    return tree if times == 1 else jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), tree)
+
+
+def _flat(tree: Any) -> Any:
+    """Join the first two axes of every leaf: (n, m, ...) -> (n m, ...)."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
 
 def _concatenate(*trees: Any) -> Any:

@@ -4,9 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from c2f_jax.errors import UserError
-from c2f_jax.objectives import ID_POLICIES
-
-NEGATIVE_POOLS = ("batch", "global", "queue")
+from c2f_jax.objectives import ID_POLICIES, NEGATIVE_POOLS
 
 
 @dataclass(frozen=True)

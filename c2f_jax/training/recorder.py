@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from c2f_jax.errors import missing_extra
 from c2f_jax.objectives import COLLAPSE_VALUE
-from c2f_jax.training.average import Average
+from c2f_jax.objectives.average import Average
 
 log = logging.getLogger(__name__)
 COLLAPSE_WIDTH = 2e-3

@@ -10,7 +10,7 @@ from flax import struct
 
 from c2f_jax.models.c2f import C2FModel
 from c2f_jax.models.parameters import merge_params, momentum_subset, split_params
-from c2f_jax.objectives import EmbeddingQueue, create_queue, run_keys
+from c2f_jax.objectives import EmbeddingQueue, Queues, create_queues, run_keys
 
 _INPUTS = ("waveform", "speech_tokens", "speech_lengths", "image", "image_tokens")
 
@@ -39,6 +39,11 @@ class C2FTrainState(struct.PyTreeNode):
     queue: EmbeddingQueue
     token_queue: EmbeddingQueue
     rng: jax.Array
+
+    @property
+    def queues(self) -> Queues:
+        """Both queues, as ``c2f_losses`` takes them."""
+        return Queues(self.queue, self.token_queue)
 
 
 def create_train_state(
@@ -79,7 +84,13 @@ def create_train_state(
     params = merge_params(initialize(init_key, one_row), jax.tree.map(jnp.asarray, weights))
 
     # The queues hold what the encoders return, one row a slot.
-    rows, token_rows = _queue_shapes(model, params, one_row)
+    speech, image, _, _ = jax.eval_shape(
+        lambda params, row: model.apply({"params": params}, row), params, one_row
+    )
+    ids = jax.ShapeDtypeStruct((1,), jnp.int32)
+    queues = create_queues(
+        speech.features, image.features, ids, size=queue_size, token_size=token_queue_size
+    )
     params, frozen = split_params(params, model.frozen)
     momentum_params = {}
     if momentum_model:
@@ -92,29 +103,10 @@ def create_train_state(
         frozen=frozen,
         momentum_params=momentum_params,
         opt_state=optimizer.init(params),
-        queue=create_queue(queue_size, rows),
-        token_queue=create_queue(token_queue_size, token_rows),
+        queue=queues.embeddings,
+        token_queue=queues.tokens,
         rng=jax.random.key_data(training_key),
     )
-
-
-def _queue_shapes(model: C2FModel, params: Any, one_row: Mapping[str, jax.Array]) -> tuple:
-    """Return the shapes and types of the rows of both queues, by name."""
-    speech, image, _, _ = jax.eval_shape(
-        lambda params, row: model.apply({"params": params}, row), params, one_row
-    )
-    rows = {
-        "id": jax.ShapeDtypeStruct((1,), jnp.int32),
-        "speech": jax.ShapeDtypeStruct(speech.embedding.shape, jnp.float32),
-        "image": jax.ShapeDtypeStruct(image.embedding.shape, jnp.float32),
-    }
-    token_rows = rows | {
-        "speech_tokens": jax.ShapeDtypeStruct(speech.tokens.shape, jnp.bfloat16),
-        "speech_lengths": jax.ShapeDtypeStruct((1,), jnp.int32),
-        "image_tokens": jax.ShapeDtypeStruct(image.tokens.shape, jnp.bfloat16),
-        "image_lengths": jax.ShapeDtypeStruct((1,), jnp.int32),
-    }
-    return rows, token_rows
 
 
 def _paths(params: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:

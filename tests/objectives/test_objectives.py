@@ -193,7 +193,7 @@ def test_distillation_targets_blend_the_momentum_softmax(case, policy):
 @pytest.mark.parametrize("per_row", [False, True])
 def test_soft_target_cross_entropy_and_its_gradient(case, per_row):
     valid = identity_oracle(*map(np.asarray, identity_args(case)), "mask")[1]
-    valid = valid if per_row else case["bank_valid"]
+    valid = valid if per_row else case["bank_valid"][None]
     columns = np.broadcast_to(valid, (5, 12))
     targets = np.stack(
         [softmax_oracle(*row) for row in zip(case["momentum_logits"], columns, strict=True)]
@@ -215,7 +215,7 @@ def test_cross_entropy_stays_finite_at_the_smallest_temperature():
     logits = f32([[1000.0, -1000.0, 0.0]])
     loss, gradient = jax.value_and_grad(
         lambda x: objectives.soft_target_cross_entropy(
-            x, f32([[0.0, 1.0, 0.0]]), jnp.array([True, True, False])
+            x, f32([[0.0, 1.0, 0.0]]), jnp.array([[True, True, False]])
         )[0]
     )(logits)
     assert float(loss) == 2000.0
@@ -228,14 +228,16 @@ def test_sic_loss_is_the_mean_of_both_directions(case):
     targets = [
         np.stack([softmax_oracle(row, valid) for row in rng.normal(size=(5, 12))]) for _ in range(2)
     ]
-    found = objectives.sic_loss(*f32(s2i, i2s, *targets), jnp.asarray(valid))
+    found = objectives.sic_loss(*f32(s2i, i2s, *targets), jnp.asarray(valid)[None])
     expected = (
         cross_entropy_oracle(s2i, targets[0], valid) + cross_entropy_oracle(i2s, targets[1], valid)
     ) / 2
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     # Each direction has its own logits and targets: exchanged arguments would be another value.
     assert (
-        np.abs(found - objectives.sic_loss(*f32(i2s, s2i, *targets), jnp.asarray(valid))).max()
+        np.abs(
+            found - objectives.sic_loss(*f32(i2s, s2i, *targets), jnp.asarray(valid)[None])
+        ).max()
         > 0.1
     )
 

@@ -15,9 +15,9 @@ from helpers.rounding import EPSILON, assert_equal_but_for_rounding
 from c2f_jax.errors import UserError
 from c2f_jax.models.factory import create_model
 from c2f_jax.models.parameters import momentum_subset
+from c2f_jax.objectives.average import Average
 from c2f_jax.objectives.collectives import masked_mean, pmean
 from c2f_jax.objectives.embedding_queue import create_queue
-from c2f_jax.training.average import Average
 from c2f_jax.training.method import MethodConfig
 from c2f_jax.training.parallel import DataParallel
 from c2f_jax.training.train_state import create_train_state
@@ -306,14 +306,15 @@ def test_token_queue_keeps_the_momentum_tokens_that_were_encoded():
     speech, image = encoder("queue")(state.momentum_params, BATCHES[1])
     entries = reference("queue").states[2].token_queue.entries
     for name, encoded in (("speech", speech), ("image", image)):
-        assert entries[f"{name}_tokens"].dtype == jnp.bfloat16
+        kept = entries[f"{name}_tokens"]
+        assert kept.tokens.dtype == jnp.bfloat16
         np.testing.assert_allclose(
-            entries[f"{name}_tokens"][8:16].astype(np.float32),
+            kept.tokens[8:16].astype(np.float32),
             encoded.tokens,
             rtol=2**-7,
             atol=1e-3,
         )
-        assert entries[f"{name}_lengths"][8:16].tolist() == encoded.lengths.tolist()
+        assert kept.lengths[8:16].tolist() == encoded.lengths.tolist()
 
 
 @pytest.mark.parametrize(

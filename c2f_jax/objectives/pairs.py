@@ -1,6 +1,6 @@
 """Named pairs: what belongs to (speech, image), and to the two directions of retrieval."""
 
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 
@@ -21,27 +21,30 @@ class Directions(NamedTuple, Generic[T]):
     i2s: T
 
 
+class Features(NamedTuple):
+    """What an encoder returns for n rows of one modality.
+
+    Attributes:
+      embedding: (n, D), of length 1: what SIC compares.
+      tokens: pytree with leaves (n, ...), such as (n, T, W) tokens and their lengths: what SIM's
+        ``match`` reads. None for SIC alone.
+    """
+
+    embedding: jax.Array
+    tokens: Any = None
+
+
 class Rows(NamedTuple):
     """This device's rows of the global batch.
 
     Attributes:
-      ids: (n,) int32 image ids.
+      ids: (n,) int image ids.
       numbers: (n,) int32 row numbers in the global batch.
       keys: (n,) typed PRNG keys, one for each (seed, step, global row); all draws come from them.
+      valid: (n,) bool, False for the padding of a batch.
     """
 
     ids: jax.Array
     numbers: jax.Array
     keys: jax.Array
-
-
-class Tokens(NamedTuple):
-    """Token sequences: what matching reads of an encoded batch.
-
-    Attributes:
-      tokens: (n, T, W).
-      lengths: (n,) int32 valid tokens.
-    """
-
-    tokens: jax.Array
-    lengths: jax.Array
+    valid: jax.Array

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from c2f_jax.training.average import Average
+from c2f_jax.objectives.average import Average
 
 
 def test_merged_averages_equal_the_average_of_all_valid_values():

@@ -1,11 +1,13 @@
 """Averages that merge exactly over devices and steps: a sum and a count, never a mean of means."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Average:
     """The average of all values seen so far.
 

@@ -1,0 +1,19 @@
+"""Types of numbers: losses are computed in float32 at least, whatever comes in."""
+
+import jax
+import jax.numpy as jnp
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """Return x in float32, or in float64 if it is (``jax_enable_x64``).
+
+    Args:
+      x: array of any shape and type.
+
+    Returns:
+      The same numbers in float32 or float64.
+
+    >>> at_least_float32(jnp.ones(2, jnp.bfloat16)).dtype
+    dtype('float32')
+    """
+    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
