@@ -1,5 +1,6 @@
 """Published weights, local or from the hub, as a card and the parameters of our network."""
 
+import collections
 import dataclasses
 import json
 import re
@@ -20,11 +21,14 @@ from c2f_jax.pretrained.tensors import read_tensors, sha256, weight_files
 HUB_TEXTS = ("*.json", "README.md")
 SAFETENSORS = "*.safetensors"
 TORCH_FILES = "pytorch_model*.bin"
+# SpeechCLIP's checkpoints hold two networks: the prefixes of fairseq's HuBERT and OpenAI's CLIP.
+SPEECHCLIP_PARTS = {"speech": "audio_encoder.encoder.", "image": "clip.model.visual."}
 
 
 def read_published(
     sources: Sequence[str | Path],
     *,
+    part: str | None = None,
     normalize: bool | None = None,
     license: str | None = None,
 ) -> tuple[dict[str, Any], Any]:
@@ -33,6 +37,7 @@ def read_published(
     Args:
       sources: local files or folders as published, or one hub id "owner/name". Several are read as
         one model, such as LAVIS's BLIP-2 and its EVA ViT-g, which come in two files.
+      part: "speech" or "image", which network of a checkpoint of SpeechCLIP.
       normalize: whether waveforms are normalized, if the publisher's files do not say.
       license: license for the card, if no README names it.
 
@@ -51,6 +56,7 @@ def read_published(
 
     # Configurations are read beside the first source.
     tensors, settings = _read_files([file for _, file in files])
+    tensors, others = _choose_part(tensors, part, local[0])
     published = Published(
         tensors,
         config=_read_json(folder / "config.json"),
@@ -71,6 +77,7 @@ def read_published(
             {"given": str(given), "file": file.name, "sha256": sha256(file)}
             for given, file in files
         ],
+        "left_out": _count_modules([*converted.unneeded, *others]),
         "license": license or _readme_license(folder),
         "parameters": int(sum(np.size(x) for x in jax.tree.leaves(converted.params))),
     }
@@ -107,12 +114,13 @@ def describe(layout: Layout, published: Published) -> tuple[Attributes, Attribut
 
 @dataclass(frozen=True)
 class _Converted:
-    """A converted model: its parameters, and fields of its card."""
+    """A converted model: its parameters, fields of its card, names of unneeded tensors."""
 
     layout: str
     tower: Attributes
     preprocessing: Attributes
     params: Any
+    unneeded: list[str]
 
 
 def _convert(published: Published) -> _Converted:
@@ -121,8 +129,38 @@ def _convert(published: Published) -> _Converted:
     published = dataclasses.replace(published, prefix=prefix)
     tower, preprocessing = describe(layout, published)
     shapes = tower_shapes(tower, preprocessing)
-    params = convert_tensors(layout, prefix, published.tensors, shapes)
-    return _Converted(layout.name, tower, preprocessing, params)
+    params, unneeded = convert_tensors(layout, prefix, published.tensors, shapes)
+    unneeded = [name.removeprefix(prefix) for name in unneeded]
+    return _Converted(layout.name, tower, preprocessing, params, unneeded)
+
+
+def _choose_part(
+    tensors: Mapping[str, np.ndarray], part: str | None, where: Path
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Return the tensors of one network, and the names of the others in a SpeechCLIP checkpoint."""
+    prefixes = SPEECHCLIP_PARTS.values()
+    is_speechclip = all(any(name.startswith(prefix) for name in tensors) for prefix in prefixes)
+    if part is None:
+        if is_speechclip:
+            raise UserError(
+                f"{where} holds two networks of SpeechCLIP: give --part=speech for its HuBERT or "
+                "--part=image for its CLIP"
+            )
+        return dict(tensors), []
+
+    if not is_speechclip:
+        raise UserError(
+            f"--part={part} is for checkpoints of SpeechCLIP, which hold two networks; {where} is "
+            "none of them: leave --part out"
+        )
+    prefix = SPEECHCLIP_PARTS[part]
+    chosen = {name: value for name, value in tensors.items() if name.startswith(prefix)}
+    return chosen, [name for name in tensors if name not in chosen]
+
+
+def _count_modules(names: Sequence[str]) -> dict[str, int]:
+    """Return how many of these tensors each module holds, by the first part of the names."""
+    return dict(sorted(collections.Counter(name.partition(".")[0] for name in names).items()))
 
 
 def _read_files(files: Sequence[Path]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

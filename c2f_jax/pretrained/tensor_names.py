@@ -153,7 +153,7 @@ def block_rules(path: str, source: str, norms: tuple[str, str], mlp: tuple[str, 
 
 def convert_tensors(
     layout: Layout, prefix: str, tensors: Mapping[str, np.ndarray], shapes: Any
-) -> Any:
+) -> tuple[Any, list[str]]:
     """Convert published tensors to the parameters of a network.
 
     Args:
@@ -163,7 +163,7 @@ def convert_tensors(
       shapes: nested dict of the parameters' shapes (``jax.eval_shape`` of the network's ``init``).
 
     Returns:
-      Nested dict of float32 arrays.
+      Nested dict of float32 arrays, and the names of the tensors that the network does not need.
 
     Raises:
       UserError: lists every missing, unused, misshaped and damaged tensor.
@@ -171,7 +171,10 @@ def convert_tensors(
     # All problems are collected, so that one look at the message shows all of them.
     conversion = _Conversion(layout, prefix, _fold_weight_norm(tensors))
     params = jax.tree_util.tree_map_with_path(conversion.parameter, shapes)
-    problems = conversion.problems + conversion.unused()
+    unneeded, unknown = conversion.left_over()
+    for name in unknown:
+        conversion.problems.append(f"unused: {name} {tuple(np.shape(conversion.tensors[name]))}")
+    problems = conversion.problems
 
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems[:SHOWN_PROBLEMS])
@@ -181,7 +184,7 @@ def convert_tensors(
             f"the file does not hold the {layout.name} that its configuration describes; "
             f"tensors that do not fit: {len(problems)}\n{listed}"
         )
-    return params
+    return params, unneeded
 
 
 @dataclass
@@ -234,18 +237,18 @@ class _Conversion:
                     return name, source.third
         return None
 
-    def unused(self) -> list[str]:
-        """Return a line for each tensor that was not used and is not known to be unneeded."""
-        left = []
+    def left_over(self) -> tuple[list[str], list[str]]:
+        """Return the tensors that were not used: those known to be unneeded, and all others."""
+        unneeded: list[str] = []
+        unknown: list[str] = []
         for name in sorted(set(self.tensors) - self.used):
             bare = name.removeprefix(self.prefix)
             known = any(
                 re.fullmatch(pattern, name) or re.fullmatch(pattern, bare)
                 for pattern in self.layout.unused
             )
-            if not known:
-                left.append(f"unused: {name} {tuple(np.shape(self.tensors[name]))}")
-        return left
+            (unneeded if known else unknown).append(name)
+        return unneeded, unknown
 
 
 @dataclass(frozen=True)

@@ -166,6 +166,8 @@ class _TensorUnpickler(pickle.Unpickler):
     def __init__(self, file: IO[bytes], archive: zipfile.ZipFile, root: str) -> None:
         super().__init__(file, encoding="latin1")
         self._archive, self._root = archive, root
+        # Tied weights are several tensors of one storage.
+        self._storages: dict[str, np.ndarray] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         """Return what a global of the pickle stands for."""
@@ -183,7 +185,10 @@ class _TensorUnpickler(pickle.Unpickler):
         kind, dtype, key, _, count = pid
         if kind != "storage" or not isinstance(dtype, type) or dtype not in STORAGES.values():
             raise pickle.UnpicklingError(f"unknown storage {pid!r}")
-        data: np.ndarray = np.frombuffer(self._archive.read(f"{self._root}data/{key}"), dtype)
+        if key not in self._storages:
+            content = self._archive.read(f"{self._root}data/{key}")
+            self._storages[key] = np.frombuffer(content, dtype)
+        data = self._storages[key]
         if len(data) != count:
             raise pickle.UnpicklingError(f"storage {key} has {len(data)} of {count} elements")
         return data

@@ -24,6 +24,7 @@ def convert(
     sources: Sequence[str | Path],
     output: str | Path,
     *,
+    part: str | None = None,
     normalize: bool | None = None,
     license: str | None = None,
 ) -> dict[str, Any]:
@@ -32,6 +33,7 @@ def convert(
     Args:
       sources: as in ``read_published``.
       output: folder to write.
+      part: as in ``read_published``.
       normalize: as in ``read_published``.
       license: as in ``read_published``.
 
@@ -45,7 +47,7 @@ def convert(
         raise UserError(
             f"{output} holds converted weights already: remove it or give another --output"
         )
-    card, params = read_published(sources, normalize=normalize, license=license)
+    card, params = read_published(sources, part=part, normalize=normalize, license=license)
     try:
         save_weights(output, card, params)
     except OSError as error:
@@ -67,7 +69,7 @@ def load_card(folder: str | Path) -> dict[str, Any]:
     """Read the card of converted weights.
 
     Returns:
-      Dict of tower, preprocessing, layout, source, license and parameters.
+      Dict of tower, preprocessing, layout, source, left_out, license and parameters.
 
     Raises:
       UserError: no converted weights there.

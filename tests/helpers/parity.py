@@ -85,7 +85,7 @@ def ours(model, gradients=False, **changes):
     normalize = False if layout.takes_normalize else None
     published = Published(tensors, prefix, config, normalize=normalize)
     tower, preprocessing = describe(layout, published)
-    params = convert_tensors(layout, prefix, tensors, tower_shapes(tower, preprocessing))
+    params, _ = convert_tensors(layout, prefix, tensors, tower_shapes(tower, preprocessing))
     return create_tower(tower | changes), params
 
 

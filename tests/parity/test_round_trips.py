@@ -3,55 +3,14 @@ same tokens."""
 
 import json
 
-import jax
 import numpy as np
 import pytest
+from helpers.foreign_checkpoints import embeddings, fairseq_tensors
 
 from c2f_jax.errors import UserError
-from c2f_jax.models.factory import create_tower
 from c2f_jax.pretrained.families import blip2 as blip2_family
 from c2f_jax.pretrained.families import wav2vec2 as wav2vec2_family
-from c2f_jax.pretrained.networks import bare_tower, tower_shapes
-from c2f_jax.pretrained.weights import convert, load_weights, open_card
-
-
-def fairseq_tensors(hubert):
-    """A transformers HuBERT's tensors under fairseq's names."""
-    renamed = {"masked_spec_embed": "mask_emb"}
-    rules = (
-        ("feature_projection.projection", "post_extract_proj"),
-        ("feature_projection.layer_norm", "layer_norm"),
-        (
-            "encoder.pos_conv_embed.conv.parametrizations.weight.original0",
-            "encoder.pos_conv.0.weight_g",
-        ),
-        (
-            "encoder.pos_conv_embed.conv.parametrizations.weight.original1",
-            "encoder.pos_conv.0.weight_v",
-        ),
-        ("encoder.pos_conv_embed.conv", "encoder.pos_conv.0"),
-        (".attention.", ".self_attn."),
-        ("rel_attn_embed", "relative_attention_bias"),
-        ("gru_rel_pos_linear", "grep_linear"),
-        ("gru_rel_pos_const", "grep_a"),
-        ("feed_forward.intermediate_dense", "fc1"),
-        ("feed_forward.output_dense", "fc2"),
-    )
-    for name in hubert:
-        new = renamed.get(name, name)
-        for old, replacement in rules:
-            new = new.replace(old, replacement)
-        if new.startswith("encoder.layers."):
-            new = new.replace(".layer_norm.", ".self_attn_layer_norm.")
-        if new.startswith("feature_extractor"):
-            norm = ".2.1." if "conv_layers.1.layer_norm.weight" in " ".join(hubert) else ".2."
-            new = new.replace(".layer_norm.", norm).replace(".conv.", ".0.")
-        renamed[name] = new
-    tensors = {renamed[name]: value for name, value in hubert.items()}
-    return tensors | {
-        "final_proj.weight": np.zeros((4, 4), np.float32),
-        "label_embs_concat": np.zeros((2, 4), np.float32),
-    }
+from c2f_jax.pretrained.weights import convert
 
 
 def lavis_tensors(blip2):
@@ -85,16 +44,6 @@ def lavis_tensors(blip2):
             name = name.replace("qkv.bias", "v_bias")
         tensors[name] = value
     return tensors | {"temp": np.zeros((), np.float32)}
-
-
-def embeddings(source, inputs):
-    """Tokens of the network of converted or published weights."""
-    card = open_card(source)
-    tower = create_tower(bare_tower(card))
-    return jax.jit(tower.apply)(
-        {"params": load_weights(source, tower_shapes(bare_tower(card), card["preprocessing"]))},
-        *inputs,
-    )
 
 
 def reference_models():

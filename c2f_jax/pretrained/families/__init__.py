@@ -6,14 +6,17 @@ To add a family, write its file and list its layouts here.
 from collections.abc import Collection
 
 from c2f_jax.errors import UserError
-from c2f_jax.pretrained.families import blip2, clip, dinov2, siglip, wav2vec2, whisper
+from c2f_jax.pretrained.families import albef, blip2, clip, dinov2, siglip, wav2vec2, whisper
 from c2f_jax.pretrained.tensor_names import Layout
 
 LAYOUTS: tuple[Layout, ...] = (
     wav2vec2.HUGGING_FACE,
     wav2vec2.FAIRSEQ,
     whisper.HUGGING_FACE,
+    albef.HUGGING_FACE,
+    albef.PUBLISHED,
     clip.HUGGING_FACE,
+    clip.OPENAI,
     siglip.HUGGING_FACE,
     dinov2.HUGGING_FACE,
     blip2.LAVIS,

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from c2f_jax.models.networks.vision_transformer import CLIP_MEAN, CLIP_STD
+from c2f_jax.pretrained.families.albef import hugging_face_rules, tensor_sizes, timm_rules
 from c2f_jax.pretrained.published_config import (
     BASE_SIZES,
     block_numbers,
@@ -19,7 +20,6 @@ from c2f_jax.pretrained.tensor_names import (
     Rules,
     attention_rules,
     block_rules,
-    fused_attention_rules,
     module_rules,
 )
 
@@ -101,19 +101,10 @@ def describe_lavis(published: Published) -> tuple[Attributes, Attributes]:
 
 def _lavis_vision(tensors: Mapping[str, np.ndarray]) -> Attributes:
     """Return what the shapes of LAVIS's tensors say about the ViT, named as in config.json."""
-    patch = tensors["visual_encoder.patch_embed.proj.weight"]  # (out, in, row, column)
-    width = patch.shape[0]
-    blocks = 1 + max(block_numbers(tensors, r"visual_encoder\.blocks\.(\d+)\.norm1\.weight"))
-    # Positions are of a square grid and the [CLS].
-    patches = tensors["visual_encoder.pos_embed"].shape[1] - 1
-    return EVA_DEFAULTS | {
-        "hidden_size": width,
-        "intermediate_size": tensors["visual_encoder.blocks.0.mlp.fc1.weight"].shape[0],
-        "num_hidden_layers": min(blocks, EVA_DEFAULTS["num_hidden_layers"]),
-        "num_attention_heads": width // EVA_HEAD_WIDTH,
-        "patch_size": patch.shape[2],
-        "image_size": round(patches**0.5) * patch.shape[2],
-    }
+    sizes = EVA_DEFAULTS | tensor_sizes(tensors)
+    sizes["num_hidden_layers"] = min(sizes["num_hidden_layers"], EVA_DEFAULTS["num_hidden_layers"])
+    sizes["num_attention_heads"] = sizes["hidden_size"] // EVA_HEAD_WIDTH
+    return sizes
 
 
 def _eva(config: Attributes, preprocessing: Attributes) -> Attributes:
@@ -154,23 +145,7 @@ HUGGING_FACE = Layout(
     name="Hugging Face BLIP-2",
     anchor="query_tokens",
     rules=(
-        ("vision/cls", "vision_model.embeddings.class_embedding"),
-        ("vision/positions", "vision_model.embeddings.position_embedding"),
-        *fused_attention_rules(
-            f"{VISION_BLOCK}/self_attention",
-            r"vision_model.encoder.layers.\1.self_attn.qkv.",
-            r"vision_model.encoder.layers.\1.self_attn.projection",
-        ),
-        *block_rules(
-            VISION_BLOCK,
-            r"vision_model.encoder.layers.\1",
-            ("layer_norm1", "layer_norm2"),
-            ("mlp.fc1", "mlp.fc2"),
-        ),
-        *module_rules(
-            ("vision/patch_embedding", "vision_model.embeddings.patch_embedding"),
-            ("vision/transformer/norm", "vision_model.post_layernorm"),
-        ),
+        *hugging_face_rules("vision/"),
         *_qformer_rules(
             "qformer",
             "qformer.layernorm",
@@ -191,26 +166,11 @@ LAVIS = Layout(
     name="LAVIS BLIP-2",
     anchor="query_tokens",
     rules=(
-        ("vision/cls", "visual_encoder.cls_token"),
-        ("vision/positions", "visual_encoder.pos_embed"),
         (f"{VISION_BLOCK}/self_attention/query/bias", r"visual_encoder.blocks.\1.attn.q_bias"),
         (f"{VISION_BLOCK}/self_attention/key/bias", r"visual_encoder.blocks.\1.attn.k_bias?"),
         (f"{VISION_BLOCK}/self_attention/value/bias", r"visual_encoder.blocks.\1.attn.v_bias"),
-        *fused_attention_rules(
-            f"{VISION_BLOCK}/self_attention",
-            r"visual_encoder.blocks.\1.attn.qkv.",
-            r"visual_encoder.blocks.\1.attn.proj",
-        ),
-        *block_rules(
-            VISION_BLOCK,
-            r"visual_encoder.blocks.\1",
-            ("norm1", "norm2"),
-            ("mlp.fc1", "mlp.fc2"),
-        ),
-        *module_rules(
-            ("vision/patch_embedding", "visual_encoder.patch_embed.proj"),
-            ("vision/transformer/norm", "ln_vision"),
-        ),
+        *timm_rules("vision/"),
+        *module_rules(("vision/transformer/norm", "ln_vision")),
         *_qformer_rules(
             "Qformer.bert",
             "Qformer.bert.embeddings.LayerNorm",
