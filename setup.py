@@ -32,6 +32,7 @@ TENSORBOARD = [
     "tensorflow>=2.18; platform_system == 'Darwin'",
 ]
 SPEECH = ["espeakng-loader>=0.2"]  # includes espeak-ng, which is GPL-3
+NOTEBOOK = ["anywidget>=0.9.18"]
 KERNEL = ["nbclient>=0.10", "ipykernel>=6.29"]  # to run the notebooks of colab/
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
 
@@ -56,15 +57,19 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["c2f_jax", "c2f_jax.*"]),
-    package_data={"c2f_jax": ["py.typed"], "c2f_jax.reports": ["*.css"]},
+    package_data={"c2f_jax": ["py.typed"], "c2f_jax.reports": ["*.css", "*.js"]},
     install_requires=["jax>=0.10", "flax>=0.12", "optax>=0.2.7"],
     extras_require={
         "train": TRAIN,
         "tensorboard": TENSORBOARD,
         "speech": SPEECH,  # to make spoken_scenes, and for `c2f search --say`
+        "notebook": NOTEBOOK,  # to record from a microphone in Jupyter
         "hub": ["huggingface_hub>=0.30"],  # hub ids for `c2f convert`
         "docs": DOCS,
-        "dev": [*TRAIN, *TENSORBOARD, *SPEECH, *KERNEL, "pytest>=8", "ruff>=0.15", "mypy>=1.13"],
+        "dev": [
+            *(TRAIN + TENSORBOARD + SPEECH + NOTEBOOK + KERNEL),
+            *("pytest>=8", "ruff>=0.15", "mypy>=1.13"),
+        ],
         "parity": ["torch>=2.6", "transformers>=5"],  # references of tests/parity and benchmarks
     },
     entry_points={"console_scripts": ["c2f=c2f_jax.main:main"]},
