@@ -98,8 +98,8 @@ def take_rows(tree: Any, rows: jax.Array) -> Any:
     """
     sharding = _explicit_sharding(rows)
     if sharding is None:
-        return jax.tree.map(lambda x: x[rows], tree)
-    return jax.tree.map(lambda x: x.at[rows].get(out_sharding=sharding), tree)
+        return jax.tree.map(lambda x: jnp.asarray(x)[rows], tree)
+    return jax.tree.map(lambda x: jnp.asarray(x).at[rows].get(out_sharding=sharding), tree)
 
 
 def pmean(tree: Any, axis_name: AxisName = None) -> Any:

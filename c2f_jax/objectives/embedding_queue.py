@@ -225,7 +225,7 @@ def enqueue(
 
     def write(entry: jax.Array, newest: jax.Array) -> jax.Array:
         newest = jax.lax.stop_gradient(newest).astype(entry.dtype)
-        return entry.at[slots].set(newest, mode="drop")
+        return jnp.asarray(entry).at[slots].set(newest, mode="drop")
 
     # The oldest row is at the cursor once the queue is full.
     entries = jax.tree.map(write, queue.entries, dict(rows))

@@ -333,20 +333,20 @@ def _check_features(
     online: Pair[Features], momentum: Pair[Features] | None, ids: jax.Array, with_tokens: bool
 ) -> None:
     """Raise ValueError unless all features have one number of rows and one width."""
-    sizes: dict[str, Any] = {"ids": (ids, "int[n]")}
-    n = check_arrays(**sizes)["n"]
     named = {"speech": online.speech, "image": online.image}
     if momentum is not None:
         named |= {"momentum.speech": momentum.speech, "momentum.image": momentum.image}
+    embeddings = {
+        f"{name}.embedding": (features.embedding, "float[n, D]") for name, features in named.items()
+    }
+    n = check_arrays(ids=(ids, "int[n]"), **embeddings)["n"]
     for name, features in named.items():
-        sizes[f"{name}.embedding"] = (features.embedding, "float[n, D]")
         check_rows(f"{name}.tokens", features.tokens, n)
         if with_tokens and not jax.tree.leaves(features.tokens):
             raise ValueError(
                 f"{name}.tokens is empty; match reads tokens, so give Features(embedding, tokens), "
                 "or match=None for SIC alone"
             )
-    check_arrays(**sizes)
 
 
 def _check_options(
