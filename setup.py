@@ -33,7 +33,7 @@ TENSORBOARD = [
 ]
 SPEECH = ["espeakng-loader>=0.2"]  # includes espeak-ng, which is GPL-3
 NOTEBOOK = ["anywidget>=0.9.18"]
-KERNEL = ["nbclient>=0.10", "ipykernel>=6.29"]  # to run the notebooks of colab/
+KERNEL = ["nbclient>=0.10", "ipykernel>=6.29", "scikit-image>=0.25"]  # to run the notebooks
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
 
 setup(

@@ -7,7 +7,9 @@ fills from a copy of this clone. The badge and the install cell are written here
 """
 
 import argparse
+import base64
 import copy
+import io
 import os
 import re
 import shutil
@@ -27,12 +29,15 @@ KERNEL = ("nbclient", "ipykernel")  # what runs a notebook, in any environment
 ANSI = re.compile(r"\x1b\[[\d;]*m")  # colors
 BAR = re.compile(r"\[\d\d:\d\d[<,]")  # the clock of a progress bar
 
+LARGE = 100_000  # bytes of an image
+
 BADGE = (
     "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
     f"(https://colab.research.google.com/github/{REPOSITORY}/blob/main/colab/{{name}}.ipynb)"
 )
 
-# After the line ``packages = [...]``, which each notebook has for itself.
+# The line ``packages = [...]``, which each notebook has for itself, stands between these.
+INSTALL_TITLE = "# @title Install c2f_jax"  # Colab shows the title instead of the code
 INSTALL = f'''
 # jax, numpy and the accelerator's plugin stay as this runtime has them. From a clone, that clone is
 # installed; elsewhere, as in Colab, the repository.
@@ -75,13 +80,15 @@ def refresh(notebook: Any, name: str) -> None:
     """Write the badge and the install cell of a notebook.
 
     Args:
-      notebook: the notebook, whose second cell begins with ``packages = [...]``.
+      notebook: the notebook, with ``packages = [...]`` as a line of its second cell.
       name: name of its file, without suffix.
     """
     title, install = notebook.cells[:2]
     lines = [line for line in title.source.splitlines() if not line.startswith("[![Open in Colab]")]
     title.source = "\n".join([BADGE.format(name=name), *lines])
-    install.source = install.source.partition("\n")[0] + INSTALL.rstrip("\n")
+    packages = next(line for line in install.source.splitlines() if line.startswith("packages = "))
+    install.source = f"{INSTALL_TITLE}\n{packages}{INSTALL}".rstrip("\n")
+    install.metadata = {"cellView": "form"}
 
 
 def shorten(notebook: Any) -> Any:
@@ -137,9 +144,24 @@ def _tidy_outputs(outputs: Sequence[Any]) -> list[Any]:
         if "text" in output:
             # A carriage return writes over what stands before it in the line.
             output.text = re.sub(r"[^\n]*\r(?!\n)", "", ANSI.sub("", output.text))
+        _shrink_image(output)
         if output.get("text", "-") and not BAR.search(output.get("data", {}).get("text/plain", "")):
             kept.append(output)
     return kept
+
+
+def _shrink_image(output: Any) -> None:
+    """Save a large PNG as JPEG, no wider than a page."""
+    from PIL import Image
+
+    png = base64.b64decode(output.get("data", {}).get("image/png", ""))
+    if len(png) > LARGE:
+        image = Image.open(io.BytesIO(png)).convert("RGB")
+        image.thumbnail((1200, 10_000))
+        jpeg = io.BytesIO()
+        image.save(jpeg, "JPEG", quality=85)
+        del output.data["image/png"]
+        output.data["image/jpeg"] = base64.b64encode(jpeg.getvalue()).decode()
 
 
 def copy_clone(folder: Path) -> Path:

@@ -1,7 +1,9 @@
 """Orbax checkpoints: the latest and the best, with everything that an exact resume needs."""
 
+import contextlib
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -50,9 +52,10 @@ class Checkpoints:
 
         # Orbax reads the scores of all checkpoints here, as JSON.
         try:
-            self._manager = ocp.CheckpointManager(
-                self.directory, options=_options(read_only), item_names=_ITEMS
-            )
+            with _absl_errors_only():
+                self._manager = ocp.CheckpointManager(
+                    self.directory, options=_options(read_only), item_names=_ITEMS
+                )
         except ValueError as error:
             raise UserError(
                 f"a score in {self.directory}, <step>/metrics/metrics, is damaged ({error}): "
@@ -224,3 +227,15 @@ def _named_arrays(tree: Any) -> dict[str, Any]:
 def _score(metrics: Mapping[str, float]) -> float:
     """Return the score in the metrics of a checkpoint."""
     return metrics["score"]
+
+
+@contextlib.contextmanager
+def _absl_errors_only() -> Iterator[None]:
+    """Silence Orbax's warnings, which repeat the options that it was given."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,5 +1,7 @@
 """The notebooks: badge and install cell, saved outputs, and runs in a real Jupyter kernel."""
 
+import base64
+import io
 import json
 import os
 import re
@@ -8,8 +10,10 @@ import sys
 
 import nbformat
 import notebooks
+import numpy as np
 import pytest
 from helpers.paths import ROOT
+from PIL import Image
 
 NAMES = sorted(path.stem for path in (ROOT / "colab").glob("*.ipynb"))
 MOST_BYTES = {"image/png": 300_000, "image/jpeg": 300_000, "file": 3_000_000}
@@ -42,11 +46,13 @@ def test_badge_and_install_cell_are_those_of_all_notebooks(name):
     assert notebook.cells[0].source.startswith(
         "[![Open in Colab](https://colab.research.google.com/"
     )
+    addresses = re.findall(r"colab.research.google.com/github/([\w-]+/[\w-]+)", written)
+    assert set(addresses) == {notebooks.REPOSITORY}
     assert any("short" in cell.metadata for cell in notebook.cells), "a cell has the short form"
 
 
 # Not saved yet.
-UNSAVED = {"quickstart": pytest.mark.xfail(strict=True)}
+UNSAVED = dict.fromkeys(NAMES, pytest.mark.xfail(strict=True))
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=UNSAVED.get(n, ())) for n in NAMES])
@@ -88,6 +94,23 @@ def test_tidy_leaves_out_bars_and_widgets():
     notebooks.tidy(notebook)
     assert [text for _, text in shown(notebook)] == ["one\n", "\na recorder"]
     assert "widget" not in json.dumps(notebook) and "noon" not in json.dumps(notebook)
+
+
+def test_tidy_makes_large_images_smaller():
+    noise = np.random.default_rng(0).integers(0, 255, (300, 1500, 3), np.uint8)
+    png = base64.b64encode(image_png(noise)).decode()
+    output = nbformat.v4.new_output("display_data", data={"image/png": png})
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", outputs=[output])])
+    notebooks.tidy(notebook)
+    (data,) = (output.data for output, _ in shown(notebook))
+    assert list(data) == ["image/jpeg"] and len(data["image/jpeg"]) < len(png) / 3
+    assert Image.open(io.BytesIO(base64.b64decode(data["image/jpeg"]))).size == (1200, 240)
+
+
+def image_png(pixels):
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "PNG")
+    return content.getvalue()
 
 
 def test_a_failing_cell_is_named(tmp_path):

@@ -167,6 +167,11 @@ def test_restored_parameters_are_those_that_were_saved(unbroken):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(model.params), state.params)
 
 
+def test_loading_a_run_warns_of_nothing(unbroken, caplog):
+    TrainedModel.load(unbroken[0])
+    assert not caplog.records
+
+
 def test_checkpoint_of_another_model_is_refused(unbroken):
     workdir, state, *_ = unbroken
     projection = {"kernel": np.zeros((3, 3)), "bias": np.zeros(3)}
