@@ -79,6 +79,13 @@ def test_short_form_runs(name, run_short):
     assert not [output for output, _ in shown(notebook) if output.output_type == "error"]
 
 
+def test_the_page_of_notebooks_lists_each():
+    page = (ROOT / "docs" / "notebooks.md").read_text()
+    for name in NAMES:
+        assert f"{notebooks.BADGE.format(name=name)} `colab/{name}.ipynb` |" in page
+    assert page.count("| [![Open in Colab]") == len(NAMES)
+
+
 def test_tidy_leaves_out_bars_and_widgets():
     widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}}
     bar = {"text/plain": "matching:  0%|   | 0/128 [00:00<?, ?pair/s]"} | widget
