@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from c2f_jax.models.layers import Dense, Transformer, length_mask
+from c2f_jax.objectives.contrastive import l2_normalize
 from c2f_jax.objectives.keys import Site, fold_keys
 
 POOLINGS = ("cls", "mean")
@@ -141,10 +142,7 @@ def project(projections: Sequence[nn.Module], token: jax.Array) -> jax.Array:
     projected = []
     for projection, part in zip(projections, parts, strict=True):
         projected.append(projection(part))
-    z = jnp.stack(projected, axis=1)  # (n, M, D)
-
-    # The floor keeps the gradient finite where a projection is 0.
-    z = z * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(z), axis=-1, keepdims=True), 1e-12))
+    z = l2_normalize(jnp.stack(projected, axis=1))  # (n, M, D)
     return z.reshape(z.shape[0], -1) / math.sqrt(len(projections))
 
 

@@ -12,6 +12,7 @@ from c2f_jax.objectives.collectives import (
 )
 from c2f_jax.objectives.contrastive import (
     branch_logits,
+    l2_normalize,
     sic_loss,
     sigmoid_loss,
     similarity_logits,
@@ -86,6 +87,7 @@ __all__ = [
     "fold_keys",
     "host_rng",
     "identity_targets",
+    "l2_normalize",
     "masked_mean",
     "match_logit",
     "pmean",

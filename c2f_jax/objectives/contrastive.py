@@ -9,6 +9,27 @@ from c2f_jax.objectives.dtypes import at_least_float32
 Precision = str | jax.lax.Precision | None
 
 
+def l2_normalize(x: jax.Array) -> jax.Array:
+    """Scale vectors to length 1: x / max(|x|, 1e-6), which has a gradient at 0 too.
+
+    Args:
+      x: (..., D) float.
+
+    Returns:
+      (..., D) float32, or float64 if x is.
+
+    Raises:
+      ValueError: x has another type.
+
+    >>> l2_normalize(jnp.array([0.0, 2.0])).tolist()
+    [0.0, 1.0]
+    """
+    check_arrays(x=(x, "float[...]"))
+    x = at_least_float32(x)
+    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
+
+
 def similarity_logits(
     queries: jax.Array,
     bank: jax.Array,

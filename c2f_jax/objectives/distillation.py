@@ -136,7 +136,8 @@ def alpha_at(step: jax.Array | int, alpha: float, ramp_steps: int) -> jax.Array:
       float32 scalar; 0 before the ramp.
 
     Raises:
-      ValueError: ramp_steps is not an int of at least 0, or an argument is no scalar.
+      ValueError: ramp_steps is not an int of at least 0, or an argument is no scalar or out of
+        range.
 
     Reference:
       Li et al. 2021 (ALBEF), which ramps over the first epoch.
@@ -145,6 +146,7 @@ def alpha_at(step: jax.Array | int, alpha: float, ramp_steps: int) -> jax.Array:
     [0.0, 0.2, 0.4]
     """
     check_arrays(step=(step, "number[]"), alpha=(alpha, "number[]"))
+    check_range("alpha", alpha, 0.0, 1.0)
     if not isinstance(ramp_steps, int) or ramp_steps < 0:
         raise ValueError(f"ramp_steps is {ramp_steps!r}; it must be an int of at least 0")
     if ramp_steps == 0:

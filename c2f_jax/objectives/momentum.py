@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from c2f_jax.objectives.checks import check_range
+
 
 def update_momentum(momentum_params: Any, params: Any, momentum: jax.Array | float) -> Any:
     """Take one step of the moving average: theta' <- m theta' + (1 - m) theta.
@@ -21,7 +23,7 @@ def update_momentum(momentum_params: Any, params: Any, momentum: jax.Array | flo
       The updated theta', each leaf in the type it had.
 
     Raises:
-      ValueError: the two trees differ in structure, or two leaves in shape.
+      ValueError: the two trees differ in structure, or two leaves in shape; m is out of range.
 
     Reference:
       He et al. 2020 (MoCo), equation 2; Li et al. 2021 (ALBEF), section 3.2.
@@ -29,6 +31,7 @@ def update_momentum(momentum_params: Any, params: Any, momentum: jax.Array | flo
     >>> update_momentum({"w": jnp.array(1.0)}, {"w": jnp.array(0.0)}, 0.75)["w"].item()
     0.75
     """
+    check_range("momentum", momentum, 0.0, 1.0)
 
     def average(path: tuple, old: jax.Array, new: jax.Array) -> jax.Array:
         if jnp.shape(old) != jnp.shape(new):

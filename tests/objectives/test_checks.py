@@ -91,6 +91,11 @@ WRONG = [
         r"params\['w'\] has shape \(1, 3\); it must be \(4, 3\)",
     ),
     ("update_momentum", 1, {"v": QUERIES}, "key|struct|Dict|v"),
+    ("update_momentum", 2, 1.5, "momentum is 1.5; it must be from 0 to 1"),
+    ("alpha_at", 1, -0.1, "alpha is -0.1; it must be from 0 to 1"),
+    ("similarity_logits", 2, -0.1, "tau is -0.1; it must be above 0"),
+    ("enqueue", 1, {"id": IDS.astype(jnp.int16), "speech": QUERIES}, "type int16; .* with int32"),
+    ("row_keys", 0, KEYS, r"key has shape \(4,\); it must be one key"),
     ("row_keys", 1, IDS[:, None], r"rows has shape \(4, 1\)"),
 ]  # fmt: skip
 

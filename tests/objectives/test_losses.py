@@ -50,7 +50,7 @@ def random_inputs(seed, n=N):
 def match_by(weights):
     def match(speech, image):
         (speech, speech_lengths), (image, image_lengths) = speech, image
-        mean = lambda x, k: jnp.sum(x, axis=1) / k[:, None]  # noqa: E731
+        mean = lambda x, k: jnp.sum(x, axis=1) / k[:, None].astype(x.dtype)  # noqa: E731
         score = jnp.sum((mean(speech, speech_lengths) @ weights) * mean(image, image_lengths), -1)
         return jnp.stack([jnp.zeros_like(score), score], axis=-1)
 
@@ -258,6 +258,12 @@ def test_a_row_that_is_not_finite_stays_out_of_the_queues():
             assert np.isfinite(np.asarray(entry, np.float32)).all()
     after = losses(random_inputs(1), queues=found.queues)
     assert np.isfinite(after.sic) and np.isfinite(after.sim)
+
+
+@pytest.mark.parametrize("case", ["queue", "sigmoid", "padded"])
+def test_ranks_and_types_are_never_promoted(case, no_rank_promotion):
+    with jax.numpy_dtype_promotion("strict"):
+        jax.eval_shape(functools.partial(losses, **OPTIONS[case]), INPUTS)
 
 
 def test_a_step_of_a_scan_is_a_step():

@@ -487,3 +487,83 @@ def test_momentum_parameters_approach_a_constant_geometrically():
         np.testing.assert_allclose(momentum["a"]["b"], theta + m**k * (start - theta), atol=5e-6)
     lowered = update_momentum(momentum, {"a": {"b": f32(theta).astype(jnp.bfloat16)}}, m)
     assert lowered["a"]["b"].dtype == jnp.float32
+
+
+def test_a_logit_of_minus_infinity_costs_nothing_where_the_target_is_zero():
+    logits, targets = f32([[1.0, 2.0, -np.inf]]), f32([[1.0, 0.0, 0.0]])
+    valid = jnp.ones((1, 3), bool)
+    loss, gradients = jax.value_and_grad(
+        lambda *x: objectives.soft_target_cross_entropy(*x, valid)[0], argnums=(0, 1)
+    )(logits, targets)
+    assert float(loss) == pytest.approx(math.log(1 + math.e))
+    assert all(np.isfinite(x).all() for x in gradients)
+
+
+def test_a_candidate_of_minus_infinity_or_nan_is_never_valid():
+    ids, keys = jnp.arange(4), objectives.row_keys(jax.random.key(0), jnp.arange(4))
+    own = jnp.eye(4, dtype=bool)
+    for bad in (-jnp.inf, jnp.nan):
+        logits = jnp.where(own, 0.0, bad)
+        columns, valid = objectives.sample_hard_negatives(keys, logits, ids, ids, ids >= 0)
+        assert not valid.any() and not columns.any()
+    logits = jnp.tile(jnp.where(ids == 3, 0.0, -jnp.inf), (4, 1))
+    columns, valid = objectives.sample_hard_negatives(keys, logits, ids, ids, ids >= 0, 2)
+    assert valid.tolist() == [[True, False]] * 3 + [[False, False]]
+    assert columns.tolist() == [[3, 0]] * 3 + [[0, 0]]
+
+
+def test_several_negatives_are_drawn_one_after_the_other_without_replacement():
+    """The first is distributed as softmax(l), the second as softmax(l) without the first."""
+    rows, logits = 20_000, np.array([0.0, 1.0, 2.0, 0.5])
+    keys = objectives.row_keys(jax.random.key(2), jnp.arange(rows))
+    columns, valid = objectives.sample_hard_negatives(
+        keys,
+        jnp.tile(f32(logits), (rows, 1)),
+        jnp.full(rows, 9),
+        jnp.arange(4),
+        jnp.ones(4, bool),
+        2,
+    )
+    assert valid.all()
+    p = np.exp(logits) / np.exp(logits).sum()
+    expected = np.array(
+        [[0 if a == b else p[a] * p[b] / (1 - p[a]) for b in range(4)] for a in range(4)]
+    )  # noqa: E501
+    counts = np.zeros((4, 4))
+    np.add.at(counts, tuple(np.asarray(columns).T), 1)
+    # Five standard deviations of a binomial share.
+    bound = 5 * np.sqrt(expected * (1 - expected) / rows)
+    assert (np.abs(counts / rows - expected) <= bound + 1e-12).all()
+
+
+def test_sigmoid_loss_and_its_gradient():
+    rng = RNG(6)
+    logits, positives = rng.normal(size=(4, 6)) * 3, rng.random((4, 6)) < 0.3
+    valid = rng.random((4, 6)) < 0.8
+
+    def oracle(x):
+        signs = np.where(positives, 1.0, -1.0)
+        return np.sum(np.where(valid, np.log1p(np.exp(-signs * x)), 0.0), axis=1)
+
+    loss = lambda x: objectives.sigmoid_loss(x, jnp.asarray(positives), jnp.asarray(valid))  # noqa: E731
+    masked = np.where(valid, logits, np.nan)
+    np.testing.assert_allclose(loss(f32(masked)), oracle(logits), rtol=1e-5)
+    gradient = jax.grad(lambda x: loss(x) @ jnp.arange(1.0, 5.0))(f32(masked))
+    expected = central_difference(lambda x: oracle(x) @ np.arange(1.0, 5.0), logits)
+    np.testing.assert_allclose(gradient, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("size", [3, 5, 8])
+def test_rows_that_are_not_valid_do_not_enter_the_queue(size):
+    """Against a deque, with masks of every density, also more valid rows than slots."""
+    rng, oracle = RNG(8), collections.deque(maxlen=size)
+    queue = objectives.create_queue(size, {"id": jnp.zeros(1, jnp.int32)})
+    step = jax.jit(objectives.enqueue)
+    for _ in range(12):
+        ids, valid = rng.integers(1, 100, 6), rng.random(6) < rng.random()
+        queue = step(queue, {"id": jnp.asarray(ids)}, jnp.asarray(valid))
+        oracle.extend(ids[valid].tolist())
+        first = int(queue.cursor) - len(oracle)
+        slots = [(first + k) % size for k in range(len(oracle))]
+        assert queue.entries["id"][np.array(slots, int)].tolist() == list(oracle)
+        assert int(queue.count) == len(oracle)
