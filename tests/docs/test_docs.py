@@ -41,12 +41,20 @@ def test_python_block_runs(code, tmp_path, monkeypatch):
     exec(code, {"__name__": "block"})  # noqa: S102
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/method.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/losses.md"])
 def test_losses_need_jax_alone(name):
-    (code,) = python_blocks(ROOT / name)
+    code = python_blocks(ROOT / name)[0]
     done = subprocess.run([sys.executable, "-c", JAX_ALONE + code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 0 < float(done.stdout) < 10
+
+
+def test_microbatches_save_memory_and_change_nothing(capsys):
+    exec(python_blocks(ROOT / "docs/losses.md")[1], {"__name__": "block"})  # noqa: S102
+    whole, parts, difference = (
+        float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()
+    )
+    assert parts < whole / 4 and difference < 1e-5
 
 
 def test_named_files_exist():
