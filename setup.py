@@ -1,8 +1,21 @@
 """Packaging of c2f_jax: a light core for the losses and models, and extras for everything else."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+REPOSITORY = "https://github.com/c2f-jax/c2f_jax"
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "c2f_jax/__init__.py").read_text(), re.M)[1]
+
+
+def long_description() -> str:
+    """Return README with links that hold outside the repository, at the tag of this version."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"(!\[[^]]*\]\()(?!https?:)", rf"\1{REPOSITORY}/raw/v{VERSION}/", text)
+    return re.sub(r"(\]\()(?!https?:|#)", rf"\1{REPOSITORY}/blob/v{VERSION}/", text)
+
 
 # What training, evaluation and search need. Event files for TensorBoard have their own extra, since
 # TensorFlow, which writes them, is as large as all the rest.
@@ -34,17 +47,20 @@ TENSORBOARD = [
 SPEECH = ["espeakng-loader>=0.2"]  # includes espeak-ng, which is GPL-3
 NOTEBOOK = ["anywidget>=0.9.18"]
 KERNEL = ["nbclient>=0.10", "ipykernel>=6.29", "scikit-image>=0.25"]  # to run the notebooks
+TOOLS = ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.15", "mypy>=1.13", "build>=1.2", "twine>=6.1"]
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
 
 setup(
     name="c2f_jax",
-    version="0.1.0",
+    version=VERSION,
     description="Speech-image retrieval, coarse to fine, in JAX and Flax",
-    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description=long_description(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     author="The c2f_jax Authors",
+    url=REPOSITORY,
+    project_urls={"Changelog": f"{REPOSITORY}/blob/main/CHANGELOG.md"},
     keywords="jax flax speech image retrieval contrastive-learning",
     classifiers=[
         "Development Status :: 4 - Beta",
@@ -56,7 +72,8 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.11",
-    packages=find_packages(include=["c2f_jax", "c2f_jax.*"]),
+    packages=[*find_packages(include=["c2f_jax", "c2f_jax.*"]), "c2f_jax.configs"],
+    package_dir={"c2f_jax.configs": "configs"},  # `c2f train --config=NAME` finds them there
     package_data={"c2f_jax": ["py.typed"], "c2f_jax.reports": ["*.css", "*.js"]},
     install_requires=["jax>=0.10", "flax>=0.12", "optax>=0.2.7"],
     extras_require={
@@ -66,10 +83,7 @@ setup(
         "notebook": NOTEBOOK,  # to record from a microphone in Jupyter
         "hub": ["huggingface_hub>=0.30"],  # hub ids for `c2f convert`
         "docs": DOCS,
-        "dev": [
-            *(TRAIN + TENSORBOARD + SPEECH + NOTEBOOK + KERNEL),
-            *("pytest>=8", "ruff>=0.15", "mypy>=1.13"),
-        ],
+        "dev": [*TRAIN, *TENSORBOARD, *SPEECH, *NOTEBOOK, *KERNEL, *TOOLS],
         "parity": ["torch>=2.6", "transformers>=5"],  # references of tests/parity and benchmarks
     },
     entry_points={"console_scripts": ["c2f=c2f_jax.main:main"]},

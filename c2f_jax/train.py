@@ -94,7 +94,7 @@ def train_and_evaluate(
     """Train, or resume from the latest checkpoint; then evaluate the best on the test split.
 
     Args:
-      config: configuration; see ``configs/spoken_scenes.py``.
+      config: configuration; see ``load_config``.
       workdir: local directory or gs://; gets config.json, checkpoints, TensorBoard events and the
         results of the evaluation.
       devices: devices to use; None for all devices of all processes.

@@ -4,7 +4,7 @@
     c2f convert facebook/hubert-base-ls960 --output=weights/hubert_base
     c2f convert facebook/hubert-large-ll60k --output=weights/hubert_large
     c2f convert Salesforce/blip2-itm-vit-g --output=weights/blip2
-    c2f train --config=configs/flickr8k_audio.py:base --workdir=runs/flickr8k_audio_base
+    c2f train --config=flickr8k_audio:base --workdir=runs/flickr8k_audio_base
 
 The argument names the encoders:
 

@@ -1,6 +1,6 @@
 """Flickr8k's photographs with synthetic speech: a frozen Whisper, frozen image tokens, C2F on top.
 
-    c2f train --config=configs/flickr8k_tts.py:path/to/data --workdir=runs/flickr8k_tts --by-voice
+    c2f train --config=flickr8k_tts:path/to/data --workdir=runs/flickr8k_tts --by-voice
 
 ``path/to/data`` holds three things: the manifest ``flickr8k_tts/manifest.jsonl``, the tokens of the
 photographs ``flickr8k_tts/features/effnet_lite0_tokens.npz``, and the published files of Whisper's
@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
       arg: folder of the data and the weights.
     """
     if not arg:
-        raise ValueError("give the folder after a colon: configs/flickr8k_tts.py:path/to/data")
+        raise ValueError("give the folder after a colon: flickr8k_tts:path/to/data")
     config = default_config()
     config.data.name = f"{arg}/flickr8k_tts/manifest.jsonl"
     config.data.image_features = f"{arg}/flickr8k_tts/features/effnet_lite0_tokens.npz"

@@ -1,6 +1,6 @@
 """Your own images and recordings, listed in a manifest (JSONL or CSV); light encoders.
 
-    c2f train --config=configs/manifest.py:path/to/manifest.jsonl --workdir=runs/mine
+    c2f train --config=manifest:path/to/manifest.jsonl --workdir=runs/mine
 
 A row of the manifest has the keys image, audio, split and more; paths are relative to the manifest.
 The splits are train, validation and test; use others with ``--config.data.validation_split=...``.
@@ -19,9 +19,7 @@ def get_config(arg: str = "") -> ConfigDict:
       arg: path of the manifest, local or gs://.
     """
     if not arg:
-        raise ValueError(
-            "give the manifest after a colon: configs/manifest.py:path/to/manifest.jsonl"
-        )
+        raise ValueError("give the manifest after a colon: manifest:path/to/manifest.jsonl")
     config = default_config()
     config.data.name = arg
     config.data.bucket_seconds = (6.4,)

@@ -4,13 +4,13 @@
     c2f convert facebook/hubert-base-ls960 --output=weights/hubert_base
     c2f convert facebook/hubert-large-ll60k --output=weights/hubert_large
     c2f convert Salesforce/blip2-itm-vit-g --output=weights/blip2
-    c2f train --config=configs/spoken_coco.py:large --workdir=runs/spoken_coco_large
+    c2f train --config=spoken_coco:large --workdir=runs/spoken_coco_large
 
-The argument names the encoders, as in configs/flickr8k_audio.py: ``base``, ``large``,
+The argument names the encoders, as in ``flickr8k_audio``: ``base``, ``large``,
 ``base_finetuned``, ``large_finetuned`` (HuBERT and BLIP-2, whose tokens take 6.1 GB of cache) or
 ``light`` (no weights).
 
-Expected result: not run yet. A step costs what it costs in configs/flickr8k_audio.py. The cache of
+Expected result: not run yet. A step costs what it costs in ``flickr8k_audio``. The cache of
 BLIP-2's tokens takes 66 PFLOP, 6 minutes at 40 % of 495 TFLOP/s (TF32). ``light`` takes five times
 as many steps.
 """

@@ -1,6 +1,6 @@
 """The quickstart: embedded spoken scenes, light encoders, ten minutes on two cores.
 
-    c2f train --config=configs/spoken_scenes.py --workdir=runs/spoken_scenes
+    c2f train --config=spoken_scenes --workdir=runs/spoken_scenes
 
 Speech to image on the test split: R@1 67 coarse, 500 images (docs/results.md).
 
@@ -8,7 +8,7 @@ The argument chooses another run:
 
 * ``crowded`` continues with scenes of four objects, of which the caption describes two:
 
-    c2f train --config=configs/spoken_scenes.py:crowded --workdir=runs/crowded \\
+    c2f train --config=spoken_scenes:crowded --workdir=runs/crowded \\
         --config.init_from=runs/spoken_scenes
 
 * ``simple`` takes a few minutes, with small encoders on scenes of two objects, for ``c2f ablate``.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Start several training processes on this machine, as a rehearsal of a run on several hosts.
 #
-#   launch/local_processes.sh 2 --config=configs/spoken_scenes.py --workdir=runs/scenes
+#   launch/local_processes.sh 2 --config=spoken_scenes --workdir=runs/scenes
 set -euo pipefail
 if [ "$#" -lt 2 ]; then sed -n '2,4p' "$0" >&2; exit 2; fi
 processes=$1; shift

@@ -2,7 +2,7 @@
 # Train on GPU nodes under Slurm. One process per node drives all GPUs of the node; jax finds the
 # other processes from Slurm.
 #
-#   sbatch --nodes=4 launch/slurm.sh --config=configs/spoken_scenes.py --workdir=/shared/runs/scenes
+#   sbatch --nodes=4 launch/slurm.sh --config=spoken_scenes --workdir=/shared/runs/scenes
 #
 # All nodes must see the workdir. When Slurm stops the job (signal below), it saves a checkpoint, exits
 # with status 42 and is requeued; the same command then resumes the run.

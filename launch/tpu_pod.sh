@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on a TPU pod slice: run one command on every host; jax finds the others from the environment.
 #
-#   launch/tpu_pod.sh NAME ZONE --config=configs/spoken_scenes.py --workdir=gs://bucket/runs/scenes
+#   launch/tpu_pod.sh NAME ZONE --config=spoken_scenes --workdir=gs://bucket/runs/scenes
 #
 # NAME is a TPU VM with c2f_jax on every host (`pip install -U "jax[tpu]" ".[train]"`). The workdir must
 # be on gs://.

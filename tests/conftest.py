@@ -13,21 +13,37 @@ if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11
     FAST_COMPILE += (
         " --xla_cpu_use_fusion_emitters=false"  # later ones end the process at this flag
     )
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4 {FAST_COMPILE}"
-)
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Several tests run the same training: what one of them has compiled, here or in another process,
-# the others load. The folder lasts as long as this process.
-compiled_programs = tempfile.TemporaryDirectory(prefix="c2f-tests-")
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
-os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled_programs.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers have it from the process of the session
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4 {FAST_COMPILE}"
+    )
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # Several tests run the same training: what one of them has compiled, here or in another
+    # process, the others load. The folder lasts as long as this process.
+    compiled_programs = tempfile.TemporaryDirectory(prefix="c2f-tests-")
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled_programs.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from helpers.paths import ROOT  # noqa: E402
+
+
+def pytest_xdist_auto_num_workers(config):
+    """The default tests share the processors; a selection of them, or long tests, run one by
+    one."""
+    default = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    default = default and "not slow" in config.option.markexpr and not config.option.keyword
+    return min(len(os.sched_getaffinity(0)), 4) if default else 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """What one file has compiled is not kept for the next, which would take gigabytes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture
@@ -60,7 +76,6 @@ def run_short(tiny_data_dir, tmp_path_factory):
     @functools.cache
     def run(name):
         folder = tmp_path_factory.mktemp(name)
-        (folder / "configs").symlink_to(ROOT / "configs")
         short = notebooks.shorten(nbformat.read(ROOT / "colab" / f"{name}.ipynb", as_version=4))
         nbformat.write(short, folder / f"{name}.ipynb")
         notebooks.execute(sys.executable, folder / f"{name}.ipynb", os.environ | environment)

@@ -30,6 +30,8 @@ def imports(file):
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "c2f_jax":
             for alias in node.names:
+                if alias.name == "__version__":  # the package's own, in no room
+                    continue
                 inner = f"{node.module}.{alias.name}"
                 yield (inner, None) if inner in FILES else (node.module, alias.name)
         elif isinstance(node, ast.Import):

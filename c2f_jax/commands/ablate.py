@@ -6,8 +6,8 @@ from c2f_jax.commands import arguments
 
 SUMMARY = "Test the claims of the paper: add its ideas one by one, with several seeds."
 EXAMPLES = """\
-  c2f ablate --config=configs/spoken_scenes.py:simple --workdir=runs/ablation
-  c2f ablate --config=configs/spoken_scenes.py:simple --workdir=runs/sim --rows "+ SIM"
+  c2f ablate --config=spoken_scenes:simple --workdir=runs/ablation
+  c2f ablate --config=spoken_scenes:simple --workdir=runs/sim --rows "+ SIM"
 Writes <workdir>/table.md and table.json."""
 
 

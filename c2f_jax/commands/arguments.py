@@ -5,6 +5,9 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 DATA_SETS_HELP = (
     "flickr8k_audio, spoken_coco, places_audio, spoken_scenes, or a manifest (.jsonl, .csv)"
 )
+CONFIGS_HELP = (
+    "spoken_scenes, manifest:FILE, flickr8k_audio, flickr8k_tts:FOLDER, places_audio, spoken_coco"
+)
 BY_VOICE_HELP = "report voices that were heard in training and other voices separately"
 
 
@@ -38,8 +41,8 @@ def add_config(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         required=True,
-        metavar="FILE[:ARG]",
-        help="configuration file, such as configs/spoken_scenes.py; change any option with "
+        metavar="CONFIG[:ARG]",
+        help=f"{CONFIGS_HELP}, or a file of your own (.py); change any option with "
         "--config.KEY=VALUE, for example --config.optimizer.learning_rate=3e-4",
     )
 

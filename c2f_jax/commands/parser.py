@@ -2,6 +2,7 @@
 
 import argparse
 
+from c2f_jax import __version__
 from c2f_jax.commands import (
     ablate,
     convert,
@@ -19,7 +20,7 @@ Speech-image retrieval, coarse to fine: train on spoken captions and images, sea
 """
 EXAMPLES = """\
 from data to images found by voice:
-  c2f train --config=configs/spoken_scenes.py --workdir=runs/scenes
+  c2f train --config=spoken_scenes --workdir=runs/scenes
   c2f evaluate --workdir=runs/scenes --split=validation
   c2f search --workdir=runs/scenes --say "a small red circle above a large blue square"
 c2f COMMAND --help explains each command.
@@ -44,6 +45,7 @@ def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "c2f", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=as_written
     )
+    parser.add_argument("--version", action="version", version=f"c2f_jax {__version__}")
     top = parser.add_subparsers(required=True, metavar="COMMAND")
     groups = {"": top}
     for name, command in COMMANDS.items():

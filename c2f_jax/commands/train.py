@@ -8,8 +8,8 @@ from c2f_jax.errors import UserError
 
 SUMMARY = "Train a model, then evaluate its best checkpoint on the test split."
 EXAMPLES = """\
-  c2f train --config=configs/spoken_scenes.py --workdir=runs/scenes --config.steps=1000
-  c2f train --config=configs/manifest.py:path/to/manifest.jsonl --workdir=runs/mine
+  c2f train --config=spoken_scenes --workdir=runs/scenes --config.steps=1000
+  c2f train --config=manifest:path/to/manifest.jsonl --workdir=runs/mine
 To resume an interrupted run, repeat its command. docs/options.md explains every option."""
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import runpy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -29,24 +30,35 @@ CAN_CHANGE = frozenset(
 REMOVED = {"method": {"momentum_half_life": None, "sic_weight": 1.0}}
 
 
-def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """Read a configuration file and apply overrides.
+def shipped_configs() -> dict[str, Path]:
+    """Return the configurations that come with the package: their names and files."""
+    package = Path(__file__).parents[1]
+    folder = package / "configs"  # as installed from a wheel
+    if not folder.is_dir():
+        folder = package.parent / "configs"  # in a clone
+    return {file.stem: file for file in sorted(folder.glob("*.py"))}
+
+
+def load_config(config: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Read a configuration and apply overrides.
 
     Args:
-      path: ``file.py`` or ``file.py:argument``, whose ``get_config`` is called with the argument.
+      config: a shipped configuration, such as ``spoken_scenes``, or a file with a function
+        ``get_config``. What follows a colon is the argument of ``get_config``:
+        ``spoken_scenes:crowded``, ``my_config.py:argument``.
       overrides: words such as ``--config.optimizer.learning_rate=3e-4``.
 
     Returns:
       The configuration, locked: assigning an option that does not exist raises.
 
     Raises:
-      UserError: if the file does not exist or fails, or an option does not exist or has another
-        type.
+      UserError: if the configuration does not exist or fails, or an option does not exist or has
+        another type.
     """
-    config = _call_get_config(path)
+    values = _call_get_config(config)
     for word in overrides:
-        _override(config, word)
-    return config.lock()
+        _override(values, word)
+    return values.lock()
 
 
 def save_config(config: ConfigDict, workdir: str | os.PathLike) -> None:
@@ -127,13 +139,15 @@ def _differences(saved: ConfigDict, wanted: ConfigDict) -> list[str]:
     return rows
 
 
-def _call_get_config(path: str) -> ConfigDict:
+def _call_get_config(given: str) -> ConfigDict:
     """Run a configuration file and call its ``get_config``."""
-    file, colon, argument = path.partition(":")
+    name, colon, argument = given.partition(":")
+    shipped = shipped_configs()
+    file = str(shipped.get(name, name))
     if not os.path.isfile(file):
         raise UserError(
-            f"--config={path}: there is no file {file}; the configurations of this package are in "
-            "configs/ of its repository"
+            f"--config={given}: there is no file {name}: give a file (.py) or one of "
+            f"{', '.join(shipped)}"
         )
 
     # A configuration is a program, which can fail in any way.
@@ -146,11 +160,11 @@ def _call_get_config(path: str) -> ConfigDict:
         reason = (str(error).strip() or "no reason given").splitlines()[-1]
         if not isinstance(error, ValueError):
             reason = f"{type(error).__name__}: {reason}"
-        raise UserError(f"--config={path}: {reason}") from error
+        raise UserError(f"--config={given}: {reason}") from error
 
     if not isinstance(config, ConfigDict):
         raise UserError(
-            f"--config={path}: get_config returns {type(config).__name__}: must be a ConfigDict"
+            f"--config={given}: get_config returns {type(config).__name__}: must be a ConfigDict"
         )
     return config
 

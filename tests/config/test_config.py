@@ -7,7 +7,7 @@ from helpers.paths import CONFIGS
 
 from c2f_jax.config.default import default_config
 from c2f_jax.config.experiment import create_experiment
-from c2f_jax.config.files import load_config, load_saved_config, save_config
+from c2f_jax.config.files import load_config, load_saved_config, save_config, shipped_configs
 from c2f_jax.datasets.config import DataConfig
 from c2f_jax.errors import UserError
 from c2f_jax.main import main
@@ -181,6 +181,38 @@ def test_a_configuration_that_fails_is_one_line(tmp_path, capsys, program, expec
     assert main(["train", f"--config={file}", f"--workdir={tmp_path / 'run'}"]) == 2
     message = capsys.readouterr().err.strip()
     assert expected in message and str(file) in message and len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("argument", ["", ":crowded", ":simple", ":runlocal"])
+def test_a_shipped_configuration_is_found_by_its_name_in_any_folder(
+    tmp_path, monkeypatch, argument
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "spoken_scenes").write_text("not this one")
+    named, in_file = load_config("spoken_scenes" + argument), CONFIGS / "spoken_scenes.py"
+    assert named.to_dict() == load_config(f"{in_file}{argument}").to_dict()
+    (tmp_path / "mine.py").write_text(in_file.read_text())
+    assert named.to_dict() == load_config(f"mine.py{argument}").to_dict()
+
+
+@pytest.mark.parametrize("command", ["train", "ablate"])
+def test_an_unknown_configuration_is_one_line_with_the_shipped_names(
+    tmp_path, monkeypatch, capsys, command
+):
+    monkeypatch.chdir(tmp_path)
+    shipped = sorted(file.stem for file in CONFIGS.glob("*.py"))
+    assert list(shipped_configs()) == shipped and len(shipped) > 5
+    for name in ("spoken_scene", "configs/spoken_scenes.py", ""):
+        assert main([command, f"--config={name}:runlocal", "--workdir=run"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == (
+            f"c2f {command}: --config={name}:runlocal: there is no file {name}: "
+            f"give a file (.py) or one of {', '.join(shipped)}"
+        )
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in shipped)
 
 
 def test_a_section_cannot_be_set():

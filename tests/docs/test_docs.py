@@ -143,6 +143,6 @@ def test_page_of_python_runs(run_short, tiny_data_dir, monkeypatch):
     scope = {}
     for code in python_blocks(ROOT / "docs/python.md"):
         code = code.replace("runs/spoken_scenes", "runs/quickstart")
-        code = code.replace("spoken_scenes.py", "spoken_scenes.py:runlocal")
+        code = code.replace('load_config("spoken_scenes"', 'load_config("spoken_scenes:runlocal"')
         exec(code, scope)  # noqa: S102
     assert scope["page"].exists() and scope["speech"].embedding.shape[0] == 1
