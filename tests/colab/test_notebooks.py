@@ -12,6 +12,8 @@ import nbformat
 import notebooks
 import numpy as np
 import pytest
+import tensorflow_datasets
+from helpers.pages import python_blocks
 from helpers.paths import ROOT
 from PIL import Image
 
@@ -77,6 +79,20 @@ def test_short_form_runs(name, run_short):
     notebook, folder = run_short(name)
     assert any(cell.get("outputs") for cell in notebook.cells)
     assert not [output for output, _ in shown(notebook) if output.output_type == "error"]
+
+
+def test_page_of_python_runs(run_short, tiny_data_dir, monkeypatch):
+    """The blocks of docs/python.md go on from each other; the run that they train is the
+    quickstart's, which is finished."""
+    _, folder = run_short("quickstart")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(tensorflow_datasets.core.constants, "DATA_DIR", tiny_data_dir)
+    scope = {}
+    for code in python_blocks(ROOT / "docs/python.md"):
+        code = code.replace("runs/spoken_scenes", "runs/quickstart")
+        code = code.replace('load_config("spoken_scenes"', 'load_config("spoken_scenes:runlocal"')
+        exec(code, scope)  # noqa: S102
+    assert scope["page"].exists() and scope["speech"].embedding.shape[0] == 1
 
 
 def test_the_page_of_notebooks_lists_each():

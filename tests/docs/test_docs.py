@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import tensorflow_datasets
 from helpers.pages import PAGES, python_blocks
 from helpers.paths import ROOT
 
@@ -28,7 +27,7 @@ def numbered_blocks():
     """Each Python block of each page, named after both."""
     blocks = []
     for page in PAGES:
-        if page.name == "python.md":  # needs a trained model, see below
+        if page.name == "python.md":  # needs a trained model, see test_notebooks.py
             continue
         for number, code in enumerate(python_blocks(page), 1):
             blocks.append(pytest.param(code, id=f"{page.stem}-{number}"))
@@ -132,17 +131,3 @@ def test_help_and_documented_flags(command, capsys):
 )
 def test_launch_scripts_parse(script):
     assert subprocess.run(["bash", "-n", script]).returncode == 0
-
-
-def test_page_of_python_runs(run_short, tiny_data_dir, monkeypatch):
-    """Its blocks go on from each other; the run that they train is the notebook's, which is
-    finished."""
-    _, folder = run_short("quickstart")
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(tensorflow_datasets.core.constants, "DATA_DIR", tiny_data_dir)
-    scope = {}
-    for code in python_blocks(ROOT / "docs/python.md"):
-        code = code.replace("runs/spoken_scenes", "runs/quickstart")
-        code = code.replace('load_config("spoken_scenes"', 'load_config("spoken_scenes:runlocal"')
-        exec(code, scope)  # noqa: S102
-    assert scope["page"].exists() and scope["speech"].embedding.shape[0] == 1

@@ -185,6 +185,7 @@ def test_a_run_starts_from_the_parameters_of_another(flags, unbroken, tmp_path):
         f"--config.init_from={unbroken[0]}",
         "--config.optimizer.learning_rate=1e-30",
         "--config.seed=3",
+        "--config.steps=1",
     ]
     state = train_and_evaluate(
         load_config(f"{CONFIG}:runlocal", [*flags, *changes]), tmp_path / "on", test=False
