@@ -135,7 +135,7 @@ class DataParallel:
                 donate_argnums=0,
             )
 
-        # check_vma=False: what all_gather returns is equal on all devices, which jax cannot see.
+        # check_vma=False: the step averages its gradients itself, once, in both modes.
         mapped = jax.shard_map(
             step, mesh=self.mesh, in_specs=(P(), P(AXIS)), out_specs=P(), check_vma=False
         )
