@@ -90,8 +90,9 @@ def c2f_losses(
     * The momentum features enter the queues.
 
     Gradient reaches the online features, tau and whatever ``match`` closes over; none the momentum
-    features and the queues. Under a device axis pass this device's rows. The losses are those of the
-    global batch; average the gradients with ``pmean``, unless ``shard_map`` does (check_vma=True).
+    features and the queues. Under a device axis pass this device's rows. The losses are those of
+    the global batch; average the gradients with ``pmean``, unless ``shard_map`` combines them
+    (check_vma=True).
 
     Args:
       speech: Features of the n rows of this device by the online encoder.

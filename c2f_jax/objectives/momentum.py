@@ -14,7 +14,7 @@ def update_momentum(momentum_params: Any, params: Any, momentum: jax.Array | flo
     After k steps towards a constant theta, theta' = theta + m^k (theta'_0 - theta).
 
     Args:
-      momentum_params: pytree theta' of float arrays; keys and functions must be filtered out.
+      momentum_params: pytree theta' of float arrays alone: filter out keys, counters and functions.
       params: pytree theta of the same structure and shapes. Mind the order: optax's
         ``incremental_update`` takes the new values first.
       momentum: scalar m from 0 to 1.
@@ -23,7 +23,8 @@ def update_momentum(momentum_params: Any, params: Any, momentum: jax.Array | flo
       The updated theta', each leaf in the type it had.
 
     Raises:
-      ValueError: the two trees differ in structure, or two leaves in shape; m is out of range.
+      ValueError: the two trees differ in structure, or two leaves in shape; a leaf is not a
+        floating-point array; m is out of range.
 
     Reference:
       He et al. 2020 (MoCo), equation 2; Li et al. 2021 (ALBEF), section 3.2.
@@ -34,6 +35,12 @@ def update_momentum(momentum_params: Any, params: Any, momentum: jax.Array | flo
     check_range("momentum", momentum, 0.0, 1.0)
 
     def average(path: tuple, old: jax.Array, new: jax.Array) -> jax.Array:
+        if not hasattr(old, "dtype") or not jnp.issubdtype(old.dtype, jnp.floating):
+            raise ValueError(
+                f"momentum_params{jax.tree_util.keystr(path)} is {_describe(old)}; pass "
+                "floating-point arrays alone, such as nnx.state(model, nnx.Param) of Flax NNX or "
+                "eqx.filter(model, eqx.is_inexact_array) of Equinox"
+            )
         if jnp.shape(old) != jnp.shape(new):
             name = jax.tree_util.keystr(path)
             raise ValueError(
@@ -43,3 +50,10 @@ def update_momentum(momentum_params: Any, params: Any, momentum: jax.Array | flo
         return (momentum * old + (1.0 - momentum) * new).astype(old.dtype)
 
     return jax.tree_util.tree_map_with_path(average, momentum_params, params)
+
+
+def _describe(leaf: Any) -> str:
+    """Say what a leaf is: an array's shape and type, or the type of something else."""
+    if hasattr(leaf, "dtype"):
+        return f"an array {jnp.shape(leaf)} of {leaf.dtype}"
+    return f"a {type(leaf).__name__}"
