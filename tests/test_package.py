@@ -5,10 +5,13 @@ import ast
 import functools
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
+import zipfile
 
 import pytest
 from helpers.paths import CONFIGS, ROOT
@@ -142,31 +145,91 @@ def test_each_package_of_an_extra_is_known_by_its_module():
         assert package in text or package.replace("_", "-") in text, module
 
 
-@pytest.mark.slow
-def test_the_light_core_alone(tmp_path):
-    """`pip install .` brings the losses, the models and the training step, and a command says what
-    it lacks."""
-    source = tmp_path / "source"
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The folder of the sdist, and of the wheel that is built from it."""
+    folder = tmp_path_factory.mktemp("dist")
+    source = folder / "source"
     source.mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "c2f_jax", source / "c2f_jax")
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
-    binaries = tmp_path / "venv" / "bin"
-    subprocess.run([binaries / "pip", "install", "--quiet", source], check=True)
+    for file in ROOT.iterdir():
+        if file.is_file() and not file.name.startswith("."):
+            shutil.copy(file, source)
+    for name in ("c2f_jax", "configs", "tests"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run([sys.executable, "-m", "build", "-o", folder, source], check=True)
+    return folder
 
+
+def install(folder, what, extras=""):
+    """What runs programs of a fresh environment, in an empty folder and without this clone."""
+    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+    binaries = folder / "venv" / "bin"
+    subprocess.run([binaries / "pip", "install", "--quiet", f"{what}{extras}"], check=True)
+    empty = folder / "empty"
+    empty.mkdir()
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment["PATH"] = f"{binaries}{os.pathsep}{os.environ['PATH']}"
+    environment["TFDS_DATA_DIR"] = str(folder / "tfds")
     run = functools.partial(
-        subprocess.run, capture_output=True, text=True, cwd=tmp_path, env=environment
+        subprocess.run, capture_output=True, text=True, cwd=empty, env=environment
     )
+    return binaries, run
+
+
+@pytest.mark.slow
+def test_wheel_and_sdist_hold_what_a_run_needs(built):
+    (wheel,), (sdist,) = built.glob("*.whl"), built.glob("*.tar.gz")
+    version = c2f_jax.__version__
+    assert (wheel.name, sdist.name) == (
+        f"c2f_jax-{version}-py3-none-any.whl",
+        f"c2f_jax-{version}.tar.gz",
+    )
+    twine = [sys.executable, "-m", "twine", "check", "--strict", wheel, sdist]
+    assert subprocess.run(twine).returncode == 0
+
+    files = [path for path in (ROOT / "c2f_jax").rglob("*") if path.is_file()]
+    needed = {str(path.relative_to(ROOT)) for path in files if path.suffix != ".pyc"}
+    configs = {path.name for path in CONFIGS.glob("*.py")}
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert held == needed | {f"c2f_jax/configs/{name}" for name in configs}
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert needed | {f"configs/{name}" for name in configs} | {"CITATION.cff"} <= names
+    assert not any(name.startswith("tests") for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["*.whl", "*.tar.gz"])
+def test_the_first_block_of_readme_runs_from_an_installation(built, kind, tmp_path):
+    """Its `c2f` commands, with the run of seconds, in an empty folder."""
+    (distribution,) = built.glob(kind)
+    block = re.search(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    pip, commands = re.search(r'install -q "\.(\[.*?\])"$(.*)', block, re.M | re.S).groups()
+    commands = commands.replace("--config=spoken_scenes ", "--config=spoken_scenes:runlocal ")
+    assert ":runlocal" in commands and commands.count("c2f ") == 2
+    _, run = install(tmp_path, distribution, pip)
+    done = run(["bash", "-euo", "pipefail", "-c", commands])
+    assert done.returncode == 0, done.stderr
+    assert "R@1" in done.stdout and "  5. " in done.stdout
+    page = (tmp_path / "empty/runs/spoken_scenes/eval/spoken_scenes-tiny-test.html").read_text()
+    assert (ROOT / "c2f_jax/reports/style.css").read_text()[:200] in page
+    version = run(["c2f", "--version"])
+    assert version.stdout == f"c2f_jax {c2f_jax.__version__}\n"
+
+
+@pytest.mark.slow
+def test_the_light_core_alone(built, tmp_path):
+    """`pip install c2f_jax` brings the losses, the models and the training step, and a command says
+    what it lacks."""
+    (wheel,) = built.glob("*.whl")
+    binaries, run = install(tmp_path, wheel)
     done = run([binaries / "python", ROOT / "tests" / "helpers" / "core_program.py"])
     assert done.returncode == 0, done.stderr
     needed = "c2f_jax.train_and_evaluate needs the extra `train`: pip install 'c2f_jax[train]'"
     assert done.stdout.strip() == needed
 
-    train = run(
-        [binaries / "c2f", "train", f"--config={CONFIGS}/spoken_scenes.py", "--workdir=run"]
-    )
+    train = run([binaries / "c2f", "train", "--config=spoken_scenes", "--workdir=run"])
     assert train.returncode == 2
     needed = "c2f train needs the extra `train`: pip install 'c2f_jax[train]'"
     assert train.stderr.strip() == needed
