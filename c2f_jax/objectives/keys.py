@@ -131,6 +131,8 @@ def row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
     (2,)
     """
     check_arrays(rows=(rows, "int[n]"))
+    if not hasattr(key, "dtype"):
+        raise ValueError(f"key is {key!r}; it must be a key, such as jax.random.key({key!r})")
     is_typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
     if key.ndim != (0 if is_typed else 1):
         raise ValueError(f"key has shape {key.shape}; it must be one key, the same on all devices")

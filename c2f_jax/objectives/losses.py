@@ -23,7 +23,7 @@ from c2f_jax.objectives.contrast import (
     make_banks,
     map_rows,
 )
-from c2f_jax.objectives.contrastive import Precision
+from c2f_jax.objectives.contrastive import Precision, l2_normalize
 from c2f_jax.objectives.embedding_queue import Queues, enqueue_features, pad_rows
 from c2f_jax.objectives.hard_negatives import HardNegatives
 from c2f_jax.objectives.keys import Site, fold_keys, row_keys
@@ -95,7 +95,8 @@ def c2f_losses(
     (check_vma=True).
 
     Args:
-      speech: Features of the n rows of this device by the online encoder.
+      speech: Features of the n rows of this device by the online encoder. Embeddings are scaled to
+        length 1 here, like all others.
       image: likewise. Row r of both is a pair.
       ids: (n,) int image ids; equal ids match each other.
       tau: scalar temperature, above 0.
@@ -137,10 +138,10 @@ def c2f_losses(
     >>> round(float(out.sic), 4), round(float(out.sim), 4)  # ln(1 + 3/e), (ln(1 + 1/e) + 2 ln 2)/3
     (0.7437, 0.5665)
     """
+    ids = jnp.asarray(ids)
     online = Pair(Features(*speech), Features(*image))
     if momentum is not None:
-        momentum = Pair(Features(*momentum[0]), Features(*momentum[1]))
-        momentum = jax.lax.stop_gradient(momentum)
+        momentum = jax.lax.stop_gradient(Pair(Features(*momentum[0]), Features(*momentum[1])))
     _check_features(online, momentum, ids, with_tokens=match is not None)
     _check_options(momentum, queues, alpha, negatives, sigmoid_bias, with_sim=match is not None)
     check_arrays(tau=(tau, "number[]"), alpha=(alpha, "number[]"))
@@ -155,6 +156,8 @@ def c2f_losses(
     if row_valid is not None:
         # Padding may hold anything, and 0 times NaN would reach the gradient.
         online, momentum = _zero_padding((online, momentum), row_valid)
+
+    online, momentum = _unit_length(online), None if momentum is None else _unit_length(momentum)
 
     # Step 3. Banks: the momentum embeddings of the global batch, then the queue.
     banks = make_banks(online if momentum is None else momentum, rows, queues, axis_name)
@@ -257,6 +260,11 @@ def make_pairs(
         row_valid=rows.valid,
         positives=positives,
     )
+
+
+def _unit_length(features: Pair[Features]) -> Pair[Features]:
+    """Scale the embeddings to length 1: products of longer ones would be no cosines."""
+    return Pair(*(side._replace(embedding=l2_normalize(side.embedding)) for side in features))
 
 
 def _embeddings(features: Pair[Features] | None) -> Pair[jax.Array] | None:

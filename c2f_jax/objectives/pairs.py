@@ -25,7 +25,7 @@ class Features(NamedTuple):
     """What an encoder returns for n rows of one modality.
 
     Attributes:
-      embedding: (n, D), of length 1: what SIC compares.
+      embedding: (n, D), what SIC compares the directions of.
       tokens: pytree with leaves (n, ...), such as (n, T, W) tokens and their lengths: what SIM's
         ``match`` reads. None for SIC alone.
     """

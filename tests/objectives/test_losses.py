@@ -279,6 +279,31 @@ def test_a_step_of_a_scan_is_a_step():
     jax.tree.map(np.testing.assert_array_equal, queues, again)
 
 
+def test_embeddings_of_any_length_give_their_cosines():
+    longer = jax.tree.map(
+        lambda f: f._replace(embedding=7 * f.embedding),
+        (INPUTS.online, INPUTS.momentum), is_leaf=lambda x: isinstance(x, Features),
+    )  # fmt: skip
+    found = losses(INPUTS._replace(online=longer[0], momentum=longer[1]), alpha=0.4)
+    expected = losses(INPUTS, alpha=0.4)
+    np.testing.assert_allclose(found.sic, expected.sic, rtol=1e-6)
+    np.testing.assert_allclose(
+        found.queues.embeddings.entries["image"], expected.queues.embeddings.entries["image"],
+        atol=1e-6,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_embeddings_numpy_and_tuples_pass(dtype):
+    speech, image = ((np.asarray(f.embedding.astype(dtype)), f.tokens) for f in INPUTS.online)
+    found = c2f.c2f_losses(
+        speech, image, np.asarray(IDS, np.int64), tau=np.float64(TAU), key=jax.random.PRNGKey(0),
+        match=match_by(INPUTS.weights), momentum=(speech, image), queues=QUEUES,
+        row_valid=np.ones(N, bool), negatives="queue",
+    )  # fmt: skip
+    assert found.sic.dtype == jnp.float32 and np.isfinite(found.sic) and np.isfinite(found.sim)
+
+
 def test_precision_reaches_every_similarity():
     def precisions(precision):
         text = str(
@@ -310,6 +335,7 @@ WRONG = [
     ({"row_valid": jnp.ones(3, bool)}, r"row_valid has shape \(3,\)"),
     ({"chunk": 0}, "chunk is 0; it must be an int of at least 1, or None"),
     ({"branches": 3}, "branches=3 must divide the width"),
+    ({"key": 3}, r"key is 3; it must be a key, such as jax.random.key\(3\)"),
     ({"key": jax.random.split(KEY, 4)}, r"key has shape \(4,\); it must be one key"),
     ({"match": lambda s, i: jnp.zeros((12, 1))}, r"match_logits has shape \(12, 1\)"),
     ({"match": lambda s, i: jnp.zeros((4, 2))}, r"match_logits has shape \(4, 2\)"),
