@@ -54,7 +54,7 @@ def test_badge_and_install_cell_are_those_of_all_notebooks(name):
 
 
 # Not saved yet.
-UNSAVED = dict.fromkeys(NAMES, pytest.mark.xfail(strict=True))
+UNSAVED = dict.fromkeys({*NAMES} - {"published_encoders"}, pytest.mark.xfail(strict=True))
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=UNSAVED.get(n, ())) for n in NAMES])
