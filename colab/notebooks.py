@@ -27,7 +27,9 @@ FLOOR = "0.10"  # of jax, as in setup.py
 KERNEL = ("nbclient", "ipykernel")  # what runs a notebook, in any environment
 
 ANSI = re.compile(r"\x1b\[[\d;]*m")  # colors
-BAR = re.compile(r"\[\d\d:\d\d[<,]")  # the clock of a progress bar
+BAR = re.compile(
+    r"\[\d\d:\d\d[<,]|^Shuffling "
+)  # the clock of a progress bar, or none if it is cut
 
 LARGE = 100_000  # bytes of an image
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 
@@ -53,11 +54,7 @@ def test_badge_and_install_cell_are_those_of_all_notebooks(name):
     assert any("short" in cell.metadata for cell in notebook.cells), "a cell has the short form"
 
 
-# Not saved yet.
-UNSAVED = dict.fromkeys({*NAMES} - {"published_encoders"}, pytest.mark.xfail(strict=True))
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=UNSAVED.get(n, ())) for n in NAMES])
+@pytest.mark.parametrize("name", NAMES)
 def test_saved_outputs(name):
     """Each notebook is saved as one run left it: complete, in order, without errors or traces of
     the machine."""
@@ -204,8 +201,11 @@ class TestInstallCell:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_whole_notebook_in_its_own_environment(name, tmp_path):
-    """Install cell, training and all, as it is saved."""
+    """Install cell, training and all, as it is saved: at most 12 minutes of two processors."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     notebook = notebooks.run_alone(name, tmp_path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert sum(after[:2]) - sum(before[:2]) < 2 * 12 * 60  # seconds, user and system
     assert not [output for output, _ in shown(notebook) if output.output_type == "error"]
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
 
