@@ -73,7 +73,9 @@ function drawRecorder(element, seconds, done, once = false) {
     if (!navigator.mediaDevices) {
       throw Error("a page uses the microphone only over https or from localhost");
     }
-    const stream = await navigator.mediaDevices.getUserMedia({ audio: true });
+    // Raising the level would clip loud words; the model does not mind low ones.
+    const audio = { echoCancellation: false, noiseSuppression: true, autoGainControl: false };
+    const stream = await navigator.mediaDevices.getUserMedia({ audio });
     const pieces = [];
     recorder = new MediaRecorder(stream);
     recorder.ondataavailable = (event) => pieces.push(event.data);

@@ -1,6 +1,7 @@
 """Record from the microphone of the browser that shows a notebook: Jupyter and Colab."""
 
 import base64
+import io
 import sys
 from functools import cache
 from importlib import resources
@@ -9,6 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from c2f_jax.errors import UserError, missing_extra
+
+SILENCE_DB = 30  # what is that much weaker than the loudest moment is silence
 
 # What follows microphone.js: in Jupyter, the module of a widget; in Colab, the end of a function.
 _WIDGET = """
@@ -54,20 +57,29 @@ class Recording:
         return base64.b64decode(self.source.wav)
 
     def save(self, path: str | PathLike[str]) -> str:
-        """Write the recording to a file.
+        """Write the recording to a WAV file, without the silence before and after the speech.
+
+        A model that was trained on speech alone does not know silence, and ranks by it too.
 
         Returns:
           The path, for ``Query(audio=[...])``.
 
         Raises:
-          UserError: there is no recording.
+          UserError: there is no recording, or no sound in it.
         """
         if not self.wav:
             raise UserError(
                 f"nothing was recorded ({self.problem}): press Record in the cell above"
             )
-        with open(path, "wb") as file:
-            file.write(self.wav)
+        import librosa
+        import soundfile
+
+        samples, rate = soundfile.read(io.BytesIO(self.wav), dtype="float32")
+        _, (start, end) = librosa.effects.trim(samples, top_db=SILENCE_DB)
+        if start >= end or not samples.any():
+            raise UserError("the recording is silent: choose another microphone and record again")
+        margin = rate // 20
+        soundfile.write(path, samples[max(start - margin, 0) : end + margin], rate)
         return str(path)
 
     def __repr__(self) -> str:

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import http.server
+import io
 import json
 import shutil
 import subprocess
@@ -135,9 +136,12 @@ class TestInTheBrowser:
         in_colab(*microphone_flags(file))
         recording = record(seconds=5)
         assert recording.problem == ""
-        with soundfile.SoundFile(recording.save(file.with_name("recorded.wav"))) as recorded:
+        with soundfile.SoundFile(io.BytesIO(recording.wav)) as recorded:
             assert (recorded.samplerate, recorded.channels) == (16_000, 1)
             assert recorded.subtype == "PCM_16" and 4.5 < recorded.frames / 16_000 < 6.5
+        # Of the five seconds, the sentence is kept.
+        saved = decode_audio(recording.save(file.with_name("recorded.wav")))
+        assert abs(len(saved) - len(spoken)) < 0.4 * 16_000 and likeness(saved, spoken) > 0.5
         # The browser compresses it and evens out its loudness.
         assert likeness(decode_audio(recording.wav), spoken) > 0.5
         assert likeness(decode_audio(recording.wav)[::2], spoken) < 0.3
@@ -171,9 +175,23 @@ def test_a_recording_changes_with_its_recorder(tmp_path):
     source = types.SimpleNamespace(wav="", problem="")
     recording = Recording(source)
     assert recording.wav == b"" and repr(recording) == "Recording(the recorder was not used)"
-    source.wav = base64.b64encode(bytes(44 + 2 * 8000)).decode()
+    source.wav = as_wav(np.zeros(8000))
     assert repr(recording) == "Recording(0.5 s)" and recording.problem == ""
-    assert len(open(recording.save(tmp_path / "a.wav"), "rb").read()) == 16_044
+    with pytest.raises(UserError, match="is silent"):
+        recording.save(tmp_path / "a.wav")
+
+
+def test_silence_around_the_speech_is_not_saved(tmp_path):
+    noise = 1e-3 * np.random.default_rng(0).standard_normal(4 * 16_000)
+    noise[16_000:32_000] += 0.2 * np.sin(2 * np.pi * 300 * np.arange(16_000) / 16_000)
+    recording = Recording(types.SimpleNamespace(wav=as_wav(noise), problem=""))
+    assert 16_000 < len(decode_audio(recording.save(tmp_path / "a.wav"))) < 21_000
+
+
+def as_wav(samples):
+    content = io.BytesIO()
+    soundfile.write(content, samples, 16_000, format="WAV", subtype="PCM_16")
+    return base64.b64encode(content.getvalue()).decode()
 
 
 def test_outside_of_a_notebook():
