@@ -37,7 +37,7 @@ class Average:
         values = jnp.atleast_1d(values)
         valid = jnp.ones(values.shape, bool) if valid is None else valid
         total = jnp.sum(jnp.where(valid, values, jnp.zeros_like(values)))
-        return cls(total, jnp.sum(valid.astype(jnp.int32)))
+        return cls(total, jnp.sum(valid, dtype=jnp.int32))
 
     def merge(self, other: "Average") -> "Average":
         """Return the average of the values of both.

@@ -77,20 +77,45 @@ def check_keys(name: str, keys: Any, rows: int) -> None:
         )
 
 
+def is_known(value: Any) -> bool:
+    """Return whether a number is known while jax traces, as constants are."""
+    return np.shape(value) == () and not isinstance(value, jax.core.Tracer)
+
+
+def check_ids(name: str, ids: Any) -> None:
+    """Check that numpy ids keep their values in jax, which has 32 bits unless it is told otherwise.
+
+    Args:
+      name: name of the argument.
+      ids: array; one of jax passes.
+
+    Raises:
+      ValueError: names the argument and an id that would become another.
+    """
+    if isinstance(ids, np.ndarray) and np.issubdtype(ids.dtype, np.integer):
+        limits = np.iinfo(jax.dtypes.canonicalize_dtype(ids.dtype))
+        wide = ids[(ids > limits.max) | (ids < limits.min)]
+        if wide.size:
+            raise ValueError(
+                f"{name} has {wide[0]}, which jax would cut to 32 bits: number the ids from 0, or "
+                "set jax_enable_x64"
+            )
+
+
 def check_range(name: str, value: Any, low: float, high: float) -> None:
     """Check that a number is in a range, unless it is known only when the program runs.
 
     Args:
       name: name of the argument.
-      value: Python number; an array passes.
+      value: scalar.
       low: smallest value.
       high: largest value.
 
     Raises:
       ValueError: names the argument and its range.
     """
-    if isinstance(value, (int, float)) and not low <= value <= high:
-        raise ValueError(f"{name} is {value}; it must be from {low:g} to {high:g}")
+    if is_known(value) and not low <= float(value) <= high:
+        raise ValueError(f"{name} is {float(value):g}; it must be from {low:g} to {high:g}")
 
 
 def check_positive(name: str, value: Any) -> None:
@@ -98,13 +123,13 @@ def check_positive(name: str, value: Any) -> None:
 
     Args:
       name: name of the argument.
-      value: Python number; an array passes.
+      value: scalar.
 
     Raises:
       ValueError: names the argument.
     """
-    if isinstance(value, (int, float)) and not value > 0:
-        raise ValueError(f"{name} is {value}; it must be above 0")
+    if is_known(value) and not float(value) > 0:
+        raise ValueError(f"{name} is {float(value):g}; it must be above 0")
 
 
 def check_rows(name: str, tree: Any, *rows: int) -> None:

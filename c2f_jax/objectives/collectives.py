@@ -44,7 +44,7 @@ def all_gather(tree: Any, axis_name: AxisName = None) -> Any:
     if axis_name is None:
         return jax.tree.map(_replicate, tree)
 
-    is_checked = any(_varies(x, axis_name) for x in jax.tree.leaves(tree))
+    is_checked = any(varies(x, axis_name) for x in jax.tree.leaves(tree))
 
     def gather(x: jax.Array) -> jax.Array:
         if not is_checked:
@@ -52,7 +52,7 @@ def all_gather(tree: Any, axis_name: AxisName = None) -> Any:
 
         # Under shard_map with check_vma the result is declared equal on all devices, so that it
         # may leave with out_specs=P(). Elsewhere jax 0.10 would give it wrong gradients.
-        if not _varies(x, axis_name):
+        if not varies(x, axis_name):
             x = jax.lax.pcast(x, axis_name, to="varying")
         return jax.lax.all_gather(x, axis_name, tiled=True, to="invarying")
 
@@ -178,7 +178,7 @@ def _replicate(x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
-def _varies(x: jax.Array, axis_name: AxisName) -> bool:
+def varies(x: jax.Array, axis_name: AxisName) -> bool:
     """Return whether jax types x as varying over the axis: in shard_map with check_vma=True."""
     kind = jax.typeof(x)
     manual = getattr(kind, "manual_axis_type", None)

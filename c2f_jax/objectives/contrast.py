@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from c2f_jax.objectives.checks import is_known
 from c2f_jax.objectives.collectives import AxisName, all_gather, is_sharded
 from c2f_jax.objectives.contrastive import (
     Precision,
@@ -196,7 +197,7 @@ def map_rows(function: Callable[..., Contrast], rows: Any, chunk: int | None) ->
     n = rows[-1].ids.shape[0]
     if chunk is None or chunk >= n:
         return function(*rows)
-    if is_sharded(rows[-1].ids):
+    if any(is_sharded(x) for x in jax.tree.leaves(rows)):
         raise ValueError(
             "chunk cannot cut rows that are sharded over explicit axes: use shard_map and axis_name"
         )
@@ -215,4 +216,4 @@ def map_rows(function: Callable[..., Contrast], rows: Any, chunk: int | None) ->
 
 def is_used(alpha: jax.Array | float) -> bool:
     """Return False where the weight of distillation is known to be 0 while jax traces."""
-    return not (isinstance(alpha, (int, float)) and alpha == 0)
+    return not (is_known(alpha) and float(alpha) == 0)

@@ -64,6 +64,7 @@ def similarity_logits(
 
     # In float32 and full precision whatever the compute type: a small tau magnifies rounding.
     queries, bank = at_least_float32(queries), at_least_float32(bank)
+    tau = jnp.asarray(tau).astype(jnp.result_type(queries, bank))
     return jnp.matmul(queries, bank.T, precision=precision) / tau  # (n, D) . (D, M) -> (n, M)
 
 

@@ -41,7 +41,7 @@ def identity_targets(
       ids: (n,) int image ids g of the queries.
       bank_ids: (M,) int image ids g* of the bank.
       pair_columns: (n,) int, the column of each query's own pair, from 0 to M - 1: the row's number
-        in the global batch. A column outside the bank makes a row of zeros.
+        in the global batch. For a column outside the bank no pair is marked.
       bank_valid: (M,) bool, False for slots never written.
       policy: one of ``ID_POLICIES``.
 
@@ -77,7 +77,8 @@ def identity_targets(
     # The pair itself is positive even if its column were not valid, so no row sums to 0.
     if policy == "multi_positive":
         positives = (same_id | is_pair).astype(jnp.float32)
-        return IdentityTargets(positives / jnp.sum(positives, axis=-1, keepdims=True), valid)
+        count = jnp.sum(positives, axis=-1, keepdims=True)
+        return IdentityTargets(positives / jnp.maximum(count, 1.0), valid)
 
     # The other policies have one positive; they differ in what they do with the rest of its id.
     if policy == "mask":

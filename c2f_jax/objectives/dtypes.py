@@ -16,4 +16,5 @@ def at_least_float32(x: jax.Array) -> jax.Array:
     >>> at_least_float32(jnp.ones(2, jnp.bfloat16)).dtype
     dtype('float32')
     """
-    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+    x = jnp.asarray(x)
+    return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from c2f_jax.objectives.checks import check_arrays, check_rows
-from c2f_jax.objectives.pairs import Features, Pair
+from c2f_jax.objectives.checks import check_arrays, check_ids, check_rows
+from c2f_jax.objectives.pairs import Features, Pair, as_features
 
 
 @jax.tree_util.register_dataclass
@@ -106,9 +106,11 @@ def create_queues(
 
     def stored_as(x: Any, dtype: Any) -> jax.ShapeDtypeStruct:
         is_float = jnp.issubdtype(x.dtype, jnp.floating)
-        return jax.ShapeDtypeStruct(x.shape, dtype if is_float else x.dtype)
+        kept = dtype if is_float else jax.dtypes.canonicalize_dtype(x.dtype)
+        return jax.ShapeDtypeStruct(x.shape, kept)
 
-    rows, token_rows = _rows_to_keep(Pair(Features(*speech), Features(*image)), ids)
+    pair = Pair(as_features("speech", speech), as_features("image", image))
+    rows, token_rows = _rows_to_keep(pair, ids)
     rows = jax.tree.map(lambda x: stored_as(x, jnp.float32), rows)
     token_rows = jax.tree.map(lambda x: stored_as(x, jnp.bfloat16), token_rows)
     return Queues(create_queue(size, rows), create_queue(token_size, rows | token_rows))
@@ -157,6 +159,11 @@ def pad_rows(name: str, tree: Any, like: Any) -> Any:
     >>> pad_rows("tokens", jnp.ones((1, 2)), jnp.zeros((5, 3))).tolist()
     [[1.0, 1.0, 0.0]]
     """
+    found, expected = str(jax.tree.structure(tree)), str(jax.tree.structure(like))
+    if found != expected:
+        raise ValueError(
+            f"{name} is {found}; it must be {expected}, as what the queue was created with"
+        )
 
     def pad(path: tuple, x: jax.Array, target: jax.Array) -> jax.Array:
         missing = [b - a for a, b in zip(x.shape[1:], target.shape[1:], strict=False)]
@@ -216,8 +223,8 @@ def enqueue(
         rows = jax.tree.map(lambda x: x[n - size if n > size else 0 :], dict(rows))
         slots = (queue.cursor + jnp.arange(written)) % size
     else:
-        order = jnp.cumsum(valid.astype(jnp.int32)) - 1
-        count = jnp.sum(valid.astype(jnp.int32))
+        order = jnp.cumsum(valid, dtype=jnp.int32) - 1
+        count = jnp.sum(valid, dtype=jnp.int32)
         skipped = jnp.maximum(count - size, 0)
         written = count - skipped
         slots = (queue.cursor + order - skipped) % size
@@ -319,6 +326,7 @@ def _check_enqueued(queue: EmbeddingQueue, rows: Mapping[str, Any]) -> int:
 
 def _check_integers(name: str, rows: jax.Array, entry: jax.Array) -> None:
     """Raise ValueError where a conversion between integer types would change ids."""
+    check_ids(name, rows)
     found, stored = jnp.result_type(rows), entry.dtype
     are_floats = [jnp.issubdtype(dtype, jnp.floating) for dtype in (found, stored)]
     if not all(are_floats) and found != stored:

@@ -8,13 +8,20 @@ import jax
 import jax.numpy as jnp
 
 from c2f_jax.objectives.average import Average
-from c2f_jax.objectives.checks import check_arrays, check_positive, check_range, check_rows
+from c2f_jax.objectives.checks import (
+    check_arrays,
+    check_ids,
+    check_positive,
+    check_range,
+    check_rows,
+)
 from c2f_jax.objectives.collectives import (
     AxisName,
     all_gather,
     masked_mean,
     psum,
     row_numbers,
+    varies,
 )
 from c2f_jax.objectives.contrast import (
     SicOptions,
@@ -34,7 +41,7 @@ from c2f_jax.objectives.negative_pool import (
     make_pool,
     take_negatives,
 )
-from c2f_jax.objectives.pairs import Features, Pair, Rows
+from c2f_jax.objectives.pairs import Features, Pair, Rows, as_features
 
 Metrics = dict[str, Average]
 
@@ -49,7 +56,7 @@ class C2FLosses(NamedTuple):
       metrics: averages over the global batch by name: ``sic_loss``, ``sic_accuracy``, and with
         ``match`` ``sim_loss``, ``sim_accuracy``, ``sim_positive_accuracy``; ``queue_negatives`` is
         the share of negative images from the token queue, ``queue_rejected`` the share of rows that
-        stayed out of the queues because their momentum embeddings were not finite.
+        stayed out of the queues because what would have entered was not finite.
     """
 
     sic: jax.Array
@@ -100,7 +107,8 @@ def c2f_losses(
       image: likewise. Row r of both is a pair.
       ids: (n,) int image ids; equal ids match each other.
       tau: scalar temperature, above 0.
-      key: typed key of this step, the same on all devices.
+      key: key of this step, the same on all devices. With jax's default, threefry, the draws are
+        the same on any number of devices; with rbg they are not.
       match: (speech tokens, image tokens) -> (p, 2) logits "no match" and "match" of p pairs, n
         positives, then n m with a mined image, then n m with a mined recording. None for SIC alone.
       momentum: Pair of Features of the same rows by the momentum encoders, without dropout. None
@@ -138,24 +146,29 @@ def c2f_losses(
     >>> round(float(out.sic), 4), round(float(out.sim), 4)  # ln(1 + 3/e), (ln(1 + 1/e) + 2 ln 2)/3
     (0.7437, 0.5665)
     """
+    check_ids("ids", ids)
     ids = jnp.asarray(ids)
-    online = Pair(Features(*speech), Features(*image))
+    row_valid = None if row_valid is None else jnp.asarray(row_valid)
+    axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
+    online = Pair(as_features("speech", speech), as_features("image", image))
     if momentum is not None:
-        momentum = jax.lax.stop_gradient(Pair(Features(*momentum[0]), Features(*momentum[1])))
-    _check_features(online, momentum, ids, with_tokens=match is not None)
+        momentum = Pair(*map(as_features, ("momentum.speech", "momentum.image"), momentum))
+        momentum = jax.lax.stop_gradient(momentum)
+    _check_features(online, momentum, ids)
+    _check_tokens(online, momentum, queues, negatives, with_sim=match is not None)
     _check_options(momentum, queues, alpha, negatives, sigmoid_bias, with_sim=match is not None)
-    check_arrays(tau=(tau, "number[]"), alpha=(alpha, "number[]"))
-    check_positive("tau", tau)
-    check_positive("mining_tau", mining_tau)
-    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
-        raise ValueError(f"chunk is {chunk!r}; it must be an int of at least 1, or None")
-    check_range("alpha", alpha, 0.0, 1.0)
+    _check_numbers(tau, alpha, mining_tau, sigmoid_bias, negatives_per_row, chunk)
+    if queues is not None and axis_name is not None:
+        if any(varies(x, axis_name) for x in jax.tree.leaves(queues)):
+            raise ValueError(
+                "queues differ over axis_name; they must be whole on every device: P()"
+            )
 
     rows = _number_rows(ids, key, row_valid, axis_name)
     check_arrays(ids=(ids, "int[n]"), row_valid=(rows.valid, "bool[n]"))
     if row_valid is not None:
         # Padding may hold anything, and 0 times NaN would reach the gradient.
-        online, momentum = _zero_padding((online, momentum), row_valid)
+        online, momentum = _fill_padding((online, momentum), row_valid, axis_name)
 
     online, momentum = _unit_length(online), None if momentum is None else _unit_length(momentum)
 
@@ -283,16 +296,29 @@ def _choose(chosen: jax.Array, tree: Any, other: Any) -> Any:
     return jax.tree.map(of_leaf, tree, other)
 
 
-def _zero_padding(tree: Any, row_valid: jax.Array) -> Any:
-    """Set the floating-point leaves to 0 in rows that are not valid."""
+def _fill_padding(tree: Any, row_valid: jax.Array, axis_name: AxisName) -> Any:
+    """Give padding zeros, and the lengths and masks of real rows.
+
+    A sequence without a single token would be NaN in a mean or a softmax of ``match``.
+    """
+    some = _largest(jnp.any(row_valid), axis_name)
 
     def of_leaf(x: jax.Array) -> jax.Array:
-        # Lengths and masks stay: a sequence without a single token would be NaN in a softmax.
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            return x
-        return _choose(row_valid, x, jnp.zeros_like(x))
+        x = jnp.asarray(x)
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            return _choose(row_valid, x, jnp.zeros_like(x))
+        numbers = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
+        lowest = jnp.full_like(numbers, jnp.iinfo(numbers.dtype).min)
+        largest = _largest(jnp.max(_choose(row_valid, numbers, lowest), axis=0), axis_name)
+        filled = jnp.where(some, jnp.broadcast_to(largest, numbers.shape), numbers)
+        return _choose(row_valid, x, filled.astype(x.dtype))
 
     return jax.tree.map(of_leaf, tree)
+
+
+def _largest(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """Return the largest over the devices."""
+    return x if axis_name is None else jax.lax.pmax(x.astype(jnp.int32), axis_name).astype(x.dtype)
 
 
 def _finite_rows(tree: Any) -> jax.Array:
@@ -338,9 +364,7 @@ def _sizes(queues: Queues) -> tuple[int, int]:
     return queues.embeddings.size, queues.tokens.size
 
 
-def _check_features(
-    online: Pair[Features], momentum: Pair[Features] | None, ids: jax.Array, with_tokens: bool
-) -> None:
+def _check_features(online: Pair[Features], momentum: Pair[Features] | None, ids: Any) -> None:
     """Raise ValueError unless all features have one number of rows and one width."""
     named = {"speech": online.speech, "image": online.image}
     if momentum is not None:
@@ -349,13 +373,54 @@ def _check_features(
         f"{name}.embedding": (features.embedding, "float[n, D]") for name, features in named.items()
     }
     n = check_arrays(ids=(ids, "int[n]"), **embeddings)["n"]
+    if n == 0:
+        raise ValueError("ids has shape (0,); there must be at least one row")
     for name, features in named.items():
         check_rows(f"{name}.tokens", features.tokens, n)
-        if with_tokens and not jax.tree.leaves(features.tokens):
+
+
+def _check_tokens(
+    online: Pair[Features],
+    momentum: Pair[Features] | None,
+    queues: Queues | None,
+    negatives: str,
+    with_sim: bool,
+) -> None:
+    """Raise ValueError where tokens that something reads are missing."""
+    needed: dict[str, Features] = {}
+    if with_sim:
+        needed |= {"speech": online.speech, "image": online.image}
+    keeps_tokens = isinstance(queues, Queues) and queues.tokens.size > 0
+    if momentum is not None and (keeps_tokens or with_sim and negatives == "queue"):
+        needed |= {"momentum.speech": momentum.speech, "momentum.image": momentum.image}
+    for name, features in needed.items():
+        if not jax.tree.leaves(features.tokens):
             raise ValueError(
-                f"{name}.tokens is empty; match reads tokens, so give Features(embedding, tokens), "
-                "or match=None for SIC alone"
+                f"{name}.tokens is empty; match and the token queue read tokens, so give "
+                "Features(embedding, tokens), or match=None and no token queue for SIC alone"
             )
+
+
+def _check_numbers(
+    tau: Any,
+    alpha: Any,
+    mining_tau: Any,
+    sigmoid_bias: Any,
+    negatives_per_row: Any,
+    chunk: Any,
+) -> None:
+    """Raise ValueError unless all are scalars in their ranges."""
+    check_arrays(tau=(tau, "number[]"), alpha=(alpha, "number[]"))
+    check_positive("tau", tau)
+    check_range("alpha", alpha, 0.0, 1.0)
+    if mining_tau is not None:
+        check_arrays(mining_tau=(mining_tau, "number[]"))
+        check_positive("mining_tau", mining_tau)
+    if sigmoid_bias is not None:
+        check_arrays(sigmoid_bias=(sigmoid_bias, "number[]"))
+    for name, value in {"negatives_per_row": negatives_per_row, "chunk": chunk}.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} is {value!r}; it must be an int of at least 1")
 
 
 def _check_options(
@@ -367,6 +432,10 @@ def _check_options(
     with_sim: bool,
 ) -> None:
     """Raise ValueError where options contradict each other."""
+    if queues is not None and not isinstance(queues, Queues):
+        raise ValueError(
+            f"queues is a {type(queues).__name__}; it must be Queues(embeddings, tokens)"
+        )
     if negatives not in NEGATIVE_POOLS:
         raise ValueError(
             f"negatives is {negatives!r}; it must be one of {', '.join(NEGATIVE_POOLS)}"

@@ -34,6 +34,26 @@ class Features(NamedTuple):
     tokens: Any = None
 
 
+def as_features(name: str, value: Any) -> Features:
+    """Return Features, also of a plain tuple (embedding, tokens).
+
+    Args:
+      name: what to call the value in an error.
+      value: Features or a tuple.
+
+    Returns:
+      Features.
+
+    Raises:
+      ValueError: an array, or anything else.
+    """
+    if not isinstance(value, tuple) or not 1 <= len(value) <= 2:
+        raise ValueError(
+            f"{name} is a {type(value).__name__}; it must be Features(embedding, tokens)"
+        )
+    return Features(*value)
+
+
 class Rows(NamedTuple):
     """This device's rows of the global batch.
 

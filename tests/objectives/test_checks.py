@@ -95,6 +95,12 @@ WRONG = [
     ("update_momentum", 0, {"w": IDS}, r"\['w'\] is an array \(4,\) of int32; pass floating-point"),
     ("update_momentum", 0, {"w": KEYS}, r"of key<fry>; pass floating-point arrays alone, such as"),
     ("update_momentum", 0, {"w": jnp.tanh}, r"momentum_params\['w'\] is a .*; pass floating-point"),
+    (
+        "update_momentum", 0, {"w": QUERIES.astype(jnp.bfloat16)},
+        "bfloat16, in which steps of 1 - m are lost",
+    ),
+    ("update_momentum", 2, jnp.ones(2), r"momentum has shape \(2,\)"),
+    ("enqueue", 1, {"id": np.array([0, 1, 2, 2**40]), "speech": QUERIES}, "has 1099511627776"),
     ("alpha_at", 1, -0.1, "alpha is -0.1; it must be from 0 to 1"),
     ("similarity_logits", 2, -0.1, "tau is -0.1; it must be above 0"),
     ("enqueue", 1, {"id": IDS.astype(jnp.int16), "speech": QUERIES}, "type int16; .* with int32"),

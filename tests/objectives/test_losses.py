@@ -232,6 +232,52 @@ def test_padding_takes_no_part_whatever_it_holds():
     assert counted.reshape(3, N).tolist() == [INPUTS.valid.tolist()] * 3
 
 
+def test_padding_without_a_single_token_leaves_the_gradient_finite():
+    """Lengths of 0 and masks of False, in which a mean and a softmax of ``match`` are NaN."""
+    lengths, real = jnp.where(INPUTS.valid, T, 0), INPUTS.valid[:, None] & jnp.ones(T, bool)
+    x = INPUTS.online.speech.tokens[0]
+
+    def loss(weights):
+        features = Features(x[:, 0] @ weights, (x @ weights, lengths, real))
+
+        def match(speech, image):
+            attention = jax.nn.softmax(speech[0][..., 0], axis=-1, where=speech[2])
+            mean = jnp.einsum("nt,ntd->nd", attention, speech[0]) / speech[1][:, None]
+            score = jnp.sum(mean * jnp.sum(image[0], axis=1) / image[1][:, None], axis=-1)
+            return jnp.stack([jnp.zeros_like(score), score], axis=-1)
+
+        found = c2f.c2f_losses(
+            features, features, IDS, tau=TAU, key=KEY, match=match, row_valid=INPUTS.valid
+        )
+        return found.sic + found.sim
+
+    value, gradient = jax.value_and_grad(loss)(INPUTS.weights)
+    assert np.isfinite(value) and np.isfinite(gradient).all() and gradient.any()
+
+
+def test_queues_that_differ_over_the_devices_are_refused():
+    mesh = jax.make_mesh((2,), ("d",), devices=jax.devices()[:2])
+    features = Pair(*(Features(f.embedding) for f in INPUTS.online))
+    queues = c2f.create_queues(*features, IDS, size=4)
+
+    def sic(features, ids, queues):
+        return c2f.c2f_losses(
+            *features, ids, tau=TAU, key=KEY, momentum=features, queues=queues, axis_name="d"
+        ).sic
+
+    array = P("d")
+    specs = (array, array, c2f.Queues(c2f.EmbeddingQueue(array, P(), P()), P()))
+    arguments = jax.tree.map(lambda x: x, (features, IDS, queues))
+    with pytest.raises(ValueError, match="queues differ over axis_name"):
+        with jax.set_mesh(mesh):
+            placed = jax.tree.map(
+                lambda x, s: jax.device_put(x, s), arguments,
+                jax.tree.map(lambda s, x: jax.tree.map(lambda _: s, x), specs, arguments,
+                             is_leaf=lambda s: isinstance(s, P)),
+            )  # fmt: skip
+            jax.jit(jax.shard_map(sic, in_specs=specs, out_specs=P()))(*placed)
+
+
 def test_no_padding_is_mined():
     seen = []
 
@@ -262,8 +308,13 @@ def test_a_row_that_is_not_finite_stays_out_of_the_queues():
 
 @pytest.mark.parametrize("case", ["queue", "sigmoid", "padded"])
 def test_ranks_and_types_are_never_promoted(case, no_rank_promotion):
+    half = jax.tree.map(
+        lambda f: f._replace(embedding=f.embedding.astype("bfloat16")) if isinstance(f, tuple) else f,
+        INPUTS, is_leaf=lambda x: isinstance(x, Features),
+    )  # fmt: skip
     with jax.numpy_dtype_promotion("strict"):
-        jax.eval_shape(functools.partial(losses, **OPTIONS[case]), INPUTS)
+        for inputs in (INPUTS, half):
+            jax.eval_shape(functools.partial(losses, **OPTIONS[case]), inputs)
 
 
 def test_a_step_of_a_scan_is_a_step():
@@ -273,6 +324,8 @@ def test_a_step_of_a_scan_is_a_step():
         found = losses(INPUTS, queues=queues)
         return found.queues, found.sic
 
+    with jax.enable_x64(True):
+        jax.eval_shape(lambda: jax.lax.scan(step, some_queues(), jnp.arange(2)))
     queues, _ = jax.lax.scan(step, jax.tree.map(jnp.asarray, QUEUES), jnp.arange(2))
     once = losses(INPUTS).queues
     again = losses(INPUTS, queues=once).queues
@@ -319,9 +372,19 @@ WRONG = [
     ({"ids": jnp.arange(3)}, r"speech.embedding has shape \(4, 4\).*with n = 3"),
     ({"image": Features(jnp.eye(4)[:, :3], jnp.eye(4))}, r"image.embedding has shape \(4, 3\)"),
     ({"speech": Features(jnp.eye(4), {"h": jnp.eye(3)})}, r"speech.tokens\['h'\] has shape"),
-    ({"speech": Features(jnp.eye(4))}, "speech.tokens is empty.*match=None for SIC alone"),
+    ({"speech": Features(jnp.eye(4))}, "speech.tokens is empty.*match=None"),
+    ({"speech": jnp.eye(4)}, r"speech is a .*; it must be Features\(embedding, tokens\)"),
+    ({"momentum": Pair(Z, jnp.eye(4))}, "momentum.image is a .*; it must be Features"),
+    ({"ids": np.arange(4) * 2**32}, "ids has 4294967296, which jax would cut to 32 bits"),
+    ({"ids": jnp.arange(0)}, "ids has shape|speech.embedding has shape"),
+    ({"tau": np.float32(-0.1)}, "tau is -0.1; it must be above 0"),
+    ({"momentum": Pair(Z, Z), "alpha": np.float32(1.5)}, "alpha is 1.5; it must be from 0 to 1"),
+    ({"mining_tau": jnp.ones(4)}, r"mining_tau has shape \(4,\)"),
+    ({"sigmoid_bias": jnp.ones(4)}, r"sigmoid_bias has shape \(4,\)"),
+    ({"negatives_per_row": 2.0}, "negatives_per_row is 2.0; it must be an int"),
+    ({"queues": {}}, "queues is a dict; it must be Queues"),
     ({"momentum": Pair(Z, Features(jnp.eye(5)))}, "momentum.image.embedding has shape"),
-    ({"tau": 0.0}, "tau is 0.0; it must be above 0"),
+    ({"tau": 0.0}, "tau is 0; it must be above 0"),
     ({"tau": jnp.ones(4)}, r"tau has shape \(4,\)"),
     ({"alpha": 0.4}, "momentum is None; distillation needs it"),
     ({"momentum": Pair(Z, Z), "alpha": 1.5}, "alpha is 1.5; it must be from 0 to 1"),
@@ -333,7 +396,7 @@ WRONG = [
     ({"sigmoid_bias": -1.0, "momentum": Pair(Z, Z), "alpha": 0.1}, "distillation is of the soft"),
     ({"row_valid": jnp.ones(4)}, "row_valid has shape .* float32; it must be bool"),
     ({"row_valid": jnp.ones(3, bool)}, r"row_valid has shape \(3,\)"),
-    ({"chunk": 0}, "chunk is 0; it must be an int of at least 1, or None"),
+    ({"chunk": 0}, "chunk is 0; it must be an int of at least 1"),
     ({"branches": 3}, "branches=3 must divide the width"),
     ({"key": 3}, r"key is 3; it must be a key, such as jax.random.key\(3\)"),
     ({"key": jax.random.split(KEY, 4)}, r"key has shape \(4,\); it must be one key"),
@@ -357,6 +420,19 @@ def test_chunks_of_rows_sharded_over_explicit_axes_are_refused():
     ids = jax.device_put(IDS, NamedSharding(mesh, P("d")))
     with pytest.raises(ValueError, match="chunk cannot cut rows.*use shard_map"):
         jax.jit(lambda z, ids: c2f.c2f_losses(*z, ids, tau=TAU, key=KEY, chunk=4))(placed, ids)
+
+
+def test_tokens_of_another_structure_than_the_queue_are_named():
+    other = Pair(*(f._replace(tokens={"x": f.tokens[0]}) for f in INPUTS.momentum))
+    with pytest.raises(ValueError, match="is PyTreeDef.*as what the queue was created with"):
+        losses(INPUTS._replace(momentum=other))
+
+
+def test_momentum_tokens_are_asked_for_where_something_reads_them():
+    without = Pair(*(Features(f.embedding) for f in INPUTS.momentum))
+    losses(INPUTS._replace(momentum=without), queues=None)
+    with pytest.raises(ValueError, match="momentum.speech.tokens is empty"):
+        losses(INPUTS._replace(momentum=without))
 
 
 def test_tokens_larger_than_the_queue_are_named():
