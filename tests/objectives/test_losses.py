@@ -308,10 +308,9 @@ def test_a_row_that_is_not_finite_stays_out_of_the_queues():
 
 @pytest.mark.parametrize("case", ["queue", "sigmoid", "padded"])
 def test_ranks_and_types_are_never_promoted(case, no_rank_promotion):
-    half = jax.tree.map(
-        lambda f: f._replace(embedding=f.embedding.astype("bfloat16")) if isinstance(f, tuple) else f,
-        INPUTS, is_leaf=lambda x: isinstance(x, Features),
-    )  # fmt: skip
+    embeddings = [Pair(*(f.embedding.astype("bfloat16") for f in pair)) for pair in INPUTS[:2]]
+    half = [with_embeddings(pair, z) for pair, z in zip(INPUTS[:2], embeddings, strict=True)]
+    half = INPUTS._replace(online=half[0], momentum=half[1])
     with jax.numpy_dtype_promotion("strict"):
         for inputs in (INPUTS, half):
             jax.eval_shape(functools.partial(losses, **OPTIONS[case]), inputs)
