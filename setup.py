@@ -77,7 +77,7 @@ setup(
     packages=[*find_packages(include=["c2f_jax", "c2f_jax.*"]), "c2f_jax.configs"],
     package_dir={"c2f_jax.configs": "configs"},  # `c2f train --config=NAME` finds them there
     package_data={"c2f_jax": ["py.typed"], "c2f_jax.reports": ["*.css", "*.js"]},
-    install_requires=["jax>=0.10", "flax>=0.12", "optax>=0.2.7"],
+    install_requires=["jax>=0.7.2", "flax>=0.11.2", "optax>=0.2.5"],
     extras_require={
         "train": TRAIN,
         "tensorboard": TENSORBOARD,

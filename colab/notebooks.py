@@ -23,7 +23,7 @@ from typing import Any
 COLAB = Path(__file__).resolve().parent
 ROOT = COLAB.parent
 REPOSITORY = "c2f-jax/c2f_jax"  # on GitHub
-FLOOR = "0.10"  # of jax, as in setup.py
+FLOOR = "0.7.2"  # of jax, as in setup.py
 KERNEL = ("nbclient", "ipykernel")  # what runs a notebook, in any environment
 
 ANSI = re.compile(r"\x1b\[[\d;]*m")  # colors
@@ -53,7 +53,8 @@ from pathlib import Path
 kept = re.compile("jax|jaxlib|jax[-_].*(plugin|pjrt)|libtpu|numpy")
 names = {{str(d.name).lower() for d in importlib.metadata.distributions()}}
 pins = {{name: importlib.metadata.version(name) for name in names if kept.fullmatch(name)}}
-if tuple(map(int, pins.get("jax", "{FLOOR}").split(".")[:2])) < {tuple(map(int, FLOOR.split(".")))}:
+jax_version = re.findall("[0-9]+", pins.get("jax", "{FLOOR}"))[:3]
+if tuple(map(int, jax_version)) < {tuple(map(int, FLOOR.split(".")))}:
     extra = "[cuda12]" if any("cuda12" in name for name in pins) else ""
     extra = "[tpu]" if "libtpu" in pins else extra
     sys.exit(

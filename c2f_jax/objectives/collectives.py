@@ -1,5 +1,6 @@
 """Collectives that accept ``axis_name=None``: the same code runs with and without a device axis."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from c2f_jax.objectives.checks import check_arrays
 from c2f_jax.objectives.dtypes import at_least_float32
+
+# Whether jax can be told that a gathered array is the same on all devices.
+_CAN_DECLARE = "to" in inspect.signature(jax.lax.all_gather).parameters
 
 AxisName = str | Sequence[str] | None
 
@@ -52,6 +56,11 @@ def all_gather(tree: Any, axis_name: AxisName = None) -> Any:
 
         # Under shard_map with check_vma the result is declared equal on all devices, so that it
         # may leave with out_specs=P(). Elsewhere jax 0.10 would give it wrong gradients.
+        if not _CAN_DECLARE:
+            raise NotImplementedError(
+                f"shard_map with check_vma=True needs jax 0.10 (this is {jax.__version__}): pass "
+                "check_vma=False"
+            )
         if not varies(x, axis_name):
             x = jax.lax.pcast(x, axis_name, to="varying")
         return jax.lax.all_gather(x, axis_name, tiled=True, to="invarying")

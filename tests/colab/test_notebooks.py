@@ -188,9 +188,9 @@ class TestInstallCell:
     )
     def test_an_old_jax_is_one_line(self, install, others, extra):
         with pytest.raises(SystemExit) as stopped:
-            install({"jax": "0.7.2"} | others)
+            install({"jax": "0.6.2"} | others)
         assert str(stopped.value) == (
-            "c2f_jax needs jax 0.10 or newer, and this runtime has 0.7.2: run "
+            "c2f_jax needs jax 0.7.2 or newer, and this runtime has 0.6.2: run "
             f'`%pip install -U "jax{extra}"`, restart the runtime, and run this cell again'
         )
 
@@ -214,10 +214,9 @@ def test_whole_notebook_in_its_own_environment(name, tmp_path):
 def test_the_runtime_keeps_its_versions(tmp_path):
     """jax, numpy and an accelerator's plugin as a Colab runtime pins them, after the install cell.
 
-    numpy is Colab's of August 2026. Its jax, 0.7.2, is older than c2f_jax allows; this one is the
-    oldest allowed.
+    These are Colab's of August 2026.
     """
-    pinned = "jax==0.10.0 jaxlib==0.10.0 numpy==2.1.3 jax-cuda12-plugin==0.10.0".split()
+    pinned = "jax==0.7.2 jaxlib==0.7.2 numpy==2.1.3 jax-cuda12-plugin==0.7.2".split()
     clone = notebooks.copy_clone(tmp_path)
     python = notebooks.make_environment(tmp_path, pinned)
     notebook = read("quickstart")
