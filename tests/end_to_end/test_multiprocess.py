@@ -260,10 +260,10 @@ def gradients_of_one_device(tree, axis_name=None):
     return pmean(tree, axis_name) if isinstance(tree, jax.Array) else tree
 
 
-def other_order(queue, rows):
+def other_order(queue, rows, valid):
     """``enqueue`` that begins with the rows of the second device."""
     return enqueue(
-        queue, jax.tree.map(lambda x: jnp.roll(x, N // jax.device_count(), axis=0), rows)
+        queue, *jax.tree.map(lambda x: jnp.roll(x, N // jax.device_count(), axis=0), (rows, valid))
     )
 
 
