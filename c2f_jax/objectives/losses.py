@@ -310,7 +310,8 @@ def _fill_padding(tree: Any, row_valid: jax.Array, axis_name: AxisName) -> Any:
         numbers = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
         lowest = jnp.full_like(numbers, jnp.iinfo(numbers.dtype).min)
         largest = _largest(jnp.max(_choose(row_valid, numbers, lowest), axis=0), axis_name)
-        filled = jnp.where(some, jnp.broadcast_to(largest, numbers.shape), numbers)
+        spread = jnp.zeros_like(numbers) + largest[None]  # with the sharding of the rows
+        filled = jnp.where(some, spread, numbers)
         return _choose(row_valid, x, filled.astype(x.dtype))
 
     return jax.tree.map(of_leaf, tree)

@@ -46,8 +46,8 @@ if __name__ == "__main__":
 
     params, batch = jax.jit(init)(jax.random.key(0)), toy_batch(0)
     queues = c2f.create_queues(*encode(params, batch), batch["ids"], size=128)
-    state = params, params, queues, OPTIMIZER.init(params)
     for run in (explicit, jax.jit(mapped)):
+        state = params, params, queues, OPTIMIZER.init(params)
         for step in range(201):
             *state, out = run(*state, jax.device_put(toy_batch(step), P("data")), step)
             if step % 100 == 0:

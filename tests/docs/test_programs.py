@@ -204,7 +204,8 @@ def test_programs_need_the_light_install_alone(tmp_path):
     source.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "c2f_jax", source / "c2f_jax")
+    for name in ("c2f_jax", "configs"):
+        shutil.copytree(ROOT / name, source / name)
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "-q", source], check=True)
