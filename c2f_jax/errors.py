@@ -23,6 +23,7 @@ EXTRA_OF_MODULE = {
     "tensorflow": "tensorboard",
     "espeakng_loader": "speech",
     "huggingface_hub": "hub",
+    "libtpu": "tpu",
     "anywidget": "notebook",
 }
 

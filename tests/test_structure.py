@@ -10,8 +10,8 @@ from helpers.paths import ROOT
 PACKAGE = ROOT / "c2f_jax"
 # A room may import those after it, and nothing else.
 ROOMS = (
-    "main commands ablate train evaluate search inference config data_check reports pretrained "
-    "training retrieval datasets models data objectives errors"
+    "main commands compile ablate train evaluate search inference config data_check reports "
+    "pretrained training retrieval datasets models data objectives hardware errors"
 ).split()
 
 

@@ -5,6 +5,7 @@ import argparse
 from c2f_jax import __version__
 from c2f_jax.commands import (
     ablate,
+    compile,
     convert,
     data_check,
     data_prepare,
@@ -30,6 +31,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "index": index,
     "search": search,
+    "compile": compile,
     "ablate": ablate,
     "convert": convert,
     "features": features,

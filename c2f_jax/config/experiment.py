@@ -5,7 +5,7 @@ No function of the rooms below takes a ConfigDict; they take what is built here.
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,15 +62,21 @@ class Experiment(RunOptions):
         return dataclasses.replace(self.data, name=name, **changes)
 
 
-def create_experiment(config: ConfigDict) -> Experiment:
+def create_experiment(
+    config: ConfigDict, card_of: Callable[[str], Mapping[str, Any]] = open_card
+) -> Experiment:
     """Check a configuration and build its pieces.
+
+    Args:
+      config: configuration.
+      card_of: function that returns the card of published weights.
 
     Raises:
       UserError: if an option is unknown, has another type, is out of range or contradicts another.
     """
     plain = json.loads(config.to_json())
     _check_options(plain)
-    model, weights, preprocessing = _with_weights(plain.pop("model"))
+    model, weights, preprocessing = _with_weights(plain.pop("model"), card_of)
     data = plain.pop("data") | preprocessing
     data["augment"] = fields.build(AugmentConfig, data.get("augment", {}))
     encoders = [model.pop(part, {}) for part in ("speech", "image", "multimodal")]
@@ -144,7 +150,7 @@ def _section(plain: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 
 
 def _with_weights(
-    model: Mapping[str, Any],
+    model: Mapping[str, Any], card_of: Callable[[str], Mapping[str, Any]]
 ) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
     """Look up the networks of published weights.
 
@@ -173,7 +179,7 @@ def _with_weights(
                 )
             continue
 
-        card = open_card(path)
+        card = card_of(path)
         values["tower"] = bare_tower(card) | dict(values.get("tower") or {})
         weights[part] = path
         if part == "image":

@@ -195,10 +195,10 @@ def _local_path(source: str | Path) -> Path:
         ) from error
     try:
         # Many models are published in both formats: PyTorch's is downloaded only if it must be.
-        folder = Path(snapshot_download(source, allow_patterns=[*HUB_TEXTS, SAFETENSORS]))
+        folder = Path(snapshot_download(str(source), allow_patterns=[*HUB_TEXTS, SAFETENSORS]))
         if not any(folder.glob(SAFETENSORS)):
             patterns = [*HUB_TEXTS, SAFETENSORS, TORCH_FILES]
-            folder = Path(snapshot_download(source, allow_patterns=patterns))
+            folder = Path(snapshot_download(str(source), allow_patterns=patterns))
         return folder
     except Exception as error:  # the client and its transport raise many kinds of errors
         raise UserError(

@@ -107,6 +107,7 @@ def test_every_option_is_listed(encoders):
         "evaluate",
         "index",
         "search",
+        "compile",
         "ablate",
         "convert",
         "features",

@@ -1,0 +1,139 @@
+"""TPU chips and slices, as the TPU compiler and the makers' published figures describe them."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from c2f_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published figures of a chip.
+
+    Attributes:
+      name: as in the name of a slice.
+      memory: bytes of HBM.
+      flops: products and sums of bfloat16 per second, the peak.
+      memory_bandwidth: bytes per second between the chip and its HBM.
+      interconnect: bytes per second that a chip sends to its neighbors, over all links; as many
+        arrive.
+      pod: chips of the largest slice.
+      devices: jax devices per chip.
+
+    Reference:
+      Google Cloud's pages of v4, v5e, v5p, v6e and TPU7x (docs.cloud.google.com/tpu/docs/v4,
+      .../v5e, .../v5p, .../v6e, .../tpu7x), read in November 2026. They give interconnect in both
+      directions together; for v4, the older form of 2,400 Gbit/s in one.
+    """
+
+    name: str
+    memory: float
+    flops: float
+    memory_bandwidth: float
+    interconnect: float
+    pod: int
+    devices: int = 1
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", 32e9, 275e12, 1200e9, 300e9, 4096),
+        Chip("v5e", 16e9, 197e12, 819e9, 200e9, 256),
+        Chip("v5p", 95e9, 459e12, 2765e9, 600e9, 8960),
+        Chip("v6e", 32e9, 918e12, 1638e9, 400e9, 256),
+        Chip("tpu7x", 192e9, 2307e12, 7380e9, 600e9, 9216, devices=2),
+    )
+}
+# Two cores of a v4 chip act as one device, as they do on Cloud TPU.
+ONE_DEVICE = {"v4": {"chip_config_name": "megacore"}}
+
+QUIET = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """A slice of TPU chips that programs can be compiled for without having it.
+
+    Attributes:
+      name: such as "v5e:16x16".
+      chip: its chip.
+      devices: what to compile for.
+    """
+
+    name: str
+    chip: Chip
+    devices: Sequence[jax.Device]
+
+    @property
+    def chips(self) -> int:
+        """The number of chips."""
+        return len(self.devices) // self.chip.devices
+
+
+def open_slice(name: str) -> Slice:
+    """Return a slice by its name.
+
+    Args:
+      name: chip and shape, such as "v5e:2x4" or "v5p:4x4x8".
+
+    Raises:
+      UserError: there is no such chip or shape.
+      ModuleNotFoundError: the TPU compiler is not installed.
+    """
+    kind, colon, shape = name.partition(":")
+    if kind not in CHIPS or not colon:
+        raise UserError(
+            f"--topology={name}: give a chip and a shape, such as v5e:2x4; the chips are "
+            f"{', '.join(CHIPS)}"
+        )
+    if not re.fullmatch(r"\d+x\d+(x\d+)?", shape):
+        raise UserError(f"--topology={name}: the shape must be like 2x4 or 2x2x1")
+
+    # Outside of Google's cloud, libtpu would look for a server that describes this machine, and
+    # complain that there is none.
+    for variable, value in QUIET.items():
+        os.environ.setdefault(variable, value)
+    import libtpu  # noqa: F401 - the compiler; without it jax would say that there is no TPU
+    from jax.experimental import topologies
+
+    try:
+        topology = topologies.get_topology_desc(
+            platform="tpu", topology_name=name, **_options(kind, shape)
+        )
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--topology={name}: the TPU compiler knows no such slice ({reason})"
+        ) from error
+
+    chip = CHIPS[kind]
+    found = Slice(name, chip, list(topology.devices))
+    if found.chips > chip.pod:
+        raise UserError(
+            f"--topology={name} has {found.chips} chips, but a pod of {chip.name} has {chip.pod}: "
+            "give a smaller shape or another chip"
+        )
+    return found
+
+
+def _options(kind: str, shape: str) -> dict[str, Any]:
+    """Return what the TPU compiler needs to know beside the name."""
+    options: dict[str, Any] = dict(ONE_DEVICE.get(kind, {}))
+    # A host has a square of four chips; a smaller slice is a part of one host.
+    sides = [int(side) for side in shape.split("x")]
+    sides += [1] * (3 - len(sides))
+    if sides[0] * sides[1] * sides[2] < 4:
+        options["chips_per_host_bounds"] = tuple(sides)
+    return options

@@ -1,0 +1,173 @@
+"""What is in a compiled program: operations, bytes and what travels between devices."""
+
+import collections
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jax.lax import Precision
+
+# bfloat16 passes of a TPU's matrix units for a float32 product.
+PASSES = {Precision.DEFAULT: 1, Precision.HIGH: 3, Precision.HIGHEST: 6}
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_INSTRUCTION = re.compile(
+    rf"%?(?P<name>\S+) = (?P<shape>.+?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\("
+)
+_ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
+_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[(\d+),(\d+)\])")
+_CHAIN = re.compile(r'chain_id="(\d+)"')
+_BITS = re.compile(r"\d+")
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Floating-point operations of the products and convolutions of a program.
+
+    Attributes:
+      flops: additions and multiplications.
+      bfloat16_flops: what a TPU's matrix units do for them, in passes of bfloat16.
+    """
+
+    flops: float
+    bfloat16_flops: float
+
+    def times(self, count: int) -> "Operations":
+        """Return the operations of as many runs."""
+        return Operations(count * self.flops, count * self.bfloat16_flops)
+
+
+def count_operations(jaxpr: Any) -> Operations:
+    """Count the products and convolutions of a jaxpr, those of its parts included.
+
+    2 m n k for a product; for a convolution 2 x outputs x inputs of each, without the zeros of a
+    dilated input. A scan counts as often as it runs, a branch as its costliest side; a while loop
+    counts once. Under ``shard_map`` and ``pmap`` it is the work of one device.
+
+    Args:
+      jaxpr: of ``jax.make_jaxpr``.
+
+    Returns:
+      The operations, as the program is written: the compiler may merge what is computed twice.
+    """
+    flops = passes = 0.0
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name in ("dot_general", "conv_general_dilated"):
+            count = (_dot_flops if name == "dot_general" else _conv_flops)(equation)
+            flops += count
+            passes += count * _passes(equation)
+            continue
+        parts = [count_operations(part) for part in _inner(params)]
+        if name == "cond":
+            parts = [max(parts, key=lambda part: part.bfloat16_flops)]
+        times = params["length"] if name == "scan" else 1
+        flops += times * sum(part.flops for part in parts)
+        passes += times * sum(part.bfloat16_flops for part in parts)
+    return Operations(flops, passes)
+
+
+def _inner(params: dict) -> Iterator[Any]:
+    """Yield the jaxprs among the parameters of an equation."""
+    for value in params.values():
+        for part in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(getattr(part, "jaxpr", part), "eqns"):
+                yield part
+
+
+def _dot_flops(equation: Any) -> int:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    sides = equation.invars[0].aval.shape
+    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(sides[i] for i in contracted)
+
+
+def _conv_flops(equation: Any) -> int:
+    numbers, kernel = equation.params["dimension_numbers"], equation.invars[1].aval.shape
+    taps = math.prod(kernel[i] for i in numbers.rhs_spec[1:])  # inputs of a group, and space
+    outputs = math.prod(equation.outvars[0].aval.shape)
+    return 2 * outputs * taps // math.prod(equation.params["lhs_dilation"])
+
+
+def _passes(equation: Any) -> int:
+    if all(np.dtype(variable.aval.dtype).itemsize < 4 for variable in equation.invars):
+        return 1
+    precision = equation.params["precision"]
+    first = precision[0] if isinstance(precision, tuple) else precision
+    return PASSES.get(first, 1)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """An exchange between devices.
+
+    Attributes:
+      kind: such as "all-gather".
+      size: bytes of its result on a device; of a reduce-scatter, of what it reduces.
+      group: devices that take part together.
+      count: how many equal ones there are.
+    """
+
+    kind: str
+    size: int
+    group: int
+    count: int = 1
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each device sends on a ring of the group, all equal ones together.
+
+        (g - 1) / g of the whole for a gather or a scatter, twice that for an all-reduce, which is
+        one after the other.
+        """
+        if self.kind == "collective-permute":
+            return self.count * self.size
+        times = 2 if self.kind == "all-reduce" else 1
+        return self.count * self.size * times * (self.group - 1) / self.group
+
+
+def find_collectives(text: str, devices: int) -> list[Collective]:
+    """Return the exchanges of a compiled program, the largest first.
+
+    The TPU compiler spreads an asynchronous exchange over several fusions, which share its
+    chain_id; each is counted once.
+
+    Args:
+      text: optimized HLO.
+      devices: number of devices that the program runs on.
+    """
+    found = {}
+    for line in text.splitlines():
+        match = _INSTRUCTION.search(line)
+        if match is None:
+            continue
+        chain = _CHAIN.search(line)
+        key = (match["kind"], "chain", chain[1]) if chain else ("", "name", match["name"])
+        group = _group_size(line, devices)
+        found[key] = Collective(match["kind"], _result_bytes(match, group), group)
+    counts = collections.Counter(found.values())
+    merged = [Collective(c.kind, c.size, c.group, count) for c, count in counts.items()]
+    return sorted(merged, key=lambda c: -c.sent)
+
+
+def _result_bytes(match: re.Match, group: int) -> int:
+    arrays = [_array_bytes(*array) for array in _ARRAY.findall(match["shape"])]
+    if match["start"] and match["kind"] != "all-reduce":
+        arrays = arrays[len(arrays) // 2 :]  # the operands come before the results
+    return sum(arrays) * (group if match["kind"] == "reduce-scatter" else 1)
+
+
+def _array_bytes(dtype: str, sides: str) -> int:
+    bits = _BITS.search(dtype)
+    size = max(int(bits[0]) // 8, 1) if bits else 1  # pred
+    return size * math.prod(int(side) for side in sides.split(",") if side)
+
+
+def _group_size(line: str, devices: int) -> int:
+    match = _GROUPS.search(line)
+    if match is None:
+        return devices
+    return int(match[3]) if match[3] else len(match[1].split(","))

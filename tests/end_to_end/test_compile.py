@@ -1,0 +1,72 @@
+"""`c2f compile` with the real TPU compiler; no TPU, no data and no weights are here."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from c2f_jax.config.experiment import create_experiment
+from c2f_jax.config.files import load_config
+from c2f_jax.main import main
+from c2f_jax.pretrained.stand_ins import stand_in_card
+
+TINY = "--config=spoken_scenes:runlocal"
+
+
+def compile_tiny(*words):
+    """The command in a process of its own: the TPU compiler starts once in a process."""
+    command = [sys.executable, "-m", "c2f_jax.main", "compile", TINY, *words]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_a_small_run_on_a_slice_and_one_that_does_not_fit():
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
+    done = compile_tiny("--topology=v5e:2x2", "--json")
+    assert done.returncode == 0, done.stderr
+    (plan,) = json.loads(done.stdout)
+    assert plan["chips"] == 4 and plan["fits"] and plan["capacity"] == 16e9
+
+    # What the state takes is known from the configuration alone.
+    parameters = plan["memory"]["parameters"]
+    assert plan["memory"]["queues"] >= 24 * (2 * 256 + 1) * 4
+    assert parameters / 2 < plan["memory"]["momentum"] < parameters
+    assert sum(plan["memory"].values()) == pytest.approx(plan["used"], rel=0.2)
+
+    # All gradients are averaged over the chips.
+    reduced = sum(c["size"] for c in plan["collectives"] if c["kind"] == "all-reduce")
+    assert parameters <= reduced < 1.5 * parameters
+    assert {c["group"] for c in plan["collectives"]} == {4}
+    assert plan["sent"] > 1.5 * reduced * 3 / 4
+    assert plan["step_seconds"] >= plan["memory_seconds"] + plan["network_seconds"] > 0
+
+    done = compile_tiny("--topology=v5e:2x2", "--config.queue_size=40000000")
+    assert done.returncode == 3
+    assert "does not fit" in done.stdout and "a smaller --config.queue_size" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "topology, message",
+    [
+        ("v9:2x2", "the chips are v4, v5e, v5p, v6e, tpu7x"),
+        ("v5e", "give a chip and a shape"),
+        ("v5e:2", "the shape must be like 2x4"),
+        ("v5e:3x5", "knows no such slice"),
+        ("v5e:32x32", "a pod of v5e has 256"),
+        ("v5e:4x8", "batch_size=16 does not divide over 32 devices"),
+    ],
+)
+def test_wrong_slices(topology, message, capsys):
+    if topology not in ("v9:2x2", "v5e", "v5e:2"):
+        pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
+    assert main(["compile", TINY, f"--topology={topology}"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoders", ["base", "large", "base_finetuned", "large_finetuned"])
+def test_published_encoders_have_cards_without_their_weights(encoders):
+    experiment = create_experiment(load_config(f"flickr8k_audio:{encoders}"), card_of=stand_in_card)
+    tower = experiment.model.speech_encoder.tower
+    assert (tower.depth, tower.width) == ((12, 768) if "base" in encoders else (24, 1024))
+    assert experiment.model.image_encoder.tower.vision.depth == 39
+    assert stand_in_card("weights/unknown") is None
