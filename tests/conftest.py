@@ -1,5 +1,5 @@
 """Four CPU devices for every test, compiled for a short compile time; set before jax is
-imported."""
+imported. With another JAX_PLATFORMS than cpu the tests run there, as users' programs do."""
 
 import functools
 import importlib.metadata
@@ -13,11 +13,12 @@ if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11
     FAST_COMPILE += (
         " --xla_cpu_use_fusion_emitters=false"  # later ones end the process at this flag
     )
+ON_CPU = os.environ.get("JAX_PLATFORMS", "cpu") == "cpu"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers have it from the process of the session
-    os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4 {FAST_COMPILE}"
-    )
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if ON_CPU:
+        flags = f"--xla_force_host_platform_device_count=4 {FAST_COMPILE}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+        os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # Several tests run the same training: what one of them has compiled, here or in another
     # process, the others load. The folder lasts as long as this process.

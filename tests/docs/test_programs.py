@@ -41,6 +41,7 @@ def assert_learns(name, text):
         np.testing.assert_allclose(losses[:half], losses[half:], atol=0.02)
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize(
     "name", ["plain_jit", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])]
 )
@@ -161,6 +162,7 @@ CASES = {
 }
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_the_equations(case, monkeypatch):
     """One step from a queue that is partly full: gradient and losses against the oracle in float64.

@@ -1,0 +1,154 @@
+"""benchmarks/gpu.sh and the programs that it runs, at small sizes on a CPU."""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from argparse import Namespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers.paths import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def load(name, monkeypatch):
+    """A program of benchmarks/ as a module, which may import its neighbors."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module(name)
+
+
+def gpu_sh(folder, *parts, python=sys.executable):
+    environment = os.environ | {"PYTHON": str(python)}
+    words = [BENCHMARKS / "gpu.sh", "--tiny", folder, *parts]
+    return subprocess.run(words, env=environment, capture_output=True, text=True)
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+
+
+def check_rows(rows):
+    for row in rows:
+        assert all(0 < seconds < 600 for seconds in row["turns"]), row
+        assert all(0 < loss < 50 for loss in row["losses"]), row
+        assert 0 < float(row["GiB"]) < 20 and row["tflop"] > 0 and row["peak"] > 0, row
+
+
+def test_steps_and_search_without_a_gpu(tmp_path):
+    """Also: a part that needs what is not here, and a part that fails, cost the others nothing."""
+    python = tmp_path / "python"  # as ours, without PyTorch, and search.py ends with an error
+    python.write_text(
+        f"#!{sys.executable}\n"
+        "import sys, os\n"
+        "if sys.argv[1:2] == ['benchmarks/search.py']:\n"
+        "    sys.exit('planted error')\n"
+        "if sys.argv[1] == '-c' and 'torch' in sys.argv:\n"
+        "    sys.exit(1)\n"
+        f"os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]])\n"
+    )
+    python.chmod(0o755)
+    done = gpu_sh(tmp_path / "out", "search", "light16", python=python)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "search: FAILED with status 1" in done.stdout and "planted error" in done.stdout
+    assert "light16: ok" in done.stdout
+    rows = rows_of(tmp_path / "out")
+    assert [row["variant"] for row in rows] == ["ours"]
+    check_rows(rows)
+    report = (tmp_path / "out" / "report.txt").read_text()
+    assert "light16: ok" in report and f" {rows[0]['ms']} " in report
+
+
+def test_gpu_sh_names_an_unknown_part(tmp_path):
+    done = gpu_sh(tmp_path, "ligth")
+    assert done.returncode == 2 and "ligth is no part; parts: tests" in done.stdout
+
+
+def test_search_finds_what_float64_finds(monkeypatch, capsys, tmp_path):
+    search = load("search", monkeypatch)
+    args = Namespace(
+        size=5000, dim=32, k=10, queries=[1, 16], rounds=1, libraries=["ours", "numpy"]
+    )
+    assert search.measure(args, tmp_path) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [row[:2] for row in rows] == [[a, q] for q in ("1", "16") for a in ("ours", "numpy")]
+    assert all(float(row[-2].rstrip("%")) > 99 for row in rows)
+
+    # A search that misses the best row is an error.
+    first = search.exact_top_k
+    monkeypatch.setattr(
+        search, "exact_top_k", lambda q, g, k: (first(q, g, k)[0] + 1e-3, first(q, g, k)[1])
+    )
+    assert search.measure(args, tmp_path) == 1
+
+
+def test_flops_count_equal_products_once(monkeypatch):
+    count = load("train_step", monkeypatch).count_flops
+
+    def flops(function, *shapes):
+        inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        return count(jax.make_jaxpr(function)(*inputs).jaxpr)
+
+    a, b = (3, 5), (5, 7)
+    one = 2 * 3 * 5 * 7
+    assert flops(jnp.matmul, a, b) == one
+    assert flops(lambda a, b: a @ b + jax.jit(jnp.matmul)(a, b), a, b) == one
+    assert flops(lambda a, b: a @ b + (2 * a) @ b, a, b) == 2 * one
+    # The gradient by both sides is two more products.
+    grad = jax.grad(lambda a, b: jnp.sum(jnp.sin(a @ b)), argnums=(0, 1))
+    assert flops(grad, a, b) == 3 * one
+
+    def scanned(a, b):
+        return jax.lax.scan(lambda c, _: (c @ b, None), a, None, length=4)[0]
+
+    assert flops(scanned, a, (5, 5)) == 4 * 2 * 3 * 5 * 5
+    kernel = lambda x, k: jax.lax.conv(x, k, (2,), "VALID")  # noqa: E731
+    assert flops(kernel, (2, 3, 11), (4, 3, 3)) == 2 * (2 * 4 * 5) * 3 * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", ["light", "base", "large"])
+def test_twin_in_pytorch_does_the_same_work(setting, monkeypatch):
+    """As many FLOPs as our step, and as many parameters but for the masks that are off."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    program = load("train_step", monkeypatch)
+    names = {"bfloat16": False, "parity": False, "remat": False, "cpu": True, "batch": None}
+    args = Namespace(setting=setting, tiny=True, **names)
+    numbers = program.settings_of(args)
+    batch = program.make_batches(numbers, 1)[0]
+    ours, twin = program.Ours(args, numbers, "ours"), program.Torch(args, numbers, "torch")
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        losses = twin.losses(twin.step(twin.place(batch)))
+    assert math.isclose(counter.get_total_flops() / 1e12, ours.tflop(batch), rel_tol=0.02)
+    assert abs(twin.parameters - ours.parameters) <= 128
+    # Random embeddings: SIC is near ln(rows and queue) but for the temperature; SIM is positive.
+    assert all(0 < loss < 20 for loss in losses)
+    assert torch.isfinite(torch.tensor(losses)).all()
+
+
+@pytest.mark.slow
+def test_all_parts_without_a_gpu(tmp_path):
+    for module in ("torch", "transformers"):
+        pytest.importorskip(module)
+    done = gpu_sh(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = rows_of(tmp_path)
+    check_rows(rows)
+    variants = {(row["setting"], row["type"], row["variant"]) for row in rows}
+    assert {
+        (s, t, v)
+        for s in ("light", "base", "large")
+        for t in ("bfloat16",)
+        for v in ("ours", "torch")
+    } <= variants
+    for line in ("tests: ok", "parity: ok", "parity_b: ok", "search: ok"):
+        assert line in (tmp_path / "report.txt").read_text()
