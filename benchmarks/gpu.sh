@@ -2,7 +2,8 @@
 # Everything that wants a GPU, in one command: is it right there, how fast is it, and how much memory
 # does it take, beside PyTorch. Nothing is downloaded.
 #
-#     benchmarks/gpu.sh FOLDER                  # all parts, six to nine minutes on an H100
+#     benchmarks/gpu.sh FOLDER                  # all parts; those for which LIMIT seconds do not
+#                                               # suffice (default: 540) are left out
 #     benchmarks/gpu.sh FOLDER light base16     # these parts
 #     benchmarks/gpu.sh --tiny FOLDER           # small sizes, to see on a CPU that it runs
 #
@@ -11,12 +12,12 @@
 #   parity    losses of a few steps of the light model, here and on the CPU
 #   parity_b  the same of HuBERT base and ViT-B/16
 #   light     seconds a step of configs/spoken_scenes.py's model, float32
-#   light16   the same in bfloat16, with XLA's attention and cuDNN's
-#   base16    HuBERT base and ViT-B/16, both tuned, bfloat16
-#   large16   HuBERT large and tokens of BLIP-2, bfloat16
+#   base16    HuBERT base and ViT-B/16, both tuned, bfloat16, with XLA's attention and cuDNN's
+#   large16   HuBERT large and tokens of BLIP-2, likewise
+#   search    exact search of 1,000,000 x 256
+#   light16   light in bfloat16
 #   base      HuBERT base and ViT-B/16, float32 (TF32)
 #   remat16   large16 with a batch of 256, activations recomputed
-#   search    exact search of 1,000,000 x 256
 # The first three run side by side, the others one by one, each under its own time limit; one that
 # fails or hangs costs the others nothing. A log of each part, its table, and report.txt, which is
 # also printed, are in FOLDER. The status is the number of parts that failed.
@@ -30,13 +31,14 @@ tiny=
 if [[ ${1:-} == --tiny ]]; then tiny=--tiny; shift; fi
 if [[ $# -eq 0 || $1 == -* ]]; then sed -n '2,/^set/p' "$0" | grep '^#' | cut -c3-; exit 2; fi
 mkdir -p "$1" && folder=$(cd "$1" && pwd) && shift || exit 2
-all=(tests parity parity_b light light16 base16 large16 base remat16 search)
+all=(tests parity parity_b light base16 large16 search light16 base remat16)
 wanted=("${@:-${all[@]}}")
 for name in "${wanted[@]}"; do
   [[ " ${all[*]} " == *" $name "* ]] || { echo "gpu.sh: $name is no part; parts: ${all[*]}"; exit 2; }
 done
 
 python=${PYTHON:-python3}
+limit=${LIMIT:-$([[ -n $tiny ]] && echo 3600 || echo 540)}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
 export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-3}
@@ -66,10 +68,16 @@ part() {
       return 0
     fi
   done
-  began=$(date +%s)
-  timeout -k 10 "$seconds" "$@" >"$folder/$name.txt" 2>"$folder/$name.log"
+  left=$((limit - SECONDS))
+  if [[ $left -lt 20 ]]; then
+    echo "$name: left out, the limit of $limit s is reached" | tee "$folder/$name.status"
+    return 0
+  fi
+  [[ $seconds -gt $left ]] && seconds=$left
+  began=$SECONDS
+  timeout -k 5 "$seconds" "$@" >"$folder/$name.txt" 2>"$folder/$name.log"
   status=$?
-  left="$(($(date +%s) - began)) s"
+  left="$((SECONDS - began)) s"
   if [[ $status -eq 0 ]]; then
     echo "$name: ok, $left" | tee "$folder/$name.status"
   else
@@ -80,7 +88,7 @@ part() {
   fi
 }
 
-rm -f "$folder"/*.status "$folder"/*.txt "$folder"/*.log
+rm -f "$folder"/*.{status,txt,log,jsonl}
 {
   echo "date: $(date -u +%F)"
   nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader 2>/dev/null
@@ -101,7 +109,9 @@ size() { [[ -z $tiny ]] && echo "--batch=$1"; }
 tests=(tests/training/test_accelerator.py)
 [[ -z $tiny ]] && tests+=(tests/docs/test_programs.py)
 
-part tests 200 "pytest xdist" env JAX_DEFAULT_MATMUL_PRECISION=highest $python -m pytest -m accelerator -p no:cacheprovider "${tests[@]}" -rfs &
+workers=$(($(nproc) / 4 > 4 ? 4 : $(nproc) / 4))
+part tests 200 "pytest xdist" env JAX_DEFAULT_MATMUL_PRECISION=highest $python -m pytest -m accelerator -p no:cacheprovider "${tests[@]}" \
+  -n $workers --dist load -rfs &
 pids=$!
 part parity 150 librosa "${bench[@]}" --parity --steps 5 & pids+=" $!"
 part parity_b 200 librosa "${bench[@]}" --parity --setting=base --steps 3 & pids+=" $!"
@@ -110,17 +120,17 @@ for pid in $pids; do wait "$pid" || failed=$((failed + 1)); done
 run() { part "$@" || failed=$((failed + 1)); }
 run light 150 librosa "${bench[@]}" "${few[@]}" --variants ours ours-shard_map \
   $(torch_names torch $compiled ${compiled:+torch-graphs})
-run light16 150 librosa "${bench[@]}" "${few[@]}" --bfloat16 --variants ours $(cudnn) \
-  $(torch_names torch $compiled)
 run base16 200 librosa "${bench[@]}" "${few[@]}" --setting=base --bfloat16 --sequence $(size 64) \
   --variants ours $(cudnn) $(torch_names torch $compiled)
 run large16 200 librosa "${bench[@]}" "${few[@]}" --setting=large --bfloat16 --sequence $(size 64) \
   --variants ours $(cudnn) $(torch_names torch $compiled)
-run base 200 librosa "${bench[@]}" "${few[@]}" --setting=base --sequence $(size 32) \
+run search 100 "" $python benchmarks/search.py $tiny
+run light16 120 librosa "${bench[@]}" "${few[@]}" --bfloat16 --variants ours $(cudnn) \
+  $(torch_names torch $compiled)
+run base 150 librosa "${bench[@]}" "${few[@]}" --setting=base --sequence $(size 32) \
   --variants ours $(torch_names torch $compiled)
 run remat16 150 librosa "${bench[@]}" --steps 3 --rounds 3 --setting=large --bfloat16 --remat \
   --sequence $(size 256) --variants ours $(cudnn)
-run search 120 "" $python benchmarks/search.py $tiny
 
 {
   echo

@@ -27,7 +27,8 @@ times. What counts is the mean step of a turn; the table has median, fastest and
 --sequence a variant takes all its turns and ends before the next one begins, for settings of which
 two do not fit into memory together. On a GPU without --bfloat16 both libraries use TF32.
 
-"compile s" is ours: tracing and compiling; PyTorch: the first step without the time of a later one.
+"compile s" is ours: tracing and compiling, where later variants take what the first found out about
+the GPU's kernels; PyTorch: the first steps without the time of later ones.
 "GiB" is the peak of arrays on a GPU, that of the process on a CPU. FLOPs are those of the products
 and convolutions of our step, each counted once, without recomputation; "peak" is the share of what
 a product of large matrices of the same type reaches in this run. Parameters are those trained.
@@ -42,6 +43,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from math import prod
 from pathlib import Path
@@ -435,7 +437,7 @@ def worker(args):
 class Variant:
     """The process of a variant."""
 
-    def __init__(self, args, name, cpu=False):
+    def __init__(self, args, name, kernels=None, cpu=False):
         self.name, self.ready, self.turns, self.failed = name, None, [], False
         words = [sys.executable, __file__, f"--worker={name}", f"--setting={args.setting}"]
         words += [f"--batch={args.batch}"] if args.batch else []
@@ -449,6 +451,10 @@ class Variant:
         environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
         if args.cpu or cpu:
             environment["JAX_PLATFORMS"] = "cpu"
+        elif kernels is not None:
+            # Of jax's cache the choice of kernels alone: programs compile anew.
+            environment["JAX_COMPILATION_CACHE_DIR"] = kernels
+            environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1000000"
         self.process = subprocess.Popen(
             words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -494,7 +500,8 @@ def compare(args):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped before the end"))
     facts, variants = {}, []
     try:
-        measure(args, variants, facts)
+        with tempfile.TemporaryDirectory() as kernels:
+            measure(args, variants, facts, kernels)
     finally:
         for variant in variants:
             variant.process.kill()
@@ -502,15 +509,22 @@ def compare(args):
     return int(any(variant.failed for variant in variants))
 
 
-def measure(args, variants, facts):
-    """Compile the variants, together where there are processors for it, and take their turns."""
-    together = len(os.sched_getaffinity(0)) >= 2 * len(args.variants)
-    for name in args.variants:
-        variants.append(Variant(args, name))
-        if not together:
+def measure(args, variants, facts, kernels):
+    """Compile the variants and take their turns.
+
+    XLA chooses kernels by their measured time, so that ours compile one after the other; PyTorch
+    compiles beside them where there are processors for it.
+    """
+    beside = len(os.sched_getaffinity(0)) >= 8
+    names = sorted(args.variants, key=lambda name: name.startswith("ours"))
+    for name in names:
+        variants.append(Variant(args, name, kernels))
+        if name.startswith("ours") or not beside:
             variants[-1].wait_ready()
-    for variant in variants if together else ():
-        variant.wait_ready()
+    variants.sort(key=lambda variant: args.variants.index(variant.name))
+    for variant in variants:
+        if variant.ready is None and not variant.failed:
+            variant.wait_ready()
 
     def finish(variant):
         if variant.name.startswith("ours") and not variant.failed:

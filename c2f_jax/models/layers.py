@@ -232,14 +232,57 @@ def dot_product_attention(
     return jnp.swapaxes(attended, 1, 2).astype(value.dtype)
 
 
+def cudnn_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None = None,
+    lengths: jax.Array | None = None,
+) -> jax.Array:
+    """Compute what ``dot_product_attention`` does with cuDNN's kernels, on a GPU, in bfloat16.
+
+    JAX refuses their gradient for an odd number of tokens: there a token of zeros is added at the
+    end, whose output is cut off, and which no query attends to.
+
+    Args:
+      query: (n, T, heads, d), d a multiple of 8.
+      key: (n, S, heads, d).
+      value: (n, S, heads, d).
+      bias: what broadcasts to (n, heads, T, S), or None.
+      lengths: (n,) keys that are attended to, from 1, or None for all.
+
+    Returns:
+      (n, T, heads, d).
+    """
+    (n, queries), keys = query.shape[:2], key.shape[1]
+    of_queries, of_keys = (0, queries % 2), (0, keys % 2)
+    if of_keys[1] and lengths is None:
+        lengths = jnp.full(n, keys)
+    query = jnp.pad(query, ((0, 0), of_queries, (0, 0), (0, 0)))
+    key, value = (jnp.pad(x, ((0, 0), of_keys, (0, 0), (0, 0))) for x in (key, value))
+    if bias is not None:
+        bias = jnp.broadcast_to(bias, (*bias.shape[:2], queries, keys))
+        bias = jnp.pad(bias, ((0, 0), (0, 0), of_queries, of_keys))
+    attended = jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        bias,
+        # cuDNN needs the lengths as int32, and masks by them itself.
+        key_value_seq_lengths=None if lengths is None else lengths.astype(jnp.int32),
+        implementation="cudnn",
+    )
+    return attended[:, :queries]
+
+
 class Attention(nn.Module):
     """Multi-head attention.
 
     Attributes:
       heads: number of heads; divides the width of the queries.
       dtype: compute type; parameters are float32.
-      implementation: "xla" for ``dot_product_attention``, or "cudnn" for JAX's on a GPU (bfloat16
-        only).
+      implementation: "xla" for ``dot_product_attention``, or "cudnn" for ``cudnn_attention`` (a
+        GPU, and bfloat16).
     """
 
     heads: int
@@ -277,14 +320,8 @@ class Attention(nn.Module):
         key, value = projection(name="key")(context), projection(name="value")(context)
         bias = None if positions is None else self._gate(x) * positions.astype(self.dtype)
 
-        # cuDNN needs the lengths as int32, and masks by them itself.
-        if self.implementation == "cudnn":
-            lengths = None if context_lengths is None else context_lengths.astype(jnp.int32)
-            attended = jax.nn.dot_product_attention(
-                query, key, value, bias, key_value_seq_lengths=lengths, implementation="cudnn"
-            )
-        else:
-            attended = dot_product_attention(query, key, value, bias, context_lengths)
+        attend = cudnn_attention if self.implementation == "cudnn" else dot_product_attention
+        attended = attend(query, key, value, bias, context_lengths)
 
         # (n, T, heads, W / heads) . (heads, W / heads, W) -> (n, T, W)
         return DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="out")(attended)

@@ -11,7 +11,7 @@ from helpers.rounding import assert_equal_but_for_rounding
 
 from c2f_jax.errors import UserError
 from c2f_jax.models.factory import create_model, create_tower
-from c2f_jax.models.layers import Attention, span_mask
+from c2f_jax.models.layers import span_mask
 from c2f_jax.models.networks.vision_transformer import cubic_weights, resize_positions
 from c2f_jax.models.networks.wav2vec2 import normalize_waveform
 from c2f_jax.models.parameters import merge_params, split_params
@@ -418,26 +418,3 @@ def test_an_unknown_layer_is_named():
         UserError, match="layer='7': must be last, weighted_sum or a number below 3"
     ):
         jax.eval_shape(model.init, jax.random.key(0), batch())
-
-
-@pytest.mark.skipif(
-    jax.default_backend() != "gpu", reason="cuDNN attention needs a GPU (JAX_PLATFORMS=cuda)"
-)
-def test_cudnn_attention_agrees_with_xla_on_padded_batches():
-    x = np.random.default_rng(0).normal(size=(3, 96, 128)).astype(np.float32)
-    lengths = np.array([96, 50, 7], np.int32)
-    xla, cudnn = (Attention(2, jnp.bfloat16, name) for name in ("xla", "cudnn"))
-    variables = xla.init(jax.random.key(0), x, x, lengths)
-    valid = (np.arange(96) < lengths[:, None])[..., None]
-
-    def loss(module, variables):
-        y = module.apply(variables, x, x, lengths).astype(jnp.float32)
-        return jnp.sum(jnp.square(jnp.where(valid, y, 0.0))), y
-
-    (_, expected), expected_grads = jax.value_and_grad(functools.partial(loss, xla), has_aux=True)(
-        variables
-    )
-    (_, found), grads = jax.value_and_grad(functools.partial(loss, cudnn), has_aux=True)(variables)
-    np.testing.assert_allclose(np.where(valid, found, 0), np.where(valid, expected, 0), atol=3e-2)
-    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
-        np.testing.assert_allclose(a / np.abs(b).max(), b / np.abs(b).max(), atol=3e-2)

@@ -12,6 +12,7 @@ from helpers.rounding import assert_equal_but_for_rounding
 
 from c2f_jax import objectives as c2f
 from c2f_jax.models.factory import create_model
+from c2f_jax.models.layers import cudnn_attention, dot_product_attention
 from c2f_jax.training.method import MethodConfig
 from c2f_jax.training.parallel import DataParallel
 from c2f_jax.training.train_state import create_train_state
@@ -144,6 +145,51 @@ def test_losses_are_those_of_the_cpu(chunk):
     function = jax.jit(functools.partial(losses, chunk=chunk))
     expected = run_on(jax.devices("cpu")[0], function, *loss_inputs())
     assert_equal_but_for_rounding(function, loss_inputs(), expected)
+
+
+def plant_xla(monkeypatch):
+    """XLA's attention in the place of cuDNN's, with what JAX refuses of it."""
+    attend = jax.nn.dot_product_attention
+
+    def planted(query, key, value, bias, *, implementation, **options):
+        assert implementation == "cudnn" and query.shape[1] % 2 == key.shape[1] % 2 == 0
+        return attend(query, key, value, bias, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", planted)
+
+
+@pytest.mark.parametrize("planted", [True, pytest.param(False, marks=needs_gpu)])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("with_lengths", [False, True])
+@pytest.mark.parametrize("queries, keys", [(96, 96), (97, 97), (97, 64), (64, 33)])
+def test_attention_of_cudnn_agrees_with_that_of_xla(
+    queries, keys, with_lengths, with_bias, planted, monkeypatch
+):
+    """Output and gradients, also for odd numbers of tokens, which JAX refuses."""
+    if planted:
+        plant_xla(monkeypatch)
+    draws = iter(jax.random.split(jax.random.key(0), 4))
+    query, key, value = (
+        jax.random.normal(next(draws), (3, size, 2, 64), jnp.bfloat16)
+        for size in (queries, keys, keys)
+    )
+    lengths = jnp.array([keys, keys // 2, 7]) if with_lengths else None
+    bias = jax.random.normal(next(draws), (1, 2, queries, keys), jnp.bfloat16)
+
+    def loss(attend, *inputs):
+        y = attend(*inputs[:3], inputs[3] if with_bias else None, lengths).astype(jnp.float32)
+        return jnp.mean(jnp.square(y)), y
+
+    results = []
+    for attend in (dot_product_attention, cudnn_attention):
+        function = jax.grad(functools.partial(loss, attend), argnums=(0, 1, 2, 3), has_aux=True)
+        results.append(jax.tree.leaves(jax.jit(function)(query, key, value, bias)))
+    for expected, found in zip(*results, strict=True):
+        expected, found = (np.asarray(x, np.float32) for x in (expected, found))
+        scale = np.abs(expected).max()
+        assert expected.shape == found.shape and (scale > 0 or not with_bias)
+        # Weights and products are rounded to bfloat16, of 8 bits.
+        np.testing.assert_allclose(found, expected, atol=0.03 * scale)
 
 
 @pytest.mark.parametrize("attention", ["xla", pytest.param("cudnn", marks=needs_gpu)])
