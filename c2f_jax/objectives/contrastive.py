@@ -150,6 +150,8 @@ def soft_target_cross_entropy(logits: jax.Array, targets: jax.Array, valid: jax.
     valid = jnp.broadcast_to(valid, logits.shape)
     log_probabilities = jax.nn.log_softmax(at_least_float32(logits), axis=-1, where=valid)
 
+    targets = targets.astype(log_probabilities.dtype)
+
     # log_softmax leaves -inf in masked columns and at logits of -inf, where 0 * -inf would be nan.
     counted = valid & (targets != 0)
     log_probabilities = jnp.where(counted, log_probabilities, 0.0)

@@ -15,7 +15,7 @@ class IdentityTargets(NamedTuple):
     """Hard targets, and the columns that stay in the softmax.
 
     Attributes:
-      targets: (n, M) float32, rows sum to 1.
+      targets: (n, M) float32, float64 under jax_enable_x64; rows sum to 1.
       valid: (n, M) bool.
     """
 
@@ -76,14 +76,14 @@ def identity_targets(
 
     # The pair itself is positive even if its column were not valid, so no row sums to 0.
     if policy == "multi_positive":
-        positives = (same_id | is_pair).astype(jnp.float32)
+        positives = (same_id | is_pair).astype(float)
         count = jnp.sum(positives, axis=-1, keepdims=True)
         return IdentityTargets(positives / jnp.maximum(count, 1.0), valid)
 
     # The other policies have one positive; they differ in what they do with the rest of its id.
     if policy == "mask":
         valid = valid & (is_pair | ~same_id)
-    return IdentityTargets(is_pair.astype(jnp.float32), valid)
+    return IdentityTargets(is_pair.astype(float), valid)
 
 
 def distillation_targets(
@@ -122,6 +122,7 @@ def distillation_targets(
     # The teacher's distribution over the valid columns.
     pseudo = jax.nn.softmax(at_least_float32(momentum_logits), axis=-1, where=valid)
     pseudo = jnp.where(valid, pseudo, 0.0)
+    targets = targets.astype(pseudo.dtype)
     return jax.lax.stop_gradient(alpha * pseudo + (1.0 - alpha) * targets)
 
 
