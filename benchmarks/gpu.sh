@@ -103,8 +103,8 @@ END
 cat "$folder/machine.txt"
 
 bench=($python benchmarks/train_step.py $tiny "--json=$folder/steps.jsonl")
-few=(--steps 10 --rounds 5)
-[[ -n $tiny ]] && few=(--steps 1 --rounds 1)
+few=(--steps 10 --rounds 5) many=(--steps 50 --rounds 7)
+[[ -n $tiny ]] && few=(--steps 1 --rounds 1) many=(--steps 1 --rounds 1)
 size() { [[ -z $tiny ]] && echo "--batch=$1"; }
 tests=(tests/training/test_accelerator.py)
 [[ -z $tiny ]] && tests+=(tests/docs/test_programs.py)
@@ -118,14 +118,14 @@ part parity_b 200 librosa "${bench[@]}" --parity --setting=base --steps 3 & pids
 for pid in $pids; do wait "$pid" || failed=$((failed + 1)); done
 
 run() { part "$@" || failed=$((failed + 1)); }
-run light 150 librosa "${bench[@]}" "${few[@]}" --variants ours ours-shard_map \
+run light 150 librosa "${bench[@]}" "${many[@]}" --variants ours ours-shard_map \
   $(torch_names torch $compiled ${compiled:+torch-graphs})
 run base16 200 librosa "${bench[@]}" "${few[@]}" --setting=base --bfloat16 --sequence $(size 64) \
   --variants ours $(cudnn) $(torch_names torch $compiled)
 run large16 200 librosa "${bench[@]}" "${few[@]}" --setting=large --bfloat16 --sequence $(size 64) \
   --variants ours $(cudnn) $(torch_names torch $compiled)
 run search 100 "" $python benchmarks/search.py $tiny
-run light16 120 librosa "${bench[@]}" "${few[@]}" --bfloat16 --variants ours $(cudnn) \
+run light16 120 librosa "${bench[@]}" "${many[@]}" --bfloat16 --variants ours $(cudnn) \
   $(torch_names torch $compiled)
 run base 150 librosa "${bench[@]}" "${few[@]}" --setting=base --sequence $(size 32) \
   --variants ours $(torch_names torch $compiled)

@@ -226,6 +226,6 @@ def test_twenty_steps_take_the_memory_of_one(mode):
         counts.append(len(jax.live_arrays()))
         sizes.append((jax.devices()[0].memory_stats() or {}).get("bytes_in_use"))
     assert len(set(counts[1:])) == 1, counts
-    assert ON_CPU or sizes[1] is not None
-    assert len(set(sizes[1:])) == 1, sizes
+    if not ON_CPU:
+        assert max(sizes[1:]) < 1.01 * min(sizes[1:]), sizes
     assert bool(jnp.isfinite(metrics["loss"].compute()))
