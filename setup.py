@@ -37,6 +37,7 @@ TRAIN = [
     "matplotlib>=3.9",
     "scipy>=1.14",
     "tqdm>=4.66",
+    "filelock>=3.12",  # bounds the folder of compiled programs
     "safetensors>=0.5",
 ]
 TENSORBOARD = [

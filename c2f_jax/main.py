@@ -1,12 +1,18 @@
 """The ``c2f`` command line: find the command, run it, turn its outcome into an exit status."""
 
+import hashlib
+import importlib.util
 import logging
 import os
+import platform
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from c2f_jax.commands.parser import create_parser
 from c2f_jax.errors import UserError, missing_extra
+
+CACHE_BYTES = 2 * 2**30
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         args.parser.error(f"unknown argument {unknown[0]}; see {args.parser.prog} --help")
     _quiet_libraries()
+    _keep_compiled_programs()
     try:
         return args.run(args)
     except UserError as error:
@@ -47,6 +54,34 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # TensorFlow prints a notice about it
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of read-only directories
+
+
+def _keep_compiled_programs() -> None:
+    """Keep compiled programs in the user's cache folder, where the next command finds them.
+
+    JAX's own variables have priority; JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+    """
+    if importlib.util.find_spec("filelock") is None:  # JAX needs it to bound the folder's size
+        return
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(cache, "c2f_jax", f"compiled-{_processor()}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # JAX would warn of each program
+        return
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(CACHE_BYTES))
+
+
+def _processor() -> str:
+    """Return a name of the kind of processor: programs of another may hold unknown instructions."""
+    text = platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        text += next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):  # not Linux
+        text += platform.processor()
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 if __name__ == "__main__":
