@@ -19,7 +19,8 @@ class EmbeddingQueue:
     Attributes:
       entries: name -> pytree with leaves (K, ...). C2F stores ``speech`` and ``image`` embeddings
         with their image ``id``; the token queue, which hard negatives are mined from, also stores
-        momentum token sequences.
+        momentum token sequences. {} with K = 0: an array of no rows would end the compiler of jax
+        0.11 on several devices.
       cursor: int32 scalar, slot that the next row is written to.
       count: int32 scalar, rows written so far, at most K. Slots from ``count`` on were never
         written.
@@ -32,7 +33,8 @@ class EmbeddingQueue:
     @property
     def size(self) -> int:
         """K, the number of slots."""
-        return jax.tree.leaves(self.entries)[0].shape[0]
+        leaves = jax.tree.leaves(self.entries)
+        return leaves[0].shape[0] if leaves else 0
 
     @property
     def valid(self) -> jax.Array:
@@ -57,7 +59,7 @@ def create_queue(size: int, rows: Mapping[str, Any]) -> EmbeddingQueue:
     """Make an empty queue.
 
     Args:
-      size: K, the number of slots; 0 is legal.
+      size: K, the number of slots; with 0 the queue stays empty, whatever is enqueued.
       rows: name -> pytree of arrays or ShapeDtypeStructs (n, ...), what will be enqueued.
 
     Returns:
@@ -75,6 +77,7 @@ def create_queue(size: int, rows: Mapping[str, Any]) -> EmbeddingQueue:
         raise ValueError("rows is empty; it must name at least one array")
 
     entries = jax.tree.map(lambda row: jnp.zeros((size, *row.shape[1:]), row.dtype), dict(rows))
+    entries = entries if size else {}
     return EmbeddingQueue(entries, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
@@ -208,12 +211,12 @@ def enqueue(
     >>> queue.entries["id"].tolist(), int(queue.cursor), int(queue.count)
     ([4, 2, 3], 1, 3)
     """
-    n = _check_enqueued(queue, rows)
-    if valid is not None:
-        check_arrays(valid=(valid, f"bool[{n}]"))
     size = queue.size
     if size == 0:
         return queue
+    n = _check_enqueued(queue, rows)
+    if valid is not None:
+        check_arrays(valid=(valid, f"bool[{n}]"))
 
     # Where each row goes. Scattered by index: dynamic_update_slice would clamp at the end of the
     # buffer, not wrap around. A row that stays out gets slot K, which the scatter drops.
@@ -261,6 +264,8 @@ def bank(batch_rows: jax.Array, queue: EmbeddingQueue, name: str) -> jax.Array:
     >>> bank(jnp.array([7]), queue, "id").tolist()
     [7, 0, 0]
     """
+    if queue.size == 0:
+        return jnp.asarray(batch_rows)
     if name not in queue.entries:
         raise ValueError(f"name is {name!r}; it must be one of {', '.join(queue.entries)}")
     queued = queue.entries[name]

@@ -567,3 +567,17 @@ def test_rows_that_are_not_valid_do_not_enter_the_queue(size):
         slots = [(first + k) % size for k in range(len(oracle))]
         assert queue.entries["id"][np.array(slots, int)].tolist() == list(oracle)
         assert int(queue.count) == len(oracle)
+
+
+def test_queues_of_no_slots_have_no_arrays_without_elements():
+    """jax 0.11 compiles none of those for several devices: the process ends."""
+    z = objectives.Features(jnp.eye(3), tokens=jnp.ones((3, 2, 4)))
+    queues = objectives.create_queues(z, z, jnp.arange(3), size=0)
+    assert all(x.size for x in jax.tree.leaves(queues))
+    momentum = objectives.Pair(z, z)
+    out = objectives.c2f_losses(
+        z, z, jnp.arange(3), tau=0.1, key=jax.random.key(0), momentum=momentum, queues=queues
+    )
+    alone = objectives.c2f_losses(z, z, jnp.arange(3), tau=0.1, key=jax.random.key(0), momentum=momentum)
+    assert float(out.sic) == float(alone.sic)
+    jax.tree.map(np.testing.assert_array_equal, out.queues, queues)
