@@ -578,6 +578,8 @@ def test_queues_of_no_slots_have_no_arrays_without_elements():
     out = objectives.c2f_losses(
         z, z, jnp.arange(3), tau=0.1, key=jax.random.key(0), momentum=momentum, queues=queues
     )
-    alone = objectives.c2f_losses(z, z, jnp.arange(3), tau=0.1, key=jax.random.key(0), momentum=momentum)
+    alone = objectives.c2f_losses(
+        z, z, jnp.arange(3), tau=0.1, key=jax.random.key(0), momentum=momentum
+    )
     assert float(out.sic) == float(alone.sic)
     jax.tree.map(np.testing.assert_array_equal, out.queues, queues)
