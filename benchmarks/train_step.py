@@ -29,7 +29,8 @@ two do not fit into memory together. On a GPU without --bfloat16 both libraries 
 
 "compile s" is ours: tracing and compiling, where later variants take what the first found out about
 the GPU's kernels; PyTorch: the first steps without the time of later ones.
-"GiB" is the peak of arrays on a GPU, that of the process on a CPU. FLOPs are those of the products
+"GiB" is the peak of arrays on a GPU (with CUDA graphs, of what PyTorch has reserved), that of the
+process on a CPU. FLOPs are those of the products
 and convolutions of our step, each counted once, without recomputation; "peak" is the share of what
 a product of large matrices of the same type reaches in this run. Parameters are those trained.
 """
@@ -346,7 +347,7 @@ class Torch:
         import torch
         import torch_step
 
-        self.torch = torch
+        self.torch, self.has_graphs = torch, variant == "torch-graphs"
         torch.manual_seed(0)
         torch.set_float32_matmul_precision("high")
         self.device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
@@ -397,7 +398,10 @@ class Torch:
 
     def memory(self):
         if self.device == "cuda":
-            return self.torch.cuda.max_memory_allocated() / 2**30
+            cuda = self.torch.cuda
+            # Arrays inside of CUDA graphs are not counted as allocated.
+            peak = cuda.max_memory_reserved() if self.has_graphs else cuda.max_memory_allocated()
+            return peak / 2**30
         return None
 
     def rest(self):
