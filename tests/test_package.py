@@ -139,7 +139,12 @@ def test_training_without_tensorflow_says_once_that_there_are_no_event_files(
 
 def test_each_package_of_an_extra_is_known_by_its_module():
     text = (ROOT / "setup.py").read_text()
-    modules = {"orbax": "orbax-checkpoint", "absl": "absl-py", "PIL": "pillow"}
+    modules = {
+        "orbax": "orbax-checkpoint",
+        "absl": "absl-py",
+        "PIL": "pillow",
+        "libtpu": "jax[tpu]",
+    }
     for module in EXTRA_OF_MODULE:
         package = modules.get(module, module)
         assert package in text or package.replace("_", "-") in text, module
