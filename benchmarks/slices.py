@@ -49,21 +49,19 @@ def plan(config, name, rows):
 
 def row(found, first):
     """Return a line of the table."""
-    fits = found["fits"]
-    seconds = found["step_seconds"]
-    pairs = found["batch_size"] / seconds if fits else 0
-    of_first = first["batch_size"] / first["step_seconds"] / first["chips"]
+    seconds, pairs = found.get("step_seconds", 0.0), found.get("pairs_per_second", 0.0)
+    fits, of_first = found["fits"], first.get("pairs_per_second", 0.0) / first["chips"]
     cells = [
         f"`{found['config']}`",
         f"`{found['topology']}`",
         f"{found['chips']:,}",
         f"{found['batch_size']:,}",
-        f"{found['used'] / 1e9:.1f} of {found['capacity'] / 1e9:.0f}",
+        f"{found['used'] / 2**30:.1f} of {found['capacity'] / 2**30:.0f}",
         f"{found['operations']['bfloat16_flops'] / 1e12:.2f}",
         f"{found['sent'] / 1e6:,.0f}" if fits else "-",
         f"{1e3 * seconds:,.1f}" if fits else "does not fit",
         f"{pairs:,.0f}" if fits else "-",
-        f"{pairs / found['chips'] / of_first:.0%}" if fits and first["fits"] else "-",
+        f"{pairs / found['chips'] / of_first:.0%}" if fits and of_first else "-",
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -91,7 +89,7 @@ def main():
         with args.output.open("a") as file:
             file.write(json.dumps(known[config, name]) + "\n")
 
-    head = ("configuration", "slice", "chips", "batch", "GB a chip", "TFLOP a chip")
+    head = ("configuration", "slice", "chips", "batch", "GiB a chip", "TFLOP a chip")
     head += ("MB sent", "ms a step", "pairs/s", "efficiency")
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
     for config, name in wanted:

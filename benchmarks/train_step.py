@@ -46,7 +46,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from math import prod
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,16 +87,7 @@ SETTINGS = {
 TINY = {"batch": 4, "seconds": 1.0, "queue": 8}
 TINY_TOWER = {"width": 64, "depth": 1, "heads": 4}
 
-# transformers' names of what our networks of the same size are made of.
-HUBERT_LARGE = {
-    "hidden_size": 1024,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "intermediate_size": 4096,
-    "conv_bias": True,
-    "feat_extract_norm": "layer",
-    "do_stable_layer_norm": True,
-}
+# transformers' names of the sizes.
 CLIP_B_16 = {"patch_size": 16}
 TINY_HUBERT = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
 TINY_HUBERT |= {"intermediate_size": 256}
@@ -243,12 +233,13 @@ class Ours:
 
     def tflop(self, batch):
         """TFLOP of a step without recomputation."""
+        from c2f_jax.hardware.programs import count_operations
         from c2f_jax.training.train_step import train_step
 
         kinds, tree = self._kinds(), (self.state, batch)
         shapes = self.jax.tree.map(lambda x: self.jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
         written = self.jax.make_jaxpr(lambda state, batch: train_step(state, batch, **kinds))
-        return count_flops(written(*shapes).jaxpr) / 1e12
+        return count_operations(written(*shapes)).flops / 1e12
 
     def peak(self):
         """TFLOP/s of a product of large matrices."""
@@ -267,77 +258,6 @@ class Ours:
             last.block_until_ready()
             seconds.append((time.perf_counter() - began) / count)
         return 2 * size**3 / min(seconds) / 1e12
-
-
-def count_flops(jaxpr):
-    """Return the FLOPs of the products and convolutions of a jaxpr, equal ones once.
-
-    2 m n k of a product; of a convolution 2 x outputs x inputs of each, without the zeros of a
-    dilated input. What is written twice with the same inputs, such as a frozen network in the
-    online and in the momentum pass, XLA computes once.
-    """
-    values, total = {}, 0  # what was computed -> its number
-
-    def number_of(key):
-        return values.setdefault(key, len(values))
-
-    def walk(jaxpr, constants, inputs, times):
-        """Count, and return the numbers of the outputs."""
-        nonlocal total
-        names = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *inputs], strict=True))
-
-        def read(atom):
-            if hasattr(atom, "val"):
-                return number_of(("literal", str(atom.val), str(atom.aval)))
-            return names[atom]
-
-        for equation in jaxpr.eqns:
-            params, given = equation.params, [read(x) for x in equation.invars]
-            parts = [x for value in params.values() for x in _as_tuple(value)]
-            parts = [x for x in parts if hasattr(getattr(x, "jaxpr", x), "eqns")]
-            inner = getattr(parts[0], "jaxpr", parts[0]) if len(parts) == 1 else None
-            if inner is not None and len(inner.invars) == len(given):
-                constants = [
-                    number_of(("constant", id(x))) for x in getattr(parts[0], "consts", ())
-                ]
-                length = params.get("length", 1)  # of a scan
-                outputs = walk(inner, constants, given, times * length)
-                if equation.primitive.name in ("scan", "while"):
-                    outputs = [number_of(("loop", id(equation), i)) for i in range(len(outputs))]
-            else:
-                written = "" if parts else str(sorted(params.items(), key=lambda item: item[0]))
-                key = (equation.primitive.name, written, *given)
-                if key in values and not parts:
-                    outputs = [number_of((key, i)) for i in range(len(equation.outvars))]
-                else:
-                    number_of(key)
-                    total += times * _flops(equation)
-                    key = (key, id(equation)) if parts else key
-                    outputs = [number_of((key, i)) for i in range(len(equation.outvars))]
-            names.update(zip(equation.outvars, outputs, strict=True))
-        return [read(x) for x in jaxpr.outvars]
-
-    inputs = [number_of(("input", i)) for i in range(len(jaxpr.invars))]
-    walk(jaxpr, [number_of(("constvar", i)) for i in range(len(jaxpr.constvars))], inputs, 1)
-    return total
-
-
-def _as_tuple(value):
-    return value if isinstance(value, (tuple, list)) else (value,)
-
-
-def _flops(equation):
-    """FLOPs of an equation without inner jaxprs."""
-    if equation.primitive.name == "dot_general":
-        (contracted, _), _ = equation.params["dimension_numbers"]
-        sides = equation.invars[0].aval.shape
-        return 2 * prod(equation.outvars[0].aval.shape) * prod(sides[i] for i in contracted)
-    if equation.primitive.name == "conv_general_dilated":
-        kernel, numbers = equation.invars[1].aval.shape, equation.params["dimension_numbers"]
-        taps = prod(kernel[i] for i in numbers.rhs_spec[1:])
-        outputs = prod(equation.outvars[0].aval.shape)
-        return 2 * outputs * taps // prod(equation.params["lhs_dilation"])
-    return 0
 
 
 class Torch:
@@ -361,7 +281,10 @@ class Torch:
             speech = torch_step.HubertSpeech(tiny, "conv", setting["speech"])
             image = torch_step.ViTImage(CLIP_B_16 | tiny, setting["image"])
         else:
-            speech = torch_step.HubertSpeech(HUBERT_LARGE | tiny, "tower", setting["speech"])
+            from c2f_jax.pretrained.stand_ins import HUBERT_LARGE
+
+            sizes = {name: value for name, value in HUBERT_LARGE.items() if name != "model_type"}
+            speech = torch_step.HubertSpeech(sizes | tiny, "tower", setting["speech"])
             image = torch_step.TokenHead(768, **setting["image"], positions=False)
         width = setting["speech"]["width"]
         self.model = torch_step.TorchStep(

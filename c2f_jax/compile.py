@@ -35,8 +35,8 @@ from c2f_jax.training.train_state import C2FTrainState, create_train_state
 from c2f_jax.training.train_step import train_step
 
 EFFICIENCY = 0.5
-# Two ways in which the TPU compiler says how much memory a program would take.
-_OUT_OF_MEMORY = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMGT]?)")
+# How the TPU compiler refuses a program: for all its memory, or for that beside its arguments.
+_OUT_OF_MEMORY = re.compile(r"(Used |temporaries \()([\d.]+)([KMGT]?)")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -81,6 +81,11 @@ class Plan:
     compile_seconds: float
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether the compiler took the program; else it counted nothing but memory."""
+        return self.moved > 0
+
+    @property
     def fits(self) -> bool:
         """Whether the chip's memory is large enough."""
         return self.used <= self.capacity
@@ -96,12 +101,12 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Return all figures as plain values."""
-        return dataclasses.asdict(self) | {
-            "fits": self.fits,
-            "step_seconds": self.step_seconds,
-            "pairs_per_second": self.batch_size / self.step_seconds,
-            "hours": self.steps * self.step_seconds / 3600,
-        }
+        values = dataclasses.asdict(self) | {"fits": self.fits}
+        if self.is_compiled:
+            values["step_seconds"] = self.step_seconds
+            values["pairs_per_second"] = self.batch_size / self.step_seconds
+            values["hours"] = self.steps * self.step_seconds / 3600
+        return values
 
 
 def compile_for(config: ConfigDict, topology: str) -> Plan:
@@ -116,7 +121,7 @@ def compile_for(config: ConfigDict, topology: str) -> Plan:
       topology: name of the slice, such as "v5e:16x16".
 
     Returns:
-      The plan. If the compiler stops because the memory is too small, only the sums are known.
+      The plan. If the compiler refuses the program for its memory, that is all that it counted.
 
     Raises:
       UserError: there is no such slice, the batch does not divide over it, or weights are missing
@@ -234,7 +239,7 @@ def _measure(
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        used = _used_of_error(str(error))
+        used = _refused_bytes(str(error), _bytes(state) + _bytes(batch) / len(target.devices))
         if used is None:
             raise
         temporaries = None
@@ -280,12 +285,13 @@ def _measure(
     )
 
 
-def _used_of_error(message: str) -> float | None:
+def _refused_bytes(message: str, arguments: float) -> float | None:
     """Return the bytes that a program would take, if the TPU compiler refused it for them."""
-    if not message.startswith("RESOURCE_EXHAUSTED"):
-        return None
     match = _OUT_OF_MEMORY.search(message)
-    return float(match[1]) * _UNITS[match[2].upper()] if match else None
+    if match is None or not message.startswith("RESOURCE_EXHAUSTED"):
+        return None
+    used = float(match[2]) * _UNITS[match[3].upper()]
+    return used if match[1] == "Used " else used + arguments
 
 
 def _bytes(tree: Any) -> int:

@@ -78,7 +78,7 @@ def _table(plans: "list[Plan]") -> str:
     rows: list[tuple[str, ...]] = [(*head, "pairs/s", "hours")]
     for plan in plans:
         seconds = (plan.compute_seconds, plan.memory_seconds, plan.network_seconds)
-        known = plan.fits  # else the compiler stopped before it counted
+        known = plan.is_compiled
         rows.append(
             (
                 plan.topology,
@@ -122,8 +122,8 @@ def _details(plan: "Plan") -> str:
 
 
 def _size(count: float) -> str:
-    """Return bytes with a decimal unit."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    """Return bytes with a binary unit."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count:.0f} B"

@@ -10,6 +10,8 @@ import jax
 
 from c2f_jax.errors import UserError
 
+GIB = 2**30
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -27,8 +29,9 @@ class Chip:
 
     Reference:
       Google Cloud's pages of v4, v5e, v5p, v6e and TPU7x (docs.cloud.google.com/tpu/docs/v4,
-      .../v5e, .../v5p, .../v6e, .../tpu7x), read in November 2026. They give interconnect in both
-      directions together; for v4, the older form of 2,400 Gbit/s in one.
+      .../v5e, .../v5p, .../v6e, .../tpu7x), November 2026; they give the interconnect in both
+      directions together. That of v4: "How to Scale Your Model" (jax-ml.github.io/scaling-book),
+      six links of 45 GB/s.
     """
 
     name: str
@@ -43,17 +46,20 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 32e9, 275e12, 1200e9, 300e9, 4096),
-        Chip("v5e", 16e9, 197e12, 819e9, 200e9, 256),
-        Chip("v5p", 95e9, 459e12, 2765e9, 600e9, 8960),
-        Chip("v6e", 32e9, 918e12, 1638e9, 400e9, 256),
-        Chip("tpu7x", 192e9, 2307e12, 7380e9, 600e9, 9216, devices=2),
+        Chip("v4", 32 * GIB, 275e12, 1200e9, 270e9, 4096),
+        Chip("v5e", 16 * GIB, 197e12, 819e9, 200e9, 256),
+        Chip("v5p", 95 * GIB, 459e12, 2765e9, 600e9, 8960),
+        Chip("v6e", 32 * GIB, 918e12, 1638e9, 400e9, 256),
+        Chip("tpu7x", 192 * GIB, 2307e12, 7380e9, 600e9, 9216, devices=2),
     )
 }
 # Two cores of a v4 chip act as one device, as they do on Cloud TPU.
 ONE_DEVICE = {"v4": {"chip_config_name": "megacore"}}
 
-QUIET = {
+# The compiler alone is used: it need not look for a description of this machine, complain that
+# there is none, or keep the TPU of this machine from other processes.
+COMPILER_ALONE = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -101,9 +107,7 @@ def open_slice(name: str) -> Slice:
     if not re.fullmatch(r"\d+x\d+(x\d+)?", shape):
         raise UserError(f"--topology={name}: the shape must be like 2x4 or 2x2x1")
 
-    # Outside of Google's cloud, libtpu would look for a server that describes this machine, and
-    # complain that there is none.
-    for variable, value in QUIET.items():
+    for variable, value in COMPILER_ALONE.items():
         os.environ.setdefault(variable, value)
     import libtpu  # noqa: F401 - the compiler; without it jax would say that there is no TPU
     from jax.experimental import topologies
@@ -112,7 +116,7 @@ def open_slice(name: str) -> Slice:
         topology = topologies.get_topology_desc(
             platform="tpu", topology_name=name, **_options(kind, shape)
         )
-    except Exception as error:
+    except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"--topology={name}: the TPU compiler knows no such slice ({reason})"

@@ -1,9 +1,10 @@
 """What is in a compiled program: operations, bytes and what travels between devices."""
 
 import collections
+import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,36 +40,93 @@ class Operations:
         """Return the operations of as many runs."""
         return Operations(count * self.flops, count * self.bfloat16_flops)
 
+    def plus(self, other: "Operations") -> "Operations":
+        """Return the operations of both."""
+        return Operations(self.flops + other.flops, self.bfloat16_flops + other.bfloat16_flops)
+
 
 def count_operations(jaxpr: Any) -> Operations:
     """Count the products and convolutions of a jaxpr, those of its parts included.
 
     2 m n k for a product; for a convolution 2 x outputs x inputs of each, without the zeros of a
     dilated input. A scan counts as often as it runs, a branch as its costliest side; a while loop
-    counts once. Under ``shard_map`` and ``pmap`` it is the work of one device.
+    counts once. What is written twice with the same inputs, such as a frozen network in the online
+    and in the momentum pass, counts once, as XLA computes it; recomputation in the backward pass
+    counts. Under ``shard_map`` and ``pmap`` it is the work of one device.
 
     Args:
       jaxpr: of ``jax.make_jaxpr``.
 
     Returns:
-      The operations, as the program is written: the compiler may merge what is computed twice.
+      The operations.
     """
-    flops = passes = 0.0
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    for equation in jaxpr.eqns:
+    counter = _Counter()
+    inner, constants = counter.open(jaxpr)
+    return counter.run(inner, constants, counter.fresh(len(inner.invars)))[1]
+
+
+class _Counter:
+    """Numbers values: equal operations on equal inputs have equal numbers, and count once."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Any, int] = {}
+        self._fresh = 0
+
+    def _number(self, *key: Any) -> int:
+        return self._numbers.setdefault(key, len(self._numbers))
+
+    def fresh(self, count: int) -> list[int]:
+        """Return numbers that equal no other."""
+        self._fresh += 1
+        return [self._number("fresh", self._fresh, i) for i in range(count)]
+
+    def open(self, jaxpr: Any) -> tuple[Any, list[int]]:
+        """Return a jaxpr without its constants, and their numbers."""
+        inner = getattr(jaxpr, "jaxpr", jaxpr)
+        constants = [self._number("constant", id(x)) for x in getattr(jaxpr, "consts", ())]
+        return inner, constants or self.fresh(len(inner.constvars))
+
+    def run(
+        self, jaxpr: Any, constants: Sequence[int], inputs: Sequence[int]
+    ) -> tuple[list[int], Operations]:
+        """Return the numbers of a jaxpr's outputs, and its operations that were not yet counted."""
+        names = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *inputs], strict=True))
+
+        def read(atom: Any) -> int:
+            if hasattr(atom, "val"):
+                return self._number("literal", str(atom.val), str(atom.aval))
+            return names[atom]
+
+        total = Operations(0.0, 0.0)
+        for equation in jaxpr.eqns:
+            outputs, operations = self._equation(equation, [read(x) for x in equation.invars])
+            total = total.plus(operations)
+            names.update(zip(equation.outvars, outputs, strict=True))
+        return [read(x) for x in jaxpr.outvars], total
+
+    def _equation(self, equation: Any, inputs: list[int]) -> tuple[list[int], Operations]:
         name, params = equation.primitive.name, equation.params
-        if name in ("dot_general", "conv_general_dilated"):
-            count = (_dot_flops if name == "dot_general" else _conv_flops)(equation)
-            flops += count
-            passes += count * _passes(equation)
-            continue
-        parts = [count_operations(part) for part in _inner(params)]
+        parts = [self.open(part) for part in _inner(params)]
+        if not parts:
+            key = (name, str(params), *inputs)
+            is_known = key in self._numbers
+            self._number(*key)
+            outputs = [self._number(key, i) for i in range(len(equation.outvars))]
+            return outputs, Operations(0.0, 0.0) if is_known else _operations(equation)
+
+        # A call, whose values are those of its inputs.
+        (inner, constants), *others = parts
+        is_recomputation = params.get("prevent_cse") and params.get("differentiated")
+        is_call = not others and len(inner.invars) == len(inputs) and name not in ("scan", "while")
+        if is_call and not is_recomputation:
+            return self.run(inner, constants, inputs)
+
+        # A loop, a choice or a recomputation.
+        counted = [self.run(x, c, self.fresh(len(x.invars)))[1] for x, c in parts]
         if name == "cond":
-            parts = [max(parts, key=lambda part: part.bfloat16_flops)]
-        times = params["length"] if name == "scan" else 1
-        flops += times * sum(part.flops for part in parts)
-        passes += times * sum(part.bfloat16_flops for part in parts)
-    return Operations(flops, passes)
+            counted = [max(counted, key=lambda part: part.bfloat16_flops)]
+        total = functools.reduce(Operations.plus, counted)
+        return self.fresh(len(equation.outvars)), total.times(params.get("length", 1))
 
 
 def _inner(params: dict) -> Iterator[Any]:
@@ -77,6 +135,15 @@ def _inner(params: dict) -> Iterator[Any]:
         for part in value if isinstance(value, (tuple, list)) else (value,):
             if hasattr(getattr(part, "jaxpr", part), "eqns"):
                 yield part
+
+
+def _operations(equation: Any) -> Operations:
+    """Return the operations of an equation without parts."""
+    count = {"dot_general": _dot_flops, "conv_general_dilated": _conv_flops}
+    if equation.primitive.name not in count:
+        return Operations(0.0, 0.0)
+    flops = float(count[equation.primitive.name](equation))
+    return Operations(flops, flops * _passes(equation))
 
 
 def _dot_flops(equation: Any) -> int:

@@ -211,12 +211,12 @@ def enqueue(
     >>> queue.entries["id"].tolist(), int(queue.cursor), int(queue.count)
     ([4, 2, 3], 1, 3)
     """
-    size = queue.size
-    if size == 0:
-        return queue
     n = _check_enqueued(queue, rows)
     if valid is not None:
         check_arrays(valid=(valid, f"bool[{n}]"))
+    size = queue.size
+    if size == 0:
+        return queue
 
     # Where each row goes. Scattered by index: dynamic_update_slice would clamp at the end of the
     # buffer, not wrap around. A row that stays out gets slot K, which the scatter drops.
@@ -309,7 +309,7 @@ def _rows_to_keep(momentum: Pair[Features], ids: jax.Array) -> tuple[dict, dict]
 
 def _check_enqueued(queue: EmbeddingQueue, rows: Mapping[str, Any]) -> int:
     """Raise ValueError unless rows fit the queue: names, shapes, one number of rows. Return it."""
-    if set(rows) != set(queue.entries):
+    if queue.size and set(rows) != set(queue.entries):
         raise ValueError(
             f"rows has the names {', '.join(rows)}; they must be {', '.join(queue.entries)}"
         )
@@ -324,7 +324,8 @@ def _check_enqueued(queue: EmbeddingQueue, rows: Mapping[str, Any]) -> int:
             raise ValueError(f"{name} has shape {row.shape}; it must be {expected}")
         _check_integers(name, row, entry)
 
-    jax.tree_util.tree_map_with_path(check, queue.entries, dict(rows))
+    if queue.size:
+        jax.tree_util.tree_map_with_path(check, queue.entries, dict(rows))
     check_rows("rows", dict(rows), *count)
     return count[0]
 

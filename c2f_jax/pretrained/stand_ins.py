@@ -10,7 +10,7 @@ from typing import Any
 from c2f_jax.pretrained.families import blip2, wav2vec2
 from c2f_jax.pretrained.tensor_names import Published
 
-# The sizes in config.json, as published.
+# The sizes of facebook/hubert-base-ls960 and hubert-large-ll60k, as their config.json has them.
 _HUBERT = {
     "model_type": "hubert",
     "conv_dim": [512] * 7,
@@ -19,7 +19,7 @@ _HUBERT = {
     "num_conv_pos_embeddings": 128,
     "num_conv_pos_embedding_groups": 16,
 }
-_HUBERT_BASE = _HUBERT | {
+HUBERT_BASE = _HUBERT | {
     "hidden_size": 768,
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
@@ -28,7 +28,7 @@ _HUBERT_BASE = _HUBERT | {
     "feat_extract_norm": "group",
     "do_stable_layer_norm": False,
 }
-_HUBERT_LARGE = _HUBERT | {
+HUBERT_LARGE = _HUBERT | {
     "hidden_size": 1024,
     "num_hidden_layers": 24,
     "num_attention_heads": 16,
@@ -50,8 +50,8 @@ def stand_in_card(weights: str | Path) -> dict[str, Any] | None:
       The card; None if its name is not that of a network known here.
     """
     describe = {
-        "hubert_base": lambda: _hubert(_HUBERT_BASE, normalize=False),
-        "hubert_large": lambda: _hubert(_HUBERT_LARGE, normalize=True),
+        "hubert_base": lambda: _hubert(HUBERT_BASE, normalize=False),
+        "hubert_large": lambda: _hubert(HUBERT_LARGE, normalize=True),
         "blip2": lambda: blip2.describe_hugging_face(_EMPTY),
     }.get(Path(weights).name)
     if describe is None:

@@ -14,18 +14,22 @@ from c2f_jax.pretrained.stand_ins import stand_in_card
 TINY = "--config=spoken_scenes:runlocal"
 
 
-def compile_tiny(*words):
+def start(*words):
     """The command in a process of its own: the TPU compiler starts once in a process."""
-    command = [sys.executable, "-m", "c2f_jax.main", "compile", TINY, *words]
-    return subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "c2f_jax.main", "compile", TINY, "--json", *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_a_small_run_on_a_slice_and_one_that_does_not_fit():
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
-    done = compile_tiny("--topology=v5e:2x2", "--json")
-    assert done.returncode == 0, done.stderr
-    (plan,) = json.loads(done.stdout)
-    assert plan["chips"] == 4 and plan["fits"] and plan["capacity"] == 16e9
+    # Both at once: neither keeps the compiler from the other.
+    small = start("--topology=v5e:2x2")
+    large = start("--topology=v5e:2x2", "--config.queue_size=40000000")
+
+    out, errors = small.communicate()
+    assert small.returncode == 0, errors
+    (plan,) = json.loads(out)
+    assert plan["chips"] == 4 and plan["fits"] and plan["capacity"] == 16 * 2**30
 
     # What the state takes is known from the configuration alone.
     parameters = plan["memory"]["parameters"]
@@ -40,9 +44,13 @@ def test_a_small_run_on_a_slice_and_one_that_does_not_fit():
     assert plan["sent"] > 1.5 * reduced * 3 / 4
     assert plan["step_seconds"] >= plan["memory_seconds"] + plan["network_seconds"] > 0
 
-    done = compile_tiny("--topology=v5e:2x2", "--config.queue_size=40000000")
-    assert done.returncode == 3
-    assert "does not fit" in done.stdout and "a smaller --config.queue_size" in done.stderr
+    out, errors = large.communicate()
+    assert large.returncode == 3, errors
+    (plan,) = json.loads(out)
+    # The queue itself, and what a step makes of it.
+    assert plan["used"] > 1.5 * plan["memory"]["queues"] > 2 * plan["capacity"]
+    assert not plan["fits"] and "step_seconds" not in plan
+    assert "the run takes" in errors and "a smaller --config.queue_size" in errors
 
 
 @pytest.mark.parametrize(

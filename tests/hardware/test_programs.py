@@ -48,6 +48,28 @@ def test_products_and_convolutions(function, arguments, expected):
     assert operations(function, *arguments).flops == expected
 
 
+def test_equal_work_counts_once_and_recomputation_again():
+    assert operations(lambda a, b: a @ b + jax.jit(jnp.matmul)(a, b), A, B).flops == PRODUCT
+    assert operations(lambda a, b: a @ b + (2 * a) @ b, A, B).flops == 2 * PRODUCT
+    grad = jax.grad(lambda a, b: jnp.sum(jnp.sin(a @ b)), argnums=(0, 1))
+    assert operations(grad, A, B).flops == 3 * PRODUCT
+
+    # The backward pass of a checkpoint takes the product again.
+    layer = lambda a, b: jnp.sum(jnp.sin(jnp.sin(a) @ b) ** 2)  # noqa: E731
+    plain = operations(jax.grad(layer, argnums=(0, 1)), A, B).flops
+    again = operations(jax.grad(jax.checkpoint(layer), argnums=(0, 1)), A, B).flops
+    assert (plain, again) == (3 * PRODUCT, 4 * PRODUCT)
+    # Without a backward pass a checkpoint is what it wraps.
+    twice = operations(lambda a, b: layer(a, b) + jax.checkpoint(layer)(a, b), A, B).flops
+    assert twice == PRODUCT
+
+    # A scan multiplies a slice of its input, which is not its input.
+    def scanned(a, b):
+        return jax.lax.scan(lambda c, x: (c + x @ b, x @ b), jnp.zeros((3, 7)), a)[1]
+
+    assert operations(scanned, jnp.ones((4, 3, 5)), B).flops == 4 * PRODUCT
+
+
 def test_passes_of_a_tpu():
     count = lambda **options: operations(functools.partial(jnp.matmul, **options), A, B)  # noqa: E731
     assert count().bfloat16_flops == PRODUCT

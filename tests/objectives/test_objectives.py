@@ -583,3 +583,8 @@ def test_queues_of_no_slots_have_no_arrays_without_elements():
     )
     assert float(out.sic) == float(alone.sic)
     jax.tree.map(np.testing.assert_array_equal, out.queues, queues)
+
+    # Rows that do not belong together are no less wrong there.
+    rows = {"speech": jnp.eye(3), "image": jnp.eye(3)[:2], "id": jnp.arange(3)}
+    with pytest.raises(ValueError, match="rows"):
+        objectives.enqueue(queues.embeddings, rows)
