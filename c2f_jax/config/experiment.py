@@ -95,7 +95,9 @@ def create_experiment(
     if experiment.data.image_features is None:
         consistency.check_image_grid(experiment.model.image_encoder, experiment.data.image_size)
     consistency.check_features(experiment.model, experiment.data, weights)
-    experiment.method.check(experiment.queue_size, experiment.token_queue_size)
+    experiment.method.check(
+        experiment.batch_size, experiment.queue_size, experiment.token_queue_size
+    )
     return experiment
 
 

@@ -50,6 +50,7 @@ def _set_published_encoders(config: ConfigDict, size: str, finetuned: bool) -> N
     hyper-parameters of frozen encoders are SpeechCLIP's, those of fine-tuned ones ALBEF's.
     """
     config.batch_size = 256
+    config.method.mining_rows = 256  # a larger batch on more devices exchanges no more tokens
     config.steps = 50_000
     config.log_every = 100
     config.eval_every = config.checkpoint_every = 2000

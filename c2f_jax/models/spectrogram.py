@@ -27,6 +27,37 @@ def mel_filters(mels: int) -> np.ndarray:
     return librosa.filters.mel(sr=SAMPLE_RATE, n_fft=WINDOW, n_mels=mels).T.astype(np.float32)
 
 
+def power_spectrum(windows: jax.Array) -> jax.Array:
+    """Compute |sum_s x_s exp(-2 pi i f s / S)|^2 for the frequencies f = 0 .. S / 2.
+
+    A TPU computes it as a product with the cosines and sines: its compiler takes six times as long
+    for a Fourier transform.
+
+    Args:
+      windows: (..., S) float32.
+
+    Returns:
+      (..., S / 2 + 1) float32.
+    """
+    return jax.lax.platform_dependent(windows, tpu=_power_by_product, default=_power_by_fft)
+
+
+def _power_by_fft(windows: jax.Array) -> jax.Array:
+    spectrum = jnp.fft.rfft(windows)
+    return jnp.square(spectrum.real) + jnp.square(spectrum.imag)
+
+
+def _power_by_product(windows: jax.Array) -> jax.Array:
+    size = windows.shape[-1]
+    angles = 2 * np.pi * np.outer(np.arange(size), np.arange(size // 2 + 1)) / size
+    # (..., S) . (S, F) -> (..., F)
+    real, imaginary = (
+        jnp.matmul(windows, part(angles).astype(np.float32), precision="highest")
+        for part in (np.cos, np.sin)
+    )
+    return jnp.square(real) + jnp.square(imaginary)
+
+
 def log_mel(
     waveform: jax.Array, lengths: jax.Array, mels: int = 80, hop: int = 160
 ) -> tuple[jax.Array, jax.Array]:
@@ -47,8 +78,7 @@ def log_mel(
     frames = (waveform.shape[1] - WINDOW) // hop + 1
     index = np.arange(frames)[:, None] * hop + np.arange(WINDOW)
     windows = waveform[:, index] * jnp.asarray(np.hanning(WINDOW), jnp.float32)
-    spectrum = jnp.fft.rfft(windows)
-    power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
+    power = power_spectrum(windows)
     # (n, T, F) . (F, M) -> (n, T, M)
     features = jnp.log(1e-6 + power @ jnp.asarray(mel_filters(mels)))
 

@@ -29,6 +29,15 @@ def axis_index(axis_name: AxisName = None) -> jax.Array:
     return jnp.zeros((), jnp.int32) if axis_name is None else jax.lax.axis_index(axis_name)
 
 
+def axis_size(axis_name: AxisName = None) -> int:
+    """Return the number of devices on the axis; 1 without an axis.
+
+    Args:
+      axis_name: device axis.
+    """
+    return 1 if axis_name is None else jax.lax.psum(1, axis_name)
+
+
 def all_gather(tree: Any, axis_name: AxisName = None) -> Any:
     """Concatenate every leaf over the devices, in device order, with gradient.
 
@@ -64,6 +73,36 @@ def all_gather(tree: Any, axis_name: AxisName = None) -> Any:
         if not varies(x, axis_name):
             x = jax.lax.pcast(x, axis_name, to="varying")
         return jax.lax.all_gather(x, axis_name, tiled=True, to="invarying")
+
+    return jax.tree.map(gather, tree)
+
+
+def gather_groups(tree: Any, size: int, axis_name: AxisName = None) -> Any:
+    """Concatenate every leaf over groups of neighboring devices, with gradient.
+
+    Args:
+      tree: pytree of arrays (n, ...).
+      size: devices of a group; divides their number. 1 changes nothing with an axis.
+      axis_name: device axis; None as for ``all_gather``, all rows.
+
+    Returns:
+      The same pytree with leaves (size n, ...), equal within a group.
+    """
+    devices = axis_size(axis_name)
+    if axis_name is None or size == devices:
+        return all_gather(tree, axis_name)
+    if size == 1:
+        return tree
+    groups = [list(range(first, first + size)) for first in range(0, devices, size)]
+
+    def gather(x: jax.Array) -> jax.Array:
+        try:
+            return jax.lax.all_gather(x, axis_name, tiled=True, axis_index_groups=groups)
+        except NotImplementedError:  # vmap knows no groups
+            whole = all_gather(x, axis_name)
+            rows = size * x.shape[0]
+            first = axis_index(axis_name) // size * rows
+            return jax.lax.dynamic_slice_in_dim(whole, first, rows)
 
     return jax.tree.map(gather, tree)
 

@@ -165,7 +165,7 @@ def contrast_rows(
 
     # Each direction has its own keys: equal keys would draw equal columns.
     def draw(site: Site, queries: jax.Array, queued: Any, logits: jax.Array) -> HardNegatives:
-        scores = pool_logits(pool, logits, queries, queued, tau, precision)
+        scores = pool_logits(pool, logits, rows.numbers, queries, queued, tau, precision)
         if options.mining_tau is not None:
             # Logits are cosines over tau; rescaled, they are cosines over the mining temperature.
             scores = scores * (tau / options.mining_tau)

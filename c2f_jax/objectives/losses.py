@@ -80,6 +80,7 @@ def c2f_losses(
     id_policy: str = "multi_positive",
     negatives: str = "global",
     negatives_per_row: int = 1,
+    mining_rows: int | None = None,
     mining_tau: float | None = None,
     sigmoid_bias: jax.Array | float | None = None,
     branches: int = 1,
@@ -121,6 +122,10 @@ def c2f_losses(
       negatives: where hard negatives come from: "batch" (this device), "global" (all devices, with
         gradient) or "queue" (all devices and the token queue, with momentum tokens).
       negatives_per_row: m, negatives of each row in each direction.
+      mining_rows: B, which divides the global batch: a row draws its in-batch negatives from the B
+        rows of its block, rows 0 to B - 1, B to 2 B - 1 and so on, whatever the devices. The tokens
+        of a block are all that travels to a device, so that neither memory nor traffic grows with
+        the batch. None for the whole batch.
       mining_tau: T; None for tau.
       sigmoid_bias: scalar; SIC is then SigLIP's ``sigmoid_loss`` of cosine / tau + bias. None for
         the softmax.
@@ -157,7 +162,8 @@ def c2f_losses(
     _check_features(online, momentum, ids)
     _check_tokens(online, momentum, queues, negatives, with_sim=match is not None)
     _check_options(momentum, queues, alpha, negatives, sigmoid_bias, with_sim=match is not None)
-    _check_numbers(tau, alpha, mining_tau, sigmoid_bias, negatives_per_row, chunk)
+    _check_numbers(tau, alpha, mining_tau, sigmoid_bias)
+    _check_counts(negatives_per_row=negatives_per_row, mining_rows=mining_rows, chunk=chunk)
     if queues is not None and axis_name is not None:
         if any(varies(x, axis_name) for x in jax.tree.leaves(queues)):
             raise ValueError(
@@ -182,7 +188,7 @@ def c2f_losses(
         candidates = momentum if negatives == "queue" and momentum is not None else online
         tokens = Pair(speech=candidates.speech.tokens, image=candidates.image.tokens)
         token_queue = None if queues is None else queues.tokens
-        pool = make_pool(tokens, rows, token_queue, negatives, axis_name)
+        pool = make_pool(tokens, rows, token_queue, negatives, mining_rows, axis_name)
 
     # Step 4. SIC. Each row is on its own, so that rows can be handled chunk by chunk.
     options = SicOptions(
@@ -407,8 +413,6 @@ def _check_numbers(
     alpha: Any,
     mining_tau: Any,
     sigmoid_bias: Any,
-    negatives_per_row: Any,
-    chunk: Any,
 ) -> None:
     """Raise ValueError unless all are scalars in their ranges."""
     check_arrays(tau=(tau, "number[]"), alpha=(alpha, "number[]"))
@@ -419,7 +423,11 @@ def _check_numbers(
         check_positive("mining_tau", mining_tau)
     if sigmoid_bias is not None:
         check_arrays(sigmoid_bias=(sigmoid_bias, "number[]"))
-    for name, value in {"negatives_per_row": negatives_per_row, "chunk": chunk}.items():
+
+
+def _check_counts(**counts: Any) -> None:
+    """Raise ValueError unless each is None or an int of at least 1."""
+    for name, value in counts.items():
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} is {value!r}; it must be an int of at least 1")
 

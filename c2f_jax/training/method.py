@@ -23,6 +23,9 @@ class MethodConfig:
       sim_weight: w in L = L_SIC + w L_SIM; 0 leaves SIM out.
       negatives: where SIM's hard negatives come from: "batch" (the same device), "global" (all
         devices) or "queue" (all devices and the token queue).
+      mining_rows: rows of the global batch that share candidates, whatever the devices; divides a
+        larger batch. Their tokens are all that travels to a device, so that memory and traffic do
+        not grow with the batch. None for the whole batch.
       mining_tau: temperature T of hard-negative mining, probability ~ exp(cosine / T); None for
         tau, as in ALBEF. A higher one draws easier negatives. A matcher trained from scratch needs
         it: as tau falls, the draws become pairs that SIC cannot tell apart either.
@@ -40,6 +43,7 @@ class MethodConfig:
     id_policy: str = field(default="multi_positive", metadata={"choices": ID_POLICIES})
     sim_weight: float = field(default=1.0, metadata={"min": 0.0})
     negatives: str = field(default="global", metadata={"choices": NEGATIVE_POOLS})
+    mining_rows: int | None = field(default=None, metadata={"min": 1})
     mining_tau: float | None = field(default=None, metadata={"above": 0.0})
     warm_up_steps: int = field(default=0, metadata={"min": 0})
     min_tau: float = field(default=0.001, metadata={"above": 0.0})
@@ -53,10 +57,11 @@ class MethodConfig:
         """Return whether SIM has been trained by the end of a step; before, it scores at random."""
         return self.sim_weight > 0 and step > self.warm_up_steps
 
-    def check(self, queue_size: int, token_queue_size: int) -> None:
-        """Check that the options agree with each other and with the sizes of the queues.
+    def check(self, batch_size: int, queue_size: int, token_queue_size: int) -> None:
+        """Check that the options agree with each other and with the sizes of batch and queues.
 
         Args:
+          batch_size: rows of the global batch.
           queue_size: slots of the embedding queue.
           token_queue_size: slots of the token queue.
 
@@ -77,4 +82,11 @@ class MethodConfig:
             raise UserError(
                 f"method.negatives={self.negatives!r} with token_queue_size={token_queue_size}: "
                 "negatives from the queue need token_queue_size > 0, and no other pool uses it"
+            )
+        rows = self.mining_rows
+        if rows is not None and rows < batch_size and batch_size % rows:
+            raise UserError(
+                f"method.mining_rows={rows} does not divide batch_size={batch_size}: use "
+                f"{max(d for d in range(1, rows) if not batch_size % d)}, or None for the whole "
+                "batch"
             )

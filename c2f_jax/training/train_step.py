@@ -145,6 +145,7 @@ def loss_of_params(
         alpha=alpha if method.alpha else 0.0,
         id_policy=method.id_policy,
         negatives=method.negatives,
+        mining_rows=method.mining_rows,
         mining_tau=method.mining_tau,
         branches=model.branches,
         axis_name=axis_name,

@@ -12,6 +12,7 @@ import pytest
 from helpers.rounding import assert_equal_but_for_rounding
 
 from c2f_jax.errors import UserError
+from c2f_jax.models import spectrogram
 from c2f_jax.models.factory import create_model
 from c2f_jax.models.layers import (
     Attention,
@@ -97,6 +98,13 @@ def test_log_mel_equals_librosa():
         assert frames[row] == len(expected)
         np.testing.assert_allclose(features[row, : len(expected)], expected, atol=2e-4)
         assert not np.any(features[row, len(expected) :])
+
+
+def test_power_spectrum_of_tpus_is_that_of_the_others():
+    windows = np.random.default_rng(1).normal(size=(2, 3, 400)).astype(np.float32)
+    expected = np.abs(np.fft.rfft(windows.astype(np.float64))) ** 2
+    for power in (spectrogram.power_spectrum, spectrogram._power_by_product):
+        np.testing.assert_allclose(jax.jit(power)(windows), expected, rtol=1e-4, atol=1e-3)
 
 
 # Frames of 9000 samples: 54, 27 and 14 after each convolution; the paddings make even and odd

@@ -64,6 +64,7 @@ OPTIONS = {
     "online": {"momentum": None, "queues": None},
     "sigmoid": {"sigmoid_bias": -3.0, "negatives_per_row": 2},
     "mask": {"id_policy": "mask", "branches": 2, "alpha": 1.0},
+    "blocks": {"negatives": "queue", "mining_rows": 8, "padded": True},
 }
 
 
@@ -149,7 +150,13 @@ def on_devices(case, how, devices=4):
 
 
 KINDS = ("check_vma", "explicit", "shard_map", "pmap", "vmap", "auto", "two axes")
-FAST = {("padded", "check_vma"), ("sigmoid", "explicit"), ("online", "check_vma"), ("mask", "vmap")}
+FAST = {
+    ("padded", "check_vma"),
+    ("sigmoid", "explicit"),
+    ("online", "check_vma"),
+    ("mask", "vmap"),
+    ("blocks", "check_vma"),
+}
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,8 @@ def first_tokens(features):
     return [np.asarray(row)[0].tobytes() for row in features.tokens.tokens]
 
 
-@functools.partial(jax.jit, static_argnums=(0,), static_argnames=("devices", "per_row"))
-def mine(negatives, ids, mining_tau=None, devices=1, per_row=1, z=None):
+@functools.partial(jax.jit, static_argnums=(0,), static_argnames=("devices", "per_row", "rows"))
+def mine(negatives, ids, mining_tau=None, devices=1, per_row=1, z=None, rows=None):
     """First tokens of the pairs that are matched, in (devices, blocks, rows) order, which of them
     count, and the metrics."""
 
@@ -74,7 +74,7 @@ def mine(negatives, ids, mining_tau=None, devices=1, per_row=1, z=None):
         found = c2f_losses(
             *online, ids, tau=TAU, key=jax.random.key(5), match=match, momentum=momentum,
             queues=CASE.queues, negatives=negatives, mining_tau=mining_tau,
-            negatives_per_row=per_row, axis_name="devices",
+            negatives_per_row=per_row, mining_rows=rows, axis_name="devices",
         )  # fmt: skip
         return seen[0], found.metrics
 
@@ -133,6 +133,34 @@ def test_batch_pool_keeps_to_its_own_device():
     known = id_of_names(ids)
     assert [known[image] // 2 for _, image in images] == (np.arange(N) // 2).tolist()
     assert [known[speech] // 2 for speech, _ in speeches] == (np.arange(N) // 2).tolist()
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+@pytest.mark.parametrize("negatives", ["global", "queue"])
+def test_rows_draw_from_their_own_block_on_any_number_of_devices(negatives, rows):
+    one, known = pairs_of(mine(negatives, jnp.arange(N), rows=rows)), id_of_names(jnp.arange(N))
+    from_queue = {name for features in CASE.queued for name in first_tokens(features)}
+    drawn = [image for _, image in one[1]], [speech for speech, _ in one[2]]
+    for names in drawn:
+        of_block = [
+            known[name] // rows == row // rows and known[name] != row
+            for row, name in enumerate(names)
+            if name not in from_queue
+        ]
+        assert all(of_block) and len(of_block) > 0
+    for devices in (2, 4, 8):
+        assert pairs_of(mine(negatives, jnp.arange(N), rows=rows, devices=devices)) == one
+    assert one != pairs_of(mine(negatives, jnp.arange(N)))
+
+
+def test_a_block_as_large_as_the_batch_is_the_whole_batch():
+    for rows in (N, 3 * N):
+        assert pairs_of(mine("global", IDS, rows=rows)) == pairs_of(mine("global", IDS))
+
+
+def test_blocks_that_do_not_divide_the_batch_are_refused():
+    with pytest.raises(ValueError, match="mining_rows is 3; it must divide the batch of 8 rows"):
+        mine("global", IDS, rows=3)
 
 
 def test_tokens_are_padded_to_the_length_of_the_queue():

@@ -32,6 +32,7 @@ CASES = {
     "queue": BASE | QUEUES | {"alpha_ramp_steps": 4},
     "branches": BASE | QUEUES | {"alpha_ramp_steps": 4, "branches": 2},
     "global": BASE | {"dropout_rate": 0.2},
+    "blocks": BASE | {"mining_rows": 4},
     "batch": BASE | {"negatives": "batch"},
     "detached": SIC_ONLY,
     "online": SIC_ONLY | {"momentum": None},
@@ -171,6 +172,7 @@ slow = pytest.mark.slow
         ("queue", "pmap", 2),
         ("queue", "shard_map", 4),
         ("global", "pmap", 4),
+        ("blocks", "shard_map", 4),
         # The others, with global on two devices under shard_map in the test of rematerialisation.
         pytest.param("queue", "pmap", 1, marks=slow),
         pytest.param("queue", "pmap", 4, marks=slow),
@@ -458,16 +460,21 @@ def test_metrics_are_sums_and_counts_over_the_global_batch():
         ({"momentum": None}, (0, 0), "set queue_size=0, token_queue_size=0 and method.alpha=0"),
         ({"negatives": "queue"}, (8, 0), "need token_queue_size > 0"),
         ({"negatives": "global"}, (8, 4), "no other pool uses it"),
+        (
+            {"mining_rows": 6},
+            (0, 0),
+            "method.mining_rows=6 does not divide batch_size=8: use 4, or",
+        ),
     ],
 )
 def test_contradicting_method_values_are_named(values, sizes, message):
     with pytest.raises(UserError, match=message):
-        MethodConfig(**values).check(*sizes)
+        MethodConfig(**values).check(N, *sizes)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_method_values_of_these_tests_are_legal(case):
-    method_of(case).check(CASES[case]["queue_size"], CASES[case]["token_queue_size"])
+    method_of(case).check(N, CASES[case]["queue_size"], CASES[case]["token_queue_size"])
 
 
 def test_devices_and_batch_size_must_fit():

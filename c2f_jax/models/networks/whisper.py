@@ -8,7 +8,7 @@ import numpy as np
 from c2f_jax.errors import UserError
 from c2f_jax.models.encoder import NetworkOutput, TransformerEncoder
 from c2f_jax.models.layers import BlockStyle, dropout, length_mask
-from c2f_jax.models.spectrogram import SAMPLE_RATE, WINDOW, mel_filters
+from c2f_jax.models.spectrogram import SAMPLE_RATE, WINDOW, mel_filters, power_spectrum
 from c2f_jax.objectives.keys import Site, fold_keys
 
 HOP = 160
@@ -39,8 +39,7 @@ def whisper_log_mel(
     # The periodic Hann window; numpy's is the symmetric one.
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(WINDOW) / WINDOW)
     index = np.arange(frames)[:, None] * HOP + np.arange(WINDOW)
-    spectrum = jnp.fft.rfft(x[:, index] * jnp.asarray(window, jnp.float32))
-    power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
+    power = power_spectrum(x[:, index] * jnp.asarray(window, jnp.float32))
     # (n, T, F) . (F, M) -> (n, T, M)
     energy = power @ jnp.asarray(mel_filters(mels))
     y = jnp.log10(jnp.maximum(energy, 1e-10))
