@@ -22,7 +22,7 @@ NEGATIVE_POOLS = ("batch", "global", "queue")
 
 
 class NegativePool(NamedTuple):
-    """The P candidates that hard negatives are drawn from: N rows of the global batch, then a queue.
+    """The P candidates of hard negatives: N rows of the global batch, then a queue.
 
     A row draws from its own block of the batch, and only those tokens are on its device.
 

@@ -463,7 +463,7 @@ def test_metrics_are_sums_and_counts_over_the_global_batch():
         (
             {"mining_rows": 6},
             (0, 0),
-            "method.mining_rows=6 does not divide batch_size=8: use 4, or",
+            "method.mining_rows=6 does not divide batch_size=8: use 4",
         ),
     ],
 )
