@@ -151,9 +151,6 @@ def on_devices(case, how, devices=4):
 
 KINDS = ("check_vma", "explicit", "shard_map", "pmap", "vmap", "auto", "two axes")
 FAST = {
-    ("padded", "check_vma"), ("sigmoid", "explicit"), ("online", "check_vma"), ("mask", "vmap"),
-    ("blocks", "check_vma"),
-}  # fmt: skip
     ("padded", "check_vma"),
     ("sigmoid", "explicit"),
     ("online", "check_vma"),
