@@ -26,7 +26,7 @@ CONFIGS = (
     "flickr8k_audio:base_finetuned",
     "flickr8k_audio:large_finetuned",
 )
-SLICES = ("v5e:2x4", "v5e:4x8", "v5e:16x16", "v5p:2x2x2", "v5p:8x8x16")
+SLICES = ("v5e:2x4", "v5e:4x8", "v5e:16x16", "v5p:8x8x16")
 
 
 def chips_of(name):

@@ -35,8 +35,8 @@ from c2f_jax.training.train_state import C2FTrainState, create_train_state
 from c2f_jax.training.train_step import train_step
 
 EFFICIENCY = 0.5
-# How the TPU compiler refuses a program: for all its memory, or for that beside its arguments.
-_OUT_OF_MEMORY = re.compile(r"(Used |temporaries \()([\d.]+)([KMGT]?)")
+# How the TPU compiler says what a program would take that it refuses.
+_OUT_OF_MEMORY = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMGT]?)")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -185,8 +185,9 @@ def advice(config: ConfigDict, plan: Plan) -> list[str]:
         changes.append("--config.model.remat=true, which recomputes activations")
     if config.model.dtype != "bfloat16":
         changes.append("--config.model.dtype=bfloat16")
-    if config.method.sim_weight and config.method.negatives == "global":
-        changes.append("--config.method.negatives=batch, which gathers no tokens")
+    if config.method.sim_weight and config.method.negatives != "batch":
+        if (config.method.mining_rows or config.batch_size) > rows:
+            changes.append(f"--config.method.mining_rows={rows}, which gathers no tokens")
     return changes
 
 
@@ -239,15 +240,16 @@ def _measure(
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        used = _refused_bytes(str(error), _bytes(state) + _bytes(batch) / len(target.devices))
+        used = _refused_bytes(str(error))
         if used is None:
             raise
         temporaries = None
     else:
         stats = compiled.memory_analysis()
-        temporaries = stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
+        # The peak counts what is live at one moment; sums of all buffers refuse what compiles.
+        used = stats.peak_memory_in_bytes + stats.generated_code_size_in_bytes
         kept = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-        used = kept + temporaries
+        temporaries = used - kept
         moved = compiled.cost_analysis()["bytes accessed"]
         collectives = find_collectives(compiled.as_text(), len(target.devices))
     seconds = time.perf_counter() - began
@@ -285,13 +287,12 @@ def _measure(
     )
 
 
-def _refused_bytes(message: str, arguments: float) -> float | None:
+def _refused_bytes(message: str) -> float | None:
     """Return the bytes that a program would take, if the TPU compiler refused it for them."""
     match = _OUT_OF_MEMORY.search(message)
     if match is None or not message.startswith("RESOURCE_EXHAUSTED"):
         return None
-    used = float(match[2]) * _UNITS[match[3].upper()]
-    return used if match[1] == "Used " else used + arguments
+    return float(match[1]) * _UNITS[match[2].upper()]
 
 
 def _bytes(tree: Any) -> int:

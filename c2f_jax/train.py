@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import signal
 import threading
 import time
@@ -23,6 +24,7 @@ from c2f_jax.config.files import load_saved_config, save_config
 from c2f_jax.data import batch_plan, loader
 from c2f_jax.data.source import PairSource
 from c2f_jax.datasets.registry import make_data_set
+from c2f_jax.errors import UserError
 from c2f_jax.evaluate import data_set_label, evaluate_encoded, evaluate_source
 from c2f_jax.inference import TrainedModel
 from c2f_jax.models.parameters import merge_params, momentum_subset
@@ -30,13 +32,15 @@ from c2f_jax.objectives.keys import Stream, host_rng
 from c2f_jax.pretrained.weights import check_weights, load_published
 from c2f_jax.retrieval.result import EvaluationResult
 from c2f_jax.training.checkpoints import Checkpoints, abstract
-from c2f_jax.training.distributed import first_process_first, wait_for_all
+from c2f_jax.training.distributed import all_rows, first_process_first, wait_for_all
+from c2f_jax.training.health import Watch, find_not_finite, summary
 from c2f_jax.training.method import MethodConfig
 from c2f_jax.training.optimizer import create_optimizer
 from c2f_jax.training.parallel import DataParallel
 from c2f_jax.training.recorder import Recorder
 from c2f_jax.training.train_state import C2FTrainState, create_train_state
 from c2f_jax.training.train_step import train_step
+from c2f_jax.training.workdir import Claim
 
 PREEMPTED_EXIT_CODE = 42
 
@@ -79,9 +83,11 @@ class _Run:
     parallel: DataParallel
     optimizer: optax.GradientTransformation
     source: PairSource  # the training split
+    identity: Mapping[str, int]  # of the training split
     validation: PairSource
     checkpoints: Checkpoints
     recorder: Recorder
+    claim: Claim | None  # to the workdir, in the first process
 
 
 def train_and_evaluate(
@@ -116,31 +122,43 @@ def train_and_evaluate(
         load_saved_config(experiment.init_from)  # fails early if there is no such run
     source, validation, test_source = _open_splits(experiment, test)
 
-    # From here on, files are written.
-    recorder = _open_workdir(config, experiment, workdir)
-    experiment = fit_to_data(experiment, source, recorder.say)
-    source.image_index = shuffled_images(
-        source.image_index, experiment.data.shuffled_share, experiment.seed
-    )
+    # From here on, files are written. The first process answers for the workdir.
+    with Claim(workdir) if jax.process_index() == 0 else contextlib.nullcontext() as claim:
+        recorder = _open_workdir(config, experiment, workdir)
+        experiment = fit_to_data(experiment, source, recorder.say)
+        identity = source.identity()
+        source.image_index = shuffled_images(
+            source.image_index, experiment.data.shuffled_share, experiment.seed
+        )
 
-    # The state to start from: new, restored, or another run's parameters.
-    optimizer = create_optimizer(experiment.optimizer, experiment.steps)
-    state = parallel.place_state(_new_state(experiment, optimizer))
-    checkpoints = Checkpoints(workdir)
-    run = _Run(experiment, workdir, parallel, optimizer, source, validation, checkpoints, recorder)
-    state, start = _resume_or_start(run, state)
-    if start < experiment.steps:
-        state = _train(run, state, start)
+        # The state to start from: new, restored, or another run's parameters.
+        optimizer = create_optimizer(experiment.optimizer, experiment.steps)
+        state = parallel.place_state(_new_state(experiment, optimizer))
+        run = _Run(
+            experiment,
+            workdir,
+            parallel,
+            optimizer,
+            source,
+            identity,
+            validation,
+            Checkpoints(workdir),
+            recorder,
+            claim,
+        )
+        state, start = _resume_or_start(run, state)
+        if start < experiment.steps:
+            state = _train(run, state, start)
 
-    # All processes restore the best checkpoint; the first evaluates and the others wait.
-    evaluation = page = None
-    if test_source is not None:
-        best = _best_model(run, state)
-        if jax.process_index() == 0:
-            evaluation, page = evaluate_source(best, test_source)
-    checkpoints.close()
-    wait_for_all()
-    recorder.close()
+        # All processes restore the best checkpoint; the first evaluates and the others wait.
+        evaluation = page = None
+        if test_source is not None:
+            best = _best_model(run, state)
+            if jax.process_index() == 0:
+                evaluation, page = evaluate_source(best, test_source)
+        run.checkpoints.close()
+        wait_for_all()
+        recorder.close()
     return TrainResult(state, recorder.history, evaluation, page)
 
 
@@ -261,23 +279,36 @@ def _resume_or_start(run: _Run, state: C2FTrainState) -> tuple[C2FTrainState, in
 
     Without a checkpoint the run starts from ``state``, or from the parameters of ``init_from``.
     """
-    start = run.checkpoints.latest_step
-    if start:
-        return _resume(run, state, start), start
-    if run.experiment.init_from:
-        state = _start_from_run(run, state, run.experiment.init_from)
-    return state, 0
-
-
-def _resume(run: _Run, state: C2FTrainState, step: int) -> C2FTrainState:
-    """Restore the state and the learning curves of a checkpoint."""
     parallel, frozen = run.parallel, state.frozen
     # Frozen parameters are not in checkpoints.
     target = abstract(parallel.global_state(state.replace(frozen={})))
-    restored, progress = run.checkpoints.restore(step, target)
+    found = run.checkpoints.restore_latest(target)
+    if found is None:
+        if run.experiment.init_from:
+            state = _start_from_run(run, state, run.experiment.init_from)
+        return state, 0
+
+    step, restored, progress = found
+    _check_identity(run, progress["data"])
     run.recorder.restore(progress)
     run.recorder.say(f"resuming at step {step} of {run.experiment.steps}")
-    return parallel.place_state(parallel.host_copy(restored)).replace(frozen=frozen)
+    return parallel.place_state(parallel.host_copy(restored)).replace(frozen=frozen), step
+
+
+def _check_identity(run: _Run, saved: Mapping[str, int]) -> None:
+    """Raise UserError if a run goes on with other data than it began with."""
+    if saved == run.identity:
+        return
+    then, now = (
+        f"{data['recordings']} recordings of {data['images']} images"
+        for data in (saved, run.identity)
+    )
+    how = ", in another order or with other image ids" if then == now else ""
+    raise UserError(
+        f"{run.source.name}, split {run.source.split}, is not what {run.workdir} was trained on: "
+        f"{then} then, {now} now{how}. Bring the data back, or start another run from this one: "
+        f"--config.init_from={run.workdir} with another --workdir"
+    )
 
 
 def _start_from_run(run: _Run, state: C2FTrainState, workdir: str) -> C2FTrainState:
@@ -303,41 +334,89 @@ def _train(run: _Run, state: C2FTrainState, start: int) -> C2FTrainState:
     method = experiment.method
     warm_up_step, full_step = _compile_step(run, method.warm_up()), _compile_step(run, method)
     batches = _training_batches(run, start)
+    watch = Watch(experiment.max_skipped_steps)
 
     recorder.start(start)
     with _stop_request() as stop_requested:
         for step in range(start + 1, experiment.steps + 1):
             # Waiting for data is timed separately, to show whether decoding limits the speed.
             began = time.perf_counter()
-            _, batch = next(batches)
+            rows, batch = next(batches)
             waited = time.perf_counter() - began
 
             # One step on all devices; the host does not wait for it.
-            step_fn = full_step if step > method.warm_up_steps else warm_up_step
+            full = step > method.warm_up_steps
+            step_fn = full_step if full else warm_up_step
             state, metrics = step_fn(state, parallel.place_batch(batch))
             recorder.add(metrics, waited)
+            watch.add(metrics["skipped"], (step, batch))
 
             # What is due after this step: a line of the log, an evaluation, a checkpoint.
             last = step == experiment.steps
-            if last or _due(step, experiment.log_every):
-                recorder.log(step)
-
-            score = None
-            if last or _due(step, experiment.eval_every):
-                score = _evaluate_validation(run, state, step)
-
-            # A step that was scored is saved, since it may be the best.
+            evaluates = last or _due(step, experiment.eval_every)
             stopping = not last and (
                 stop_requested.is_set() or run.checkpoints.reached_preemption(step)
             )
-            if last or stopping or score is not None or _due(step, experiment.checkpoint_every):
-                saved = parallel.global_state(state.replace(frozen={}))
-                run.checkpoints.save(step, saved, recorder.progress(), score, wait=stopping)
+            saves = last or stopping or _due(step, experiment.checkpoint_every)
+            if saves or evaluates:
+                watch.settle()
+            if watch.is_over or (last and watch.rows):
+                raise _not_finite(run, state, watch, method if full else method.warm_up())
+            if last or _due(step, experiment.log_every):
+                recorder.log(step)
+
+            # A state that gives NaN is neither scored nor saved: the run may have to go back.
+            if not watch.rows:
+                score = _evaluate_validation(run, state, step) if evaluates else None
+                # A step that was scored is saved, since it may be the best.
+                if saves or score is not None:
+                    _save(run, state, step, score, wait=stopping)
             if stopping:
                 recorder.close()
                 raise Preempted(f"stopped at step {step}; repeat the command to resume from there")
     _report_bad_items(run)
     return state
+
+
+def _save(run: _Run, state: C2FTrainState, step: int, score: float | None, wait: bool) -> None:
+    if run.claim is not None:
+        run.claim.check()
+    saved = run.parallel.global_state(state.replace(frozen={}))
+    progress = run.recorder.progress() | {"data": run.identity}
+    run.checkpoints.save(step, saved, progress, score, wait=wait)
+
+
+def _not_finite(run: _Run, state: C2FTrainState, watch: Watch, method: MethodConfig) -> UserError:
+    """Explain a row of skipped steps, write their ids, and set aside the state that gave them."""
+    experiment, parallel = run.experiment, run.parallel
+    first, batch = watch.rows[0]
+    names = find_not_finite(
+        parallel, state, parallel.place_batch(batch), model=experiment.model, method=method
+    )
+    steps = [
+        {"step": step, "image_ids": all_rows(batch["image_id"]).tolist()}
+        for step, batch in watch.rows
+    ]
+    path = epath.Path(run.workdir) / "not_finite.json"
+    if run.claim is not None:
+        run.claim.check()
+        path.write_text(json.dumps({"not_finite": names, "steps": steps}, indent=2) + "\n")
+
+    # The checkpoint of the step before holds this very state.
+    moved = ""
+    if first - 1 in run.checkpoints.steps:
+        aside = run.checkpoints.set_aside(first - 1)
+        moved = f" Checkpoint {first - 1} gives that; it is now {aside}."
+    latest = run.checkpoints.latest_step
+    left = "there is no other" if latest is None else f"the last one before is of step {latest}"
+    run.checkpoints.close()
+    run.recorder.close()
+    return UserError(
+        f"the loss or a gradient is not finite in steps {first} to {watch.rows[-1][0]}. Not finite "
+        f"at step {first}: {summary(names) or 'nothing, when computed again'}. The image ids of "
+        f"these steps are in {path}.{moved} Of checkpoints, {left}. Lower optimizer.learning_rate "
+        f"or mend the data, and begin another run from here: --config.init_from={run.workdir}"
+    )
 
 
 def _compile_step(run: _Run, method: MethodConfig) -> Callable:
@@ -380,10 +459,8 @@ def _evaluate_validation(run: _Run, state: C2FTrainState, step: int) -> float | 
 
 def _best_model(run: _Run, state: C2FTrainState) -> TrainedModel:
     """Restore the best checkpoint; all processes must call this, since Orbax waits for all."""
-    step = run.checkpoints.best_step
     target = abstract(run.parallel.global_state(state.params))
-    params, _ = run.checkpoints.restore_params(step, target)
-    assert step is not None  # else there was nothing to restore
+    step, params = run.checkpoints.restore_best_params(target)
     params = run.parallel.local_copy(merge_params(params, state.frozen))
     return TrainedModel(run.experiment, params, step, run.workdir, run.recorder.history)
 
@@ -410,9 +487,13 @@ def _due(step: int, every: int) -> bool:
 
 @contextlib.contextmanager
 def _stop_request() -> Iterator[threading.Event]:
-    """Yield an event that SIGTERM sets, so that the loop can save a checkpoint and stop."""
+    """Yield an event that SIGTERM sets, so that the loop can save a checkpoint and stop.
+
+    Several processes must agree on the step: there jax's own handler tells Orbax.
+    """
     event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    alone = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
+    if not alone:
         yield event
         return
     previous = signal.signal(signal.SIGTERM, lambda *_: event.set())

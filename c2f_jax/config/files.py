@@ -21,6 +21,7 @@ CAN_CHANGE = frozenset(
         "log_every",
         "eval_every",
         "checkpoint_every",
+        "max_skipped_steps",
         "parallel",
         "data.threads",
         "data.prefetch",

@@ -32,6 +32,8 @@ class RunOptions:
       log_every: steps between logs.
       eval_every: steps between evaluations of the validation split; 0 for only at the end.
       checkpoint_every: steps between checkpoints; 0 for only at the end.
+      max_skipped_steps: steps in a row whose loss or gradients are not finite, after which the run
+        stops; such steps change nothing.
       queue_size: K, the length of the embedding queue.
       token_queue_size: length of the token queue, for ``method.negatives="queue"``.
       parallel: how devices share a batch, "pmap" or "shard_map".
@@ -44,6 +46,7 @@ class RunOptions:
     log_every: int = field(default=20, metadata={"min": 1})
     eval_every: int = field(default=250, metadata={"min": 0})
     checkpoint_every: int = field(default=250, metadata={"min": 0})
+    max_skipped_steps: int = field(default=10, metadata={"min": 1})
     queue_size: int = field(default=1024, metadata={"min": 0})
     token_queue_size: int = field(default=0, metadata={"min": 0})
     parallel: str = field(default="pmap", metadata={"choices": MODES})

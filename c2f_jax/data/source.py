@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import threading
+import zlib
 from collections.abc import Mapping
 from typing import TypedDict
 
@@ -170,6 +171,12 @@ class PairSource(abc.ABC):
     def num_images(self) -> int:
         """G, the number of distinct images."""
         return len(self.image_ids)
+
+    def identity(self) -> dict[str, int]:
+        """Return numbers by which a resumed run knows that its data are the same."""
+        ids = self.image_ids[self.image_index]
+        checksum = zlib.crc32(ids.tobytes() + self.image_index.tobytes())
+        return {"recordings": len(self), "images": self.num_images, "crc32": checksum}
 
     @abc.abstractmethod
     def recording(self, index: int) -> Recording:

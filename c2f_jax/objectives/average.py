@@ -47,6 +47,15 @@ class Average:
         """
         return Average(self.total + other.total, self.count + other.count)
 
+    def only_if(self, condition: jax.Array) -> "Average":
+        """Return the average, or that of no values if the condition is False.
+
+        >>> int(Average.of(jnp.array([jnp.nan])).only_if(jnp.array(False)).count)
+        0
+        """
+        kept = (jnp.where(condition, x, jnp.zeros_like(x)) for x in (self.total, self.count))
+        return Average(*kept)
+
     def compute(self) -> jax.Array:
         """Return total / count, a scalar; NaN if nothing was counted."""
         return self.total / self.count

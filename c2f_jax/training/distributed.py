@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from c2f_jax.errors import UserError
 
@@ -52,6 +54,17 @@ def initialize(
             f"no cluster found ({error}): give --coordinator=HOST:PORT --num-processes=N "
             "--process-id=I"
         ) from error
+
+
+def all_rows(rows: np.ndarray) -> np.ndarray:
+    """Return the rows of all processes, in order; all must call this.
+
+    Args:
+      rows: (n, ...) of this process.
+    """
+    if jax.process_count() == 1:
+        return rows
+    return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
 
 
 def wait_for_all() -> None:

@@ -109,6 +109,7 @@ class Recorder:
         """
         self._merge()
         values = {name: total / count for name, (total, count) in self._sums.items() if count}
+        skipped, _ = self._sums.get("skipped", (0.0, 0.0))
         self._sums = {}
         seconds = time.perf_counter() - self._window_began
         speed = self._window_steps * self._batch_size / seconds
@@ -118,7 +119,9 @@ class Recorder:
         self._remember(step, {f"train/{name}": value for name, value in values.items()})
         self._write(step, {"train/pairs_per_second": speed, "train/data_wait": waited})
 
-        line = f"loss {values['loss']:.3f}  tau {values['tau']:.4f}"
+        line = f"loss {values['loss']:.3f}  tau {values['tau']:.4f}" if "loss" in values else ""
+        if skipped:
+            line += f"  {skipped:.0f} steps skipped: loss or gradients not finite"
         if "sim_accuracy" in values:
             line += f"  SIM accuracy {100 * values['sim_accuracy']:.1f} %"
         line += f"  data wait {100 * waited:.0f} %  {speed:.0f} pairs/s"

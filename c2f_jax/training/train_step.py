@@ -58,7 +58,9 @@ def train_step(
       axis_name: device axis under pmap or shard_map; None on one device.
 
     Returns:
-      The next state, and the metrics of the global batch by name.
+      The next state, and the metrics of the global batch by name. If the loss or a gradient is not
+      finite, the state is the same but for its step, and nothing counts but "skipped", the share of
+      such steps.
 
     Reference:
       Zhou and Li 2024 (C2F); Li et al. 2021 (ALBEF), algorithm 1.
@@ -81,15 +83,20 @@ def train_step(
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     params = clip_temperature(params, method.min_tau, method.max_tau)
-    state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+    updated = state.replace(params=params, opt_state=opt_state)
 
     # Step 9. The momentum parameters follow. The queues have the embeddings of step 1, made by the
     # momentum parameters before this update.
-    state = update_momentum_and_queues(state, losses.queues, method.momentum)
+    updated = update_momentum_and_queues(updated, losses.queues, method.momentum)
 
-    metrics["loss"] = Average.of(loss)
-    metrics["gradient_norm"] = Average.of(optax.global_norm(gradients))
-    return state, metrics
+    # NaN in one parameter is NaN everywhere a step later: such a step changes nothing.
+    gradient_norm = optax.global_norm(gradients)
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+    state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, state)
+    metrics |= {"loss": Average.of(loss), "gradient_norm": Average.of(gradient_norm)}
+    metrics = {name: average.only_if(is_finite) for name, average in metrics.items()}
+    metrics["skipped"] = Average.of(1.0 - is_finite.astype(jnp.float32))
+    return state.replace(step=state.step + 1), metrics
 
 
 def loss_of_params(
