@@ -408,14 +408,19 @@ def _not_finite(run: _Run, state: C2FTrainState, watch: Watch, method: MethodCon
         aside = run.checkpoints.set_aside(first - 1)
         moved = f" Checkpoint {first - 1} gives that; it is now {aside}."
     latest = run.checkpoints.latest_step
-    left = "there is no other" if latest is None else f"the last one before is of step {latest}"
+    again = f"train again: no other checkpoint is left in {run.workdir}"
+    if latest is not None:
+        again = (
+            f"begin another run from checkpoint {latest}, the last one before: "
+            f"--config.init_from={run.workdir} with another --workdir"
+        )
     run.checkpoints.close()
     run.recorder.close()
     return UserError(
         f"the loss or a gradient is not finite in steps {first} to {watch.rows[-1][0]}. Not finite "
         f"at step {first}: {summary(names) or 'nothing, when computed again'}. The image ids of "
-        f"these steps are in {path}.{moved} Of checkpoints, {left}. Lower optimizer.learning_rate "
-        f"or mend the data, and begin another run from here: --config.init_from={run.workdir}"
+        f"these steps are in {path}.{moved} Lower optimizer.learning_rate or mend the data, and "
+        f"{again}"
     )
 
 

@@ -101,6 +101,10 @@ class Checkpoints:
             "state": _checksums(rest),
         }
         with self._disk_errors():
+            # Orbax would wait for minutes for a folder that it cannot make.
+            probe = self.directory / f"writable-{jax.process_index()}"
+            probe.write_bytes(b"?")
+            probe.unlink()
             self._manager.save(
                 step,
                 args=ocp.args.Composite(

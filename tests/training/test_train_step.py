@@ -18,6 +18,7 @@ from c2f_jax.models.parameters import momentum_subset
 from c2f_jax.objectives.average import Average
 from c2f_jax.objectives.collectives import masked_mean, pmean
 from c2f_jax.objectives.embedding_queue import create_queue
+from c2f_jax.training.health import Watch, find_not_finite
 from c2f_jax.training.method import MethodConfig
 from c2f_jax.training.parallel import DataParallel
 from c2f_jax.training.train_state import create_train_state
@@ -357,6 +358,79 @@ def test_sic_alone_has_the_gradient_of_plain_infonce(case, mode, devices):
     else:
         norm = np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(expected)))
         assert run.metrics[0]["gradient_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def poisoned(name, tree):
+    """A tree with one NaN in its first leaf of that name."""
+
+    def of_leaf(path, x):
+        if name not in jax.tree_util.keystr(path) or poisoned_leaves:
+            return x
+        poisoned_leaves.append(path)
+        x = np.array(x)
+        x.reshape(-1)[x.size // 2] = np.nan
+        return x
+
+    poisoned_leaves = []
+    found = jax.tree_util.tree_map_with_path(of_leaf, tree)
+    assert poisoned_leaves
+    return found
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_its_number():
+    batches = [BATCHES[0], poisoned("waveform", BATCHES[1]), BATCHES[2]]
+    run = Run("queue", "pmap", 2, batches)
+    before, after = run.states[1:3]
+    jax.tree.map(np.testing.assert_array_equal, after, before.replace(step=after.step))
+    assert [int(state.step) for state in run.states] == [0, 1, 2, 3]
+    assert [float(metrics["skipped"]) for metrics in run.metrics] == [0, 1, 0]
+    assert [bool(np.isfinite(metrics["loss"])) for metrics in run.metrics] == [True, False, True]
+    last = jax.tree.leaves(run.states[3])
+    assert all(np.isfinite(x).all() for x in last if np.issubdtype(x.dtype, np.floating))
+    assert not np.array_equal(
+        run.states[3].params["temperature"]["log_tau"], after.params["temperature"]["log_tau"]
+    )
+
+
+@pytest.mark.parametrize(
+    "state_part, batch_part, first",
+    [
+        ("params['image_projection']", None, "parameter['image_projection']['bias']"),
+        ("momentum_params", None, "momentum parameter["),
+        (".queue.entries['image']", None, "queue['image']"),
+        (".token_queue.entries['speech']", None, "token queue['speech']"),
+        (None, "waveform", "batch['waveform']"),
+        ("log_tau", None, "parameter['temperature']['log_tau']"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["pmap", "shard_map"])
+def test_what_is_not_finite_is_named_causes_first(state_part, batch_part, first, mode):
+    state = start_of("queue")
+    # Slots that were written: others are left out of the loss.
+    _, step = compiled("queue")
+    state, _ = jax.device_get(step(state, BATCHES[0]))
+    state = poisoned(state_part, state) if state_part else state
+    batch = poisoned(batch_part, BATCHES[1]) if batch_part else BATCHES[1]
+    parallel = DataParallel(mode, jax.devices()[:2])
+    names = find_not_finite(
+        parallel,
+        parallel.place_state(state),
+        parallel.place_batch(batch),
+        model=model_of("queue"),
+        method=method_of("queue"),
+    )
+    assert names[0].startswith(first), names
+    effects = ("sic_loss", "gradient") if "token" not in first else ("token queue",)
+    assert all(any(name.startswith(effect) for name in names) for effect in effects), names
+
+
+def test_the_watch_counts_steps_in_a_row_and_stays_behind():
+    watch = Watch(limit=3)
+    for step, skipped in enumerate([0, 1, 1, 0, 1, 1, 1, 0, 0] + [0] * 5):
+        watch.add(Average.of(jnp.float32(skipped)), step)
+    assert not watch.is_over, "the last 8 steps are not looked at"
+    watch.settle()
+    assert watch.is_over and watch.rows == [4, 5, 6], "what follows does not undo it"
 
 
 def test_temperature_stays_in_its_range_under_a_huge_learning_rate():
