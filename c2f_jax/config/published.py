@@ -29,6 +29,8 @@ def data_set_config(name: str, encoders: str, light_steps: int) -> ConfigDict:
         raise ValueError(f"after the colon, {encoders!r} must be one of {', '.join(known)}")
     config = default_config()
     config.data.name = name
+    # mining_rows stays what the batch is here: a larger one, on more devices, exchanges no more
+    # tokens on each.
     config.data.max_seconds = 25.0
     config.eval.k = 128
     if encoders == "light":
@@ -37,6 +39,7 @@ def data_set_config(name: str, encoders: str, light_steps: int) -> ConfigDict:
         config.data.image_size = 128
         config.data.bucket_seconds = (8.0,)
         config.data.max_padding = 0.1
+        config.method.mining_rows = config.batch_size
     else:
         _set_published_encoders(config, *PUBLISHED_ENCODERS[encoders])
         config.data.image_features = f"runs/features/{name}-blip2"
@@ -49,8 +52,7 @@ def _set_published_encoders(config: ConfigDict, size: str, finetuned: bool) -> N
     Without fine-tuning, HuBERT is frozen and a weighted sum of its layers is learned. The
     hyper-parameters of frozen encoders are SpeechCLIP's, those of fine-tuned ones ALBEF's.
     """
-    config.batch_size = 256
-    config.method.mining_rows = 256  # a larger batch on more devices exchanges no more tokens
+    config.batch_size = config.method.mining_rows = 256
     config.steps = 50_000
     config.log_every = 100
     config.eval_every = config.checkpoint_every = 2000

@@ -1,5 +1,5 @@
-"""Kill a training run again and again, let the supervisor restart it, and compare what comes out with
-an undisturbed run.
+"""Kill a training run again and again, let the supervisor restart it, and compare what comes out
+with an undisturbed run.
 
     python tests/helpers/chaos.py --kills=50 --folder=/tmp/chaos
     python tests/helpers/chaos.py --kills=12 --folder=/tmp/chaos --processes=2
@@ -83,6 +83,8 @@ class Run:
 
     def outcome(self):
         """Everything that the run leaves, but for times and paths."""
+        import jax
+        import orbax.checkpoint as ocp
         from etils import epath
 
         from c2f_jax.training.checkpoints import Checkpoints
@@ -90,13 +92,9 @@ class Run:
         checkpoints = Checkpoints(self.workdir, read_only=True)
         step = checkpoints.latest_step
         folder = epath.Path(self.workdir) / "checkpoints" / str(step)
-        import orbax.checkpoint as ocp
-
         arrays = {}
         for item in ("params", "state"):
             tree = ocp.StandardCheckpointer().restore(folder / item)
-            import jax
-
             for path, value in jax.tree_util.tree_leaves_with_path(tree):
                 arrays[f"{item}{jax.tree_util.keystr(path)}"] = np.asarray(value)
         progress = json.loads((folder / "progress" / "metadata").read_text())
@@ -156,9 +154,10 @@ class Killer:
         def printed(*texts):
             with open(self.log, "rb") as file:
                 file.seek(since)
-                return any(text in file.read() for text in map(str.encode, texts))
+                found = file.read().decode(errors="replace")
+            return any(text in found for text in texts)
 
-        steps = ("resuming at step", "/%d  loss" % self.run.steps)
+        steps = ("resuming at step", f"/{self.run.steps}  loss")
         checkpoints = self.run.workdir / "checkpoints"
         conditions = {
             "start": lambda: True,
@@ -210,7 +209,7 @@ def differences(found, expected):
 
 
 def chaos(folder, plan, *, seed=0, steps=200, processes=1, undisturbed=None):
-    """Run undisturbed and with kills; return the kills by moment and signal, and the differences."""
+    """Run undisturbed and with kills: the kills by moment and signal, and the differences."""
     if undisturbed is None:
         undisturbed = Run(folder / "undisturbed", steps, processes)
         undisturbed.folder.mkdir(parents=True)
