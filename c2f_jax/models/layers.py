@@ -445,7 +445,8 @@ class Transformer(nn.Module):
       layer_drop: probability that an example skips a block in training (Fan et al. 2019).
       dtype: compute type.
       attention: attention implementation.
-      remat: recompute each block's activations in the backward pass instead of keeping them.
+      remat: recompute each block's activations in the backward pass instead of keeping them. In a
+        training pass equal blocks then are one loop, which is compiled once for all of them.
     """
 
     depth: int
@@ -474,37 +475,69 @@ class Transformer(nn.Module):
           (n, T, W) tokens, and the depth + 1 hidden states: the input, the output of each block but
           the last, and the tokens.
         """
-        block_type = nn.remat(TransformerBlock) if self.remat else TransformerBlock
         positions = self._relative_positions(x.shape[1])
-        hidden = [x]
-        for layer in range(self.depth):
-            block = block_type(
-                self.heads,
-                self.mlp_ratio,
-                self.cross_attention and layer % self.style.cross_every == 0,
-                self.dropout_rate,
-                self.style,
-                self.dtype,
-                self.attention,
-                name=f"block_{layer}",
-            )
+
+        def run_block(block: Callable[..., jax.Array], x: jax.Array, layer: Any) -> jax.Array:
             block_keys = fold_keys(keys, Site.BLOCK, layer)
             y = block(x, lengths, block_keys, context, context_lengths, positions)
-
+            if keys is None or not self.layer_drop:
+                return y
             # An example that skips the block keeps its tokens; all run it, since shapes are fixed.
-            if keys is not None and self.layer_drop:
-                skip = jax.vmap(lambda key: jax.random.bernoulli(key, self.layer_drop))(
-                    fold_keys(keys, Site.LAYER_DROP, layer)
-                )
-                y = jnp.where(skip[:, None, None], x, y)
-            x = y
-            hidden.append(x)
+            skip = jax.vmap(lambda key: jax.random.bernoulli(key, self.layer_drop))(
+                fold_keys(keys, Site.LAYER_DROP, layer)
+            )
+            return jnp.where(skip[:, None, None], x, y)
+
+        if self._can_loop(keys):
+            hidden = self._run_loop(run_block, x)
+        else:
+            block_type = nn.remat(TransformerBlock) if self.remat else TransformerBlock
+            hidden = [x]
+            for layer in range(self.depth):
+                block = block_type(**self._block_options(layer), name=f"block_{layer}")
+                hidden.append(run_block(block, hidden[-1], layer))
 
         # The last hidden state is the output, as in transformers.
         if self.style.pre_norm:
-            x = nn.LayerNorm(self.style.epsilon, dtype=self.dtype, name="norm")(x)
-            hidden[-1] = x
-        return x, tuple(hidden)
+            norm = nn.LayerNorm(self.style.epsilon, dtype=self.dtype, name="norm")
+            hidden[-1] = norm(hidden[-1])
+        return hidden[-1], tuple(hidden)
+
+    def _block_options(self, layer: int) -> dict[str, Any]:
+        return {
+            "heads": self.heads,
+            "mlp_ratio": self.mlp_ratio,
+            "cross_attention": self.cross_attention and layer % self.style.cross_every == 0,
+            "dropout_rate": self.dropout_rate,
+            "style": self.style,
+            "dtype": self.dtype,
+            "attention": self.attention,
+        }
+
+    def _can_loop(self, keys: jax.Array | None) -> bool:
+        """Whether the blocks are alike, and to be differentiated.
+
+        Other passes are not looped: a frozen network is in the online and in the momentum pass,
+        and XLA computes it once, but not two equal loops.
+        """
+        is_alike = not self.cross_attention or self.style.cross_every == 1
+        is_trained = keys is not None and not self.is_initializing()
+        return self.remat and is_alike and is_trained and self.depth > 1
+
+    def _run_loop(self, run_block: Callable, x: jax.Array) -> list[jax.Array]:
+        """Return the depth + 1 hidden states of a loop over the stacked parameters."""
+        params = [self.variables["params"][f"block_{layer}"] for layer in range(self.depth)]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+        block = TransformerBlock(**self._block_options(0), parent=None)
+
+        @jax.checkpoint
+        def step(x: jax.Array, one: tuple[Any, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            params, layer = one
+            y = run_block(functools.partial(block.apply, {"params": params}), x, layer)
+            return y, y
+
+        _, outputs = jax.lax.scan(step, x, (stacked, jnp.arange(self.depth)))
+        return [x, *outputs]
 
     def _relative_positions(self, length: int) -> jax.Array | None:
         """Return the biases of relative positions, (heads, T, T), or None."""

@@ -109,12 +109,11 @@ def descendants(pid):
     found, waiting = [], [pid]
     while waiting:
         parent = waiting.pop()
-        for task in Path(f"/proc/{parent}/task").glob("*"):
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # it has ended
+            for task in Path(f"/proc/{parent}/task").iterdir():
                 waiting += [int(word) for word in (task / "children").read_text().split()]
-        with contextlib.suppress(OSError):
             words = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
-            if b"c2f_jax.main" in words and b"-m" in words:
+            if words[0] == sys.executable.encode() and b"c2f_jax.main" in words:
                 found.append(parent)
     return sorted(found)
 

@@ -16,6 +16,7 @@ from c2f_jax.models import spectrogram
 from c2f_jax.models.factory import create_model
 from c2f_jax.models.layers import (
     Attention,
+    BlockStyle,
     Transformer,
     dense_dot_general,
     dot_product_attention,
@@ -447,3 +448,36 @@ def test_create_model_names_what_is_wrong(change, message):
 
 def test_create_model_checks_given_heads_against_the_default_width():
     assert create_model(SPEECH, {"name": "vit", "heads": 2}, TOWER).image_encoder.heads == 2
+
+
+@pytest.mark.parametrize("style", [BlockStyle(), BlockStyle(pre_norm=False, position_buckets=8)])
+def test_a_loop_over_blocks_equals_one_after_the_other(style):
+    rng = np.random.default_rng(4)
+    x = jnp.asarray(rng.normal(size=(3, 6, 8)), jnp.float32)
+    context = jnp.asarray(rng.normal(size=(3, 4, 8)), jnp.float32)
+    lengths = jnp.array([6, 2, 5])
+    keys = jax.random.split(jax.random.key(2), 3)
+
+    def stack(remat):
+        return Transformer(
+            3, 2, cross_attention=True, dropout_rate=0.3, style=style, layer_drop=0.3, remat=remat
+        )
+
+    params = stack(False).init(jax.random.key(0), x, lengths, keys, context)["params"]
+    assert jax.tree.structure(params) == jax.tree.structure(
+        stack(True).init(jax.random.key(0), x, lengths, keys, context)["params"]
+    )
+
+    def values(remat, params, x):
+        def total(params, x):
+            tokens, hidden = stack(remat).apply({"params": params}, x, lengths, keys, context)
+            return jnp.sum(jnp.sin(tokens)) + sum(jnp.sum(y**2) for y in hidden), hidden
+
+        return jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(params, x)
+
+    assert "scan" in str(jax.make_jaxpr(functools.partial(values, True))(params, x))
+    assert_equal_but_for_rounding(
+        functools.partial(values, False),
+        (params, x),
+        jax.jit(functools.partial(values, True))(params, x),
+    )
