@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -22,6 +23,7 @@ from c2f_jax.retrieval.evaluation import evaluate_retrieval
 from c2f_jax.retrieval.protocols import Protocol, evaluate_protocol
 from c2f_jax.retrieval.result import EvaluationResult
 from c2f_jax.retrieval.voices import split_voices
+from c2f_jax.training.distributed import in_first_process, share_work
 
 EXAMPLES = 8  # random spoken queries on the page; the other groups have half as many
 SHEET_EXAMPLES = 5  # of them in the figure
@@ -32,6 +34,8 @@ log = logging.getLogger(__name__)
 
 def evaluate_encoded(model: TrainedModel, encoded: EncodedSplit) -> EvaluationResult:
     """Evaluate coarse and, if SIM is trained, fine retrieval of an encoded split.
+
+    Several processes, all of which must call this, divide the matching between them.
 
     Args:
       model: the model that encoded it.
@@ -47,6 +51,7 @@ def evaluate_encoded(model: TrainedModel, encoded: EncodedSplit) -> EvaluationRe
         model.match if model.has_sim else None,
         tau=model.tau,
         length_buckets=LENGTH_BUCKETS,
+        share_work=share_work,
     )
     return dataclasses.replace(result, step=model.step)
 
@@ -60,6 +65,8 @@ def evaluate_source(
 ) -> tuple[EvaluationResult, epath.Path]:
     """Evaluate a split and write ``eval/<data set>-<split>[-<protocol>].{json,html,png}``.
 
+    Several processes, all of which must call this, share the work; the first writes the files.
+
     Args:
       model: the model; the files are written below its workdir.
       source: the split.
@@ -69,7 +76,8 @@ def evaluate_source(
     Returns:
       The result, and the path of the page.
     """
-    if model.experiment.method.sim_weight and not model.has_sim:
+    coarse_only = model.experiment.method.sim_weight and not model.has_sim
+    if coarse_only and jax.process_index() == 0:
         log.warning(
             "step %d is in the warm-up, before SIM: only the coarse ranking is reported", model.step
         )
@@ -91,13 +99,15 @@ def evaluate_source(
         step=int(model.step),
         bad_items=source.bad_items.reasons,
     )
-    return result, _write_files(model, source, encoded, result)
+    page = in_first_process(lambda: _write_files(model, source, encoded, result))
+    return result, page
 
 
 def evaluate_by_voice(model: TrainedModel, source: PairSource) -> dict[str, EvaluationResult]:
     """Evaluate voices that training heard and other voices separately, each on all images.
 
-    Writes ``eval/<data set>-<split>-voices.json`` below the workdir.
+    Writes ``eval/<data set>-<split>-voices.json`` below the workdir. Several processes, all of
+    which must call this, share the work; the first writes the file.
 
     Args:
       model: the model.
@@ -116,9 +126,12 @@ def evaluate_by_voice(model: TrainedModel, source: PairSource) -> dict[str, Eval
     groups = split_voices(model.encode_split(source, progress=True), source, heard)
     results = {name: evaluate_encoded(model, encoded) for name, encoded in groups.items()}
 
-    values = {name: result.to_json() for name, result in results.items()}
-    path = _eval_folder(model) / f"{data_set_label(source)}-{source.split}-voices.json"
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    def write() -> None:
+        values = {name: result.to_json() for name, result in results.items()}
+        path = _eval_folder(model) / f"{data_set_label(source)}-{source.split}-voices.json"
+        path.write_text(json.dumps(values, indent=2) + "\n")
+
+    in_first_process(write)
     return results
 
 

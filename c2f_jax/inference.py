@@ -25,6 +25,7 @@ from c2f_jax.models.parameters import merge_params, split_params
 from c2f_jax.pretrained.weights import check_weights, load_published
 from c2f_jax.retrieval.encoded import EncodedSplit
 from c2f_jax.training.checkpoints import Checkpoints
+from c2f_jax.training.distributed import share_work
 from c2f_jax.training.parallel import replicate, round_up_rows, split_rows
 
 LENGTH_BUCKETS = 4  # lengths in speech tokens at which pairs are matched
@@ -120,6 +121,8 @@ class TrainedModel:
     def encode_split(self, source: PairSource, progress: bool = False) -> EncodedSplit:
         """Encode each recording and each image of a split once, in batches over all devices.
 
+        Several processes, all of which must call this, divide the batches between them.
+
         Args:
           source: the split.
           progress: whether to show a progress bar.
@@ -134,9 +137,10 @@ class TrainedModel:
             lambda batch: encode_speech(
                 experiment.model, params, *split_rows(params, speech_input(batch))
             ),
-            loader.speech_batches(
-                source, batch_size=batch_size, seconds_max=experiment.data.max_seconds
+            lambda *part: loader.speech_batches(
+                source, batch_size=batch_size, seconds_max=experiment.data.max_seconds, part=part
             ),
+            source,
             total=len(source),
             label="recordings" if progress else None,
         )
@@ -146,9 +150,10 @@ class TrainedModel:
             lambda batch: encode_image(
                 experiment.model, params, split_rows(params, image_input(batch))
             ),
-            loader.image_batches(
-                source, batch_size=batch_size, image_size=experiment.data.image_size
+            lambda *part: loader.image_batches(
+                source, batch_size=batch_size, image_size=experiment.data.image_size, part=part
             ),
+            source,
             total=source.num_images,
             label="images" if progress else None,
         )
@@ -157,18 +162,23 @@ class TrainedModel:
         speech_ids = source.image_ids[source.image_index[recordings]]
         return EncodedSplit(speech, image, speech_ids, source.image_ids[images], recordings, images)
 
-    def encode_items(self, kind: str, items: Sequence[np.ndarray]) -> Encoded:
+    def encode_items(
+        self, kind: str, items: Sequence[np.ndarray], batch_size: int | None = None
+    ) -> Encoded:
         """Encode a few recordings or images.
 
         Args:
           kind: "speech" or "image".
           items: n waveforms (S,) float32 at 16 kHz, at most ``data.max_seconds`` long, or n images
             (side, side, 3) uint8.
+          batch_size: rows encoded at once; None for as many as there are items, at most
+            ``eval.batch_size``.
 
         Returns:
           Encoded, n rows, with numpy leaves.
         """
-        size = round_up_rows(self.params, min(self.experiment.eval.batch_size, len(items)))
+        size = batch_size or min(self.experiment.eval.batch_size, len(items))
+        size = round_up_rows(self.params, size)
         encode = self._encode_waveforms if kind == "speech" else self._encode_images
 
         parts = []
@@ -278,39 +288,73 @@ def _step_number(checkpoints: Checkpoints, step: str | int) -> int | None:
 
 
 def _encode_all(
-    encode: Callable[[dict], Encoded], batches: Iterable[dict], *, total: int, label: str | None
+    encode: Callable[[dict], Encoded],
+    batches: Callable[[int, int], Iterable[dict]],
+    source: PairSource,
+    *,
+    total: int,
+    label: str | None,
 ) -> tuple[Encoded, np.ndarray]:
     """Encode all batches and put the valid rows in order.
 
     Args:
       encode: encodes a batch.
-      batches: batches with "index", row of each item in the split, and "valid".
+      batches: (p, n) -> the share of process p of n: batches with "index", row of each item in the
+        split, and "valid".
+      source: the split; unreadable items are recorded in ``source.bad_items``.
       total: number of items, for the progress bar.
       label: label of the progress bar; None for no bar.
 
     Returns:
       Encoded of n host arrays, and their rows (n,).
     """
-    parts, rows = [], []
-    with tqdm(total=total, desc=label, disable=label is None, unit="", leave=False) as bar:
-        for batch in batches:
-            # The last batch is padded, and unreadable items are zeros.
-            valid = batch["valid"]
-            encoded = jax.device_get(encode(batch))
-            parts.append(jax.tree.map(lambda x, keep=valid: np.asarray(x)[keep], encoded))
-            rows.append(batch["index"][valid])
-            bar.update(int(valid.sum()))
 
-    # Batches of short recordings have fewer tokens.
-    longest = max(part.tokens.shape[1] for part in parts)
-    parts = [part._replace(tokens=_pad_tokens(part.tokens, longest)) for part in parts]
+    def encode_share(process: int, processes: int) -> tuple[list[tuple], dict[str, str]]:
+        parts = []
+        hidden = label is None or process > 0
+        expected = -(-total // processes)
+        with tqdm(total=expected, desc=label, disable=hidden, unit="", leave=False) as bar:
+            for batch in batches(process, processes):
+                # The last batch is padded, and unreadable items are zeros.
+                valid = batch["valid"]
+                encoded = jax.device_get(encode(batch))
+                encoded = jax.tree.map(lambda x, keep=valid: np.asarray(x)[keep], encoded)
+                parts.append((batch["index"][valid], encoded))
+                bar.update(int(valid.sum()))
+        return parts, source.bad_items.reasons
 
-    # Batches come sorted by length: back to the order of the split.
-    order = np.argsort(np.concatenate(rows))
-    encoded = jax.tree.map(lambda *leaves: np.concatenate(leaves)[order], *parts)
-    return encoded, np.concatenate(rows)[order]
+    shares = share_work(encode_share)
+    if len(shares) > 1:
+        source.bad_items.merge([reasons for _, reasons in shares])
+    return _in_order([part for parts, _ in shares for part in parts])
 
 
-def _pad_tokens(tokens: np.ndarray, length: int) -> np.ndarray:
-    """Pad tokens (n, T, W) with zeros to (n, length, W)."""
-    return np.pad(tokens, ((0, 0), (0, length - tokens.shape[1]), (0, 0)))
+def _in_order(parts: Sequence[tuple[np.ndarray, Encoded]]) -> tuple[Encoded, np.ndarray]:
+    """Join encoded batches, which come sorted by length, in the order of the split.
+
+    Args:
+      parts: rows in the split, and what was encoded of them.
+
+    Returns:
+      Encoded of n host arrays, and their rows (n,).
+    """
+    rows = np.concatenate([rows for rows, _ in parts])
+    order = np.argsort(rows)
+    places = np.empty_like(order)
+    places[order] = np.arange(len(order))
+
+    # Batches of short recordings have fewer tokens; zeros fill them up. Each goes to its place, for
+    # tokens may take gigabytes.
+    encoded = [part for _, part in parts]
+    longest = max(part.tokens.shape[1] for part in encoded)
+    tokens = encoded[0].tokens
+    joined: Any = np.zeros((len(rows), longest, *tokens.shape[2:]), tokens.dtype)
+    start = 0
+    for part in encoded:
+        stop = start + len(part.tokens)
+        joined[places[start:stop], : part.tokens.shape[1]] = part.tokens
+        start = stop
+
+    embedding: Any = np.concatenate([part.embedding for part in encoded])[order]
+    lengths: Any = np.concatenate([part.lengths for part in encoded])[order]
+    return Encoded(embedding, joined, lengths), rows[order]

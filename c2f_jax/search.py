@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import PurePath
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -25,6 +26,8 @@ from c2f_jax.reports.results_page import write_search_page
 from c2f_jax.retrieval.index import AUDIO_SUFFIXES, IMAGE_SUFFIXES, GalleryIndex, list_media
 from c2f_jax.retrieval.ranking import coarse_top_k
 from c2f_jax.retrieval.reranking import fine_scores, match_candidates, rerank
+from c2f_jax.training.distributed import first_process_first, say, share_work
+from c2f_jax.training.parallel import round_up_rows
 
 ANSWER_SIDE = 128  # pixels of an image on the page
 
@@ -101,7 +104,8 @@ def build_index(
 ) -> GalleryIndex:
     """Encode a gallery with a trained model.
 
-    Files that cannot be read are named on standard output and left out.
+    Files that cannot be read are named on standard output and left out. Several processes, all of
+    which must call this, divide the gallery between them.
 
     Args:
       model: the model.
@@ -115,29 +119,61 @@ def build_index(
     Raises:
       UserError: no file can be read, or there is no such gallery.
     """
-    names, files = _gallery_files(model.experiment, gallery, kind, split)
-    decoded, kept_names, media = [], [], []
-    for name, file in zip(names, files, strict=True):
-        try:
-            decoded.append(_decode(model.experiment, kind, file))
-        except UserError as error:
-            print(f"left out: {name}: {error}")
-            continue
-        kept_names.append(name)
-        media.append(file if isinstance(file, bytes) else epath.Path(file).read_bytes())
-    if not decoded:
-        raise UserError(f"{gallery}: none of the {len(files)} files can be read")
+    count, read = _open_files(model.experiment, gallery, kind, split)
+    size = round_up_rows(model.params, min(model.experiment.eval.batch_size, count))
+    blocks = [range(start, min(start + size, count)) for start in range(0, count, size)]
 
-    encoded = model.encode_items(kind, decoded)
+    def encode_share(process: int, processes: int) -> list[_Block]:
+        share = blocks[process::processes]
+        return [_encode_block(model, kind, [read(row) for row in rows], size) for rows in share]
+
+    # Blocks are dealt out like cards; each goes back to its place.
+    shares = share_work(encode_share)
+    done = [shares[number % len(shares)][number // len(shares)] for number in range(len(blocks))]
+    for block in done:
+        for name, reason in block.left_out:
+            say(f"left out: {name}: {reason}")
+
+    encoded = [block.encoded for block in done if block.encoded is not None]
+    if not encoded:
+        raise UserError(f"{gallery}: none of the {count} files can be read")
+    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *encoded)
     return GalleryIndex(
         kind=kind,
         model=model.name,
-        names=kept_names,
-        media=media,
-        embeddings=np.asarray(encoded.embedding),
-        tokens=np.asarray(encoded.tokens),
-        lengths=np.asarray(encoded.lengths),
+        names=[name for block in done for name in block.names],
+        media=[data for block in done for data in block.media],
+        embeddings=joined.embedding,
+        tokens=joined.tokens,
+        lengths=joined.lengths,
     )
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A part of a gallery, encoded."""
+
+    names: list[str]  # of what could be read, as are media and encoded
+    media: list[bytes]
+    encoded: Encoded | None  # None if nothing could be read
+    left_out: list[tuple[str, str]]  # name and what is wrong
+
+
+def _encode_block(
+    model: TrainedModel, kind: str, files: Sequence[tuple[str, File]], batch_size: int
+) -> _Block:
+    """Decode and encode some files, given with their names."""
+    decoded, names, media, left_out = [], [], [], []
+    for name, file in files:
+        try:
+            decoded.append(_decode(model.experiment, kind, file))
+        except UserError as error:
+            left_out.append((name, str(error)))
+            continue
+        names.append(name)
+        media.append(file if isinstance(file, bytes) else epath.Path(file).read_bytes())
+    encoded = model.encode_items(kind, decoded, batch_size) if decoded else None
+    return _Block(names, media, encoded, left_out)
 
 
 def search(model: TrainedModel, query: Query) -> epath.Path:
@@ -247,35 +283,33 @@ def _rank(
     return coarse, rerank(coarse, scores)
 
 
-def _gallery_files(
+def _open_files(
     experiment: Experiment, gallery: str | None, kind: str, split: str | None
-) -> tuple[list[str], list[File]]:
-    """Return the names and the files of a gallery."""
+) -> tuple[int, Callable[[int], tuple[str, File]]]:
+    """Return the number of files of a gallery, and a function that reads one and its name."""
     if gallery is not None and not is_data_set(gallery):
         paths = list_media(gallery, IMAGE_SUFFIXES if kind == "image" else AUDIO_SUFFIXES)
-        return paths, list(paths)
+        return len(paths), lambda row: (paths[row], paths[row])
 
     # A gallery is shown and played, so it is opened without feature caches.
     data = experiment.data
-    source = load_pairs(
-        gallery or data.name,
-        split or data.test_split,
-        data.data_dir,
-        max_bad_share=data.max_bad_share,
+    source = first_process_first(
+        lambda: load_pairs(
+            gallery or data.name,
+            split or data.test_split,
+            data.data_dir,
+            max_bad_share=data.max_bad_share,
+        )
     )
 
     # A recording is named by its caption, if it has one.
-    names, files = [], []
+    def read_recording(row: int) -> tuple[str, File]:
+        item = source.recording(row)
+        return item["caption"] or f"recording {row}", item["audio"]
+
     if kind == "image":
-        for row in range(source.num_images):
-            names.append(source.image_id(row))
-            files.append(source.image(row))
-    else:
-        for index in range(len(source)):
-            item = source.recording(index)
-            names.append(item["caption"] or f"recording {index}")
-            files.append(item["audio"])
-    return names, files
+        return source.num_images, lambda row: (source.image_id(row), source.image(row))
+    return len(source), read_recording
 
 
 def _decode(experiment: Experiment, kind: str, file: File) -> np.ndarray:

@@ -32,7 +32,12 @@ from c2f_jax.objectives.keys import Stream, host_rng
 from c2f_jax.pretrained.weights import check_weights, load_published
 from c2f_jax.retrieval.result import EvaluationResult
 from c2f_jax.training.checkpoints import Checkpoints, abstract
-from c2f_jax.training.distributed import all_rows, first_process_first, wait_for_all
+from c2f_jax.training.distributed import (
+    first_process_first,
+    in_first_process,
+    share_work,
+    wait_for_all,
+)
 from c2f_jax.training.health import Watch, find_not_finite, summary
 from c2f_jax.training.method import MethodConfig
 from c2f_jax.training.optimizer import create_optimizer
@@ -56,8 +61,7 @@ class TrainResult:
     Attributes:
       state: the final train state.
       history: learning curves, metric name -> [[step, value], ...].
-      evaluation: the best checkpoint on the test split; None if it was not evaluated, or on
-        processes other than the first.
+      evaluation: the best checkpoint on the test split; None if it was not evaluated.
       page: path of the page of that evaluation; None like it.
     """
 
@@ -87,7 +91,11 @@ class _Run:
     validation: PairSource
     checkpoints: Checkpoints
     recorder: Recorder
-    claim: Claim | None  # to the workdir, in the first process
+    claims: Sequence[Claim]  # to the workdir: one, in the first process
+
+    def check_claim(self) -> None:
+        """Check that the workdir is there and this run's; all processes must call this."""
+        in_first_process(lambda: self.claims[0].check())
 
 
 def train_and_evaluate(
@@ -123,7 +131,9 @@ def train_and_evaluate(
     source, validation, test_source = _open_splits(experiment, test)
 
     # From here on, files are written. The first process answers for the workdir.
-    with Claim(workdir) if jax.process_index() == 0 else contextlib.nullcontext() as claim:
+    with contextlib.ExitStack() as stack:
+        claims: list[Claim] = []
+        in_first_process(lambda: claims.append(stack.enter_context(Claim(workdir))))
         recorder = _open_workdir(config, experiment, workdir)
         experiment = fit_to_data(experiment, source, recorder.say)
         identity = source.identity()
@@ -144,18 +154,16 @@ def train_and_evaluate(
             validation,
             Checkpoints(workdir),
             recorder,
-            claim,
+            claims,
         )
         state, start = _resume_or_start(run, state)
         if start < experiment.steps:
             state = _train(run, state, start)
 
-        # All processes restore the best checkpoint; the first evaluates and the others wait.
+        # All processes restore the best checkpoint and evaluate it together.
         evaluation = page = None
         if test_source is not None:
-            best = _best_model(run, state)
-            if jax.process_index() == 0:
-                evaluation, page = evaluate_source(best, test_source)
+            evaluation, page = evaluate_source(_best_model(run, state), test_source)
         run.checkpoints.close()
         wait_for_all()
         recorder.close()
@@ -247,10 +255,13 @@ def _open_workdir(
     config: ConfigDict, experiment: Experiment, workdir: str | PathLike[str]
 ) -> Recorder:
     """Save the configuration, or compare it with the saved one, and open the logs."""
-    is_main = jax.process_index() == 0
-    if is_main:
+
+    def write() -> None:
         save_config(config, workdir)
         check_weights(workdir, experiment.weights, write=True)
+
+    in_first_process(write)
+    is_main = jax.process_index() == 0
     return Recorder(
         workdir if is_main else None,
         steps=experiment.steps,
@@ -379,8 +390,7 @@ def _train(run: _Run, state: C2FTrainState, start: int) -> C2FTrainState:
 
 
 def _save(run: _Run, state: C2FTrainState, step: int, score: float | None, wait: bool) -> None:
-    if run.claim is not None:
-        run.claim.check()
+    run.check_claim()
     saved = run.parallel.global_state(state.replace(frozen={}))
     progress = run.recorder.progress() | {"data": run.identity}
     run.checkpoints.save(step, saved, progress, score, wait=wait)
@@ -393,14 +403,15 @@ def _not_finite(run: _Run, state: C2FTrainState, watch: Watch, method: MethodCon
     names = find_not_finite(
         parallel, state, parallel.place_batch(batch), model=experiment.model, method=method
     )
+    shares = share_work(lambda *_: [batch["image_id"].tolist() for _, batch in watch.rows])
     steps = [
-        {"step": step, "image_ids": all_rows(batch["image_id"]).tolist()}
-        for step, batch in watch.rows
+        {"step": step, "image_ids": sum(ids, [])}
+        for (step, _), *ids in zip(watch.rows, *shares, strict=True)
     ]
     path = epath.Path(run.workdir) / "not_finite.json"
-    if run.claim is not None:
-        run.claim.check()
-        path.write_text(json.dumps({"not_finite": names, "steps": steps}, indent=2) + "\n")
+    report = json.dumps({"not_finite": names, "steps": steps}, indent=2) + "\n"
+    run.check_claim()
+    in_first_process(lambda: path.write_text(report))
 
     # The checkpoint of the step before holds this very state.
     moved = ""
@@ -448,7 +459,7 @@ def _evaluate_validation(run: _Run, state: C2FTrainState, step: int) -> float | 
 
     The score is None during the warm-up: rankings by SIC alone do not compare with those by SIM.
     """
-    # Each process evaluates on its own devices, so that nothing is gathered.
+    # Each process evaluates its share on its own devices, by its own copy of the parameters.
     method, recorder = run.experiment.method, run.recorder
     params = run.parallel.local_copy(merge_params(state.params, state.frozen))
     model = TrainedModel(run.experiment, params, step, run.workdir, recorder.history)

@@ -43,10 +43,13 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="score that orders the candidates: sic, sim, sum, prob or joint "
         "(default: the run's eval.score)",
     )
+    arguments.add_distributed(parser)
 
 
 def run(args: Namespace) -> int:
     """Evaluate the run's checkpoint as the arguments say and print the table."""
+    arguments.join_processes(args)
+
     from c2f_jax.config.experiment import create_experiment
     from c2f_jax.config.files import load_saved_config
 
@@ -110,12 +113,13 @@ def evaluate_on(
     """Evaluate a checkpoint on a target (see ``open_target``), print the table, write the page."""
     from c2f_jax.evaluate import evaluate_source
     from c2f_jax.inference import TrainedModel
+    from c2f_jax.training.distributed import first_process_first, say
 
-    source, followed = open_target(experiment, target, split, protocol)
+    source, followed = first_process_first(lambda: open_target(experiment, target, split, protocol))
     model = TrainedModel.load(workdir, step, experiment)
     result, page = evaluate_source(model, source, protocol=followed)
-    print(result.table())
-    print(f"\nresults page: {page}")
+    say(result.table())
+    say(f"\nresults page: {page}")
 
 
 def evaluate_by_voice(
@@ -129,9 +133,10 @@ def evaluate_by_voice(
     """Evaluate the voices heard in training and the other voices separately, print both tables."""
     from c2f_jax import evaluate
     from c2f_jax.inference import TrainedModel
+    from c2f_jax.training.distributed import first_process_first, say
 
-    source, _ = open_target(experiment, target, split)
+    source, _ = first_process_first(lambda: open_target(experiment, target, split))
     model = TrainedModel.load(workdir, step, experiment)
     for name, result in evaluate.evaluate_by_voice(model, source).items():
-        print(f"voices {name} in training, {result.queries.gallery_recordings} recordings")
-        print(result.table())
+        say(f"voices {name} in training, {result.queries.gallery_recordings} recordings")
+        say(result.table())

@@ -48,7 +48,7 @@ def run(args: Namespace) -> int:
 
     from c2f_jax.datasets.registry import load_pairs, make_data_set
     from c2f_jax.pretrained.extract_features import FeatureOptions, extract_features
-    from c2f_jax.training.distributed import first_process_first
+    from c2f_jax.training.distributed import first_process_first, say
 
     first_process_first(lambda: make_data_set(args.data, args.data_dir))
     sources = [load_pairs(args.data, split, args.data_dir) for split in args.splits.split(",")]
@@ -61,6 +61,6 @@ def run(args: Namespace) -> int:
     )
     for source in sources:
         for name, reason in source.bad_items.reasons.items():
-            print(f"left out: {name}: {reason}")
-    print(f"features of {len(cache)} items: {args.output}")
+            say(f"left out: {name}: {reason}")
+    say(f"features of {len(cache)} items: {args.output}")
     return 0

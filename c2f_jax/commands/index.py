@@ -21,15 +21,19 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="what to index (default: %(default)s)",
     )
     parser.add_argument("--output", required=True, help="index file (.npz), local or gs://")
+    arguments.add_distributed(parser)
 
 
 def run(args: Namespace) -> int:
     """Encode the gallery and save the index."""
+    arguments.join_processes(args)
+
     from c2f_jax.inference import TrainedModel
     from c2f_jax.search import build_index
+    from c2f_jax.training.distributed import in_first_process, say
 
     model = TrainedModel.load(args.workdir, args.step)
     index = build_index(model, args.gallery, kind=args.kind, split=args.split)
-    index.save(args.output)
-    print(f"{len(index.names)} items indexed: {args.output}")
+    in_first_process(lambda: index.save(args.output))
+    say(f"{len(index.names)} items indexed: {args.output}")
     return 0

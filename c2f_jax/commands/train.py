@@ -1,10 +1,10 @@
 """``c2f train``: train a model, resume a run, evaluate the best checkpoint."""
 
+import functools
 import sys
 from argparse import ArgumentParser, Namespace
 
 from c2f_jax.commands import arguments
-from c2f_jax.errors import UserError
 
 SUMMARY = "Train a model, then evaluate its best checkpoint on the test split."
 EXAMPLES = """\
@@ -39,22 +39,20 @@ def run(args: Namespace) -> int:
     from c2f_jax.config.files import load_config
 
     config = load_config(args.config, args.overrides)
-    several = arguments.join_processes(args)
+    arguments.join_processes(args)
 
     from c2f_jax.commands.evaluate import evaluate_by_voice, evaluate_on, open_target
     from c2f_jax.retrieval.voices import check_voices
     from c2f_jax.train import PREEMPTED_EXIT_CODE, Preempted, train_and_evaluate
+    from c2f_jax.training.distributed import first_process_first, say
 
-    if several and (args.zero_shot or args.by_voice):
-        raise UserError(
-            "--zero-shot and --by-voice need a single process: run `c2f evaluate` after training"
-        )
     # Open the targets before training, so that a typo does not surface hours later.
+    experiment = create_experiment(config)
     for target in args.zero_shot:
-        open_target(create_experiment(config), target)
+        first_process_first(functools.partial(open_target, experiment, target))
     if args.by_voice:
-        data = create_experiment(config).data
-        check_voices(data.load(data.test_split, features=False))
+        data = experiment.data
+        check_voices(first_process_first(lambda: data.load(data.test_split, features=False)))
 
     try:
         result = train_and_evaluate(config, args.workdir)
@@ -62,12 +60,11 @@ def run(args: Namespace) -> int:
         print(f"c2f train: {event}", file=sys.stderr)
         return PREEMPTED_EXIT_CODE
 
-    if result.evaluation is not None:  # only the first process evaluates
-        print(result.table())
-        print(f"\nresults page: {result.page}")
-        if args.by_voice:
-            evaluate_by_voice(create_experiment(config), args.workdir)
-        for target in args.zero_shot:
-            print(f"\nzero-shot: {target}")
-            evaluate_on(create_experiment(config), args.workdir, target=target)
+    say(result.table())
+    say(f"\nresults page: {result.page}")
+    if args.by_voice:
+        evaluate_by_voice(experiment, args.workdir)
+    for target in args.zero_shot:
+        say(f"\nzero-shot: {target}")
+        evaluate_on(experiment, args.workdir, target=target)
     return 0

@@ -105,7 +105,7 @@ def _iterate(
 
     buffered = max(prefetch, 1) if threads else 0
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffered)
-    data_set = grain.MapDataset.range(numbers.start, numbers.stop).map(load)
+    data_set = grain.MapDataset.range(numbers.start, numbers.stop, numbers.step).map(load)
     return iter(data_set.to_iter_dataset(options))
 
 
@@ -278,7 +278,13 @@ def empty_image(source: PairSource, size: int) -> np.ndarray:
 
 
 def speech_batches(
-    source: PairSource, *, batch_size: int, seconds_max: float, threads: int = 4, prefetch: int = 4
+    source: PairSource,
+    *,
+    batch_size: int,
+    seconds_max: float,
+    part: tuple[int, int] = (0, 1),
+    threads: int = 4,
+    prefetch: int = 4,
 ) -> Iterator[Batch]:
     """Iterate once over all recordings, by length if it is known.
 
@@ -289,6 +295,7 @@ def speech_batches(
       source: pairs.
       batch_size: rows of a batch.
       seconds_max: length in seconds that recordings are cut to.
+      part: (p, n) for batches p, p + n, p + 2 n and so on; nothing of the others is read.
       threads: threads that decode; 0 to decode in the caller's thread.
       prefetch: batches held ready.
 
@@ -325,11 +332,17 @@ def speech_batches(
     # Neighbors in length share a batch; those of unknown length count as the longest.
     known = np.where(source.num_samples < 0, shapes[-1], source.num_samples)
     order = np.argsort(known, kind="stable")
-    return _everything(order, batch_size, load, threads, prefetch)
+    return _everything(order, batch_size, load, part, threads, prefetch)
 
 
 def image_batches(
-    source: PairSource, *, batch_size: int, image_size: int, threads: int = 4, prefetch: int = 4
+    source: PairSource,
+    *,
+    batch_size: int,
+    image_size: int,
+    part: tuple[int, int] = (0, 1),
+    threads: int = 4,
+    prefetch: int = 4,
 ) -> Iterator[Batch]:
     """Iterate once over all images, in gallery order; all batches have one shape.
 
@@ -337,6 +350,7 @@ def image_batches(
       source: pairs.
       batch_size: rows of a batch.
       image_size: side in pixels.
+      part: (p, n) for batches p, p + n, p + 2 n and so on; nothing of the others is read.
       threads: threads that decode; 0 to decode in the caller's thread.
       prefetch: batches held ready.
 
@@ -358,17 +372,22 @@ def image_batches(
         stacked = np.stack([black if image is None else image for image in images])
         return {_image_name(source): stacked, "valid": valid}
 
-    return _everything(np.arange(source.num_images), batch_size, load, threads, prefetch)
+    order = np.arange(source.num_images)
+    return _everything(order, batch_size, load, part, threads, prefetch)
 
 
 def _everything(
     order: np.ndarray,
     batch_size: int,
     load: Callable[[np.ndarray], Batch],
+    part: tuple[int, int],
     threads: int,
     prefetch: int,
 ) -> Iterator[Batch]:
-    """Iterate over batches of all items in an order; the last item fills up the last batch."""
+    """Iterate over a part of the batches of all items in an order.
+
+    The last item fills up the last batch.
+    """
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size} of the evaluation must be at least 1")
 
@@ -379,7 +398,9 @@ def _everything(
         batch = load(index)
         return {**batch, "index": index, "valid": batch["valid"] & (rows < len(order))}
 
-    return _iterate(range(-(-len(order) // batch_size)), load_batch, threads, prefetch)
+    first, every = part
+    numbers = range(first, -(-len(order) // batch_size), every)
+    return _iterate(numbers, load_batch, threads, prefetch)
 
 
 def _longest(batch: Batch) -> int:

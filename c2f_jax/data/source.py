@@ -4,7 +4,8 @@ import abc
 import dataclasses
 import threading
 import zlib
-from collections.abc import Mapping
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -93,6 +94,20 @@ class BadItems:
                 self._reasons.setdefault(name, reason)
             if len(self._reasons) > self.allowed:
                 raise UserError(self._too_many())
+
+    def merge(self, parts: Sequence[dict[str, str]]) -> None:
+        """Take what several processes recorded in the place of what this one did.
+
+        Args:
+          parts: the reasons of each process; the same and in the same order in all of them, so that
+            they agree on an error.
+
+        Raises:
+          UserError: there are too many.
+        """
+        with self._lock:
+            self._reasons = {}
+        self.add_all(ChainMap(*parts))
 
     def _too_many(self) -> str:
         """Say how many there are, and list the first."""

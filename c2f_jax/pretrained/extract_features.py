@@ -30,7 +30,7 @@ from c2f_jax.models.factory import IMAGE_TOWERS, create_tower
 from c2f_jax.models.published import choose_layer
 from c2f_jax.pretrained.networks import bare_tower, tower_inputs
 from c2f_jax.pretrained.weights import load_weights, open_card
-from c2f_jax.training.distributed import wait_for_all
+from c2f_jax.training.distributed import share_work
 
 SHARD = 256  # items of a shard: what is lost when a run is stopped
 THREADS = 8  # decoding threads
@@ -81,7 +81,8 @@ def extract_features(
 ) -> FeatureCache:
     """Write a feature cache; an unfinished one is resumed.
 
-    An utterance's tokens do not depend on its batch: the networks ignore the padding.
+    An utterance's tokens do not depend on its batch: the networks ignore the padding. Several
+    processes, all of which must call this, divide the shards between them; each writes its own.
 
     Args:
       weights: folder of ``c2f convert``, or published files.
@@ -99,6 +100,26 @@ def extract_features(
     """
     options = options or FeatureOptions()
 
+    def extract_share(process: int, processes: int) -> list[dict[str, str]]:
+        _write_shards(weights, sources, output, options, batch_size, (process, processes))
+        return [source.bad_items.reasons for source in sources]
+
+    shares = share_work(extract_share)
+    if len(shares) > 1:
+        for source, parts in zip(sources, zip(*shares, strict=True), strict=True):
+            source.bad_items.merge(parts)
+    return open_features(output)
+
+
+def _write_shards(
+    weights: str | Path,
+    sources: Sequence[PairSource],
+    output: str | Path,
+    options: FeatureOptions,
+    batch_size: int,
+    part: tuple[int, int],
+) -> None:
+    """Write the shards of process p of n, ``part`` = (p, n), that are not there yet."""
     # The network, from its card; mistakes are found before anything is written.
     card = open_card(weights)
     attributes = {**bare_tower(card), **options.tower}
@@ -113,7 +134,7 @@ def extract_features(
     apply = jax.jit(functools.partial(_tokens, network, options.layer))
     params = None
     for source in sources:
-        shards = _own_shards(source, is_image)
+        shards = _own_shards(source, is_image, *part)
         todo = [s for s in shards if not shard_exists(output, s.name, _keys(source, s, is_image))]
         # A finished cache is opened without loading the network.
         if todo and params is None:
@@ -129,8 +150,6 @@ def extract_features(
                 # From the program, since a shard may have no readable item.
                 token_shape = jax.eval_shape(run, *inputs)[0].shape[2:]
                 write_shard(output, shard.name, items, token_shape)
-    wait_for_all()
-    return open_features(output)
 
 
 def cache_card(card: Mapping[str, Any], options: FeatureOptions) -> dict[str, Any]:
@@ -166,8 +185,8 @@ class _Shard:
     rows: list[int]
 
 
-def _own_shards(source: PairSource, is_image: bool) -> list[_Shard]:
-    """Return the shards of a split that this process makes."""
+def _own_shards(source: PairSource, is_image: bool, process: int, processes: int) -> list[_Shard]:
+    """Return the shards of a split that a process makes."""
     if is_image:
         kind, order = "image", np.arange(source.num_images)
     else:
@@ -176,7 +195,7 @@ def _own_shards(source: PairSource, is_image: bool) -> list[_Shard]:
 
     # Shards are dealt out like cards, so that each process gets short and long recordings.
     blocks = range(0, len(order), SHARD)
-    own = range(jax.process_index(), len(blocks), jax.process_count())
+    own = range(process, len(blocks), processes)
     return [
         _Shard(
             f"{source.split}-{kind}-{number:05d}",

@@ -13,7 +13,7 @@ from c2f_jax.retrieval import ranking, recall, reranking
 from c2f_jax.retrieval.checks import check_finite
 from c2f_jax.retrieval.encoded import EncodedSplit
 from c2f_jax.retrieval.recall import Metric
-from c2f_jax.retrieval.reranking import SCORES, MatchFunction
+from c2f_jax.retrieval.reranking import SCORES, MatchFunction, ShareWork, do_alone
 from c2f_jax.retrieval.result import (
     DIRECTIONS,
     Bootstrap,
@@ -54,6 +54,7 @@ def evaluate_retrieval(
     tau: float,
     length_buckets: int = 1,
     seed: int = 0,
+    share_work: ShareWork = do_alone,
 ) -> EvaluationResult:
     """Compute all retrieval numbers of one split, in both directions.
 
@@ -67,6 +68,7 @@ def evaluate_retrieval(
       tau: temperature that divides the cosine in the score "joint".
       length_buckets: see ``reranking.match_candidates``.
       seed: seed of the bootstrap.
+      share_work: divides the matching over processes, all of which have the same arguments.
 
     Returns:
       The result with its ranked lists.
@@ -85,13 +87,13 @@ def evaluate_retrieval(
     matcher = None
     if match_fn is not None:
         _check_tokens(encoded)
-        matcher = _Matcher(encoded, match_fn, tau, config, length_buckets)
+        matcher = _Matcher(encoded, match_fn, tau, config, length_buckets, share_work)
 
     # Both directions, ranked and measured.
     seconds: dict[str, float] = {}
     lists, measured = {}, {}
     for direction in DIRECTIONS:
-        ranked = _rank_direction(sides, direction, config, matcher)
+        ranked = _rank_direction(sides, direction, config, matcher, share_work)
         seconds |= ranked.seconds
         lists[direction] = ranked.lists(config.score)
         measured[direction] = _measure(ranked, config.resamples, seed)
@@ -167,6 +169,7 @@ class _Matcher:
     tau: float
     config: EvalConfig
     length_buckets: int
+    share_work: ShareWork
 
     def rerank(
         self, direction: str, rows: np.ndarray, coarse: _Ranking, cosine: np.ndarray
@@ -209,11 +212,16 @@ class _Matcher:
             speech_lengths=speech.lengths[chosen] if direction == "s2i" else speech.lengths,
             pair_chunk=self.config.pair_batch_size,
             length_buckets=self.length_buckets,
+            share_work=self.share_work,
         )
 
 
 def _rank_direction(
-    sides: Mapping[str, _Side], direction: str, config: EvalConfig, matcher: _Matcher | None
+    sides: Mapping[str, _Side],
+    direction: str,
+    config: EvalConfig,
+    matcher: _Matcher | None,
+    share_work: ShareWork,
 ) -> _RankedDirection:
     """Rank the gallery for the queries of one direction, coarse and, with a matcher, fine."""
     gallery = sides["i2s" if direction == "s2i" else "s2i"]
@@ -223,7 +231,12 @@ def _rank_direction(
 
     # Coarse: the best items by cosine.
     start = time.perf_counter()
-    cosine, coarse = _rank_coarse(queries, gallery, max(config.k, LEAST_DEPTH))
+    depth = max(config.k, LEAST_DEPTH)
+    # By one process for all: rounding on their devices may differ, and so may the order of items
+    # that are nearly equal.
+    cosine, coarse = share_work(
+        lambda process, _: None if process else _rank_coarse(queries, gallery, depth)
+    )[0]
     seconds = {f"coarse_{direction}": time.perf_counter() - start}
     rankings = {"coarse": coarse}
 

@@ -5,9 +5,9 @@ scores all alike leaves the coarse ranking as it is, k = 1 gives exactly the coa
 k = gallery size gives the full SIM ranking (equal match logits in coarse order).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -23,6 +23,14 @@ SCORES = ("sic", "sim", "sum", "prob", "joint")
 # (speech tokens (b, T, W), speech lengths (b,), image tokens (b, P, W)) -> logits (b, 2)
 MatchFunction: TypeAlias = Callable[[np.ndarray, np.ndarray, np.ndarray], ArrayLike]
 
+# (work) -> results of work(p, n) for each of n processes p, as ``training.distributed.share_work``
+ShareWork: TypeAlias = Callable[[Callable[[int, int], Any]], list]
+
+
+def do_alone(work: Callable[[int, int], Any]) -> list:
+    """Do all of some work in this process."""
+    return [work(0, 1)]
+
 
 def match_candidates(
     match_fn: MatchFunction,
@@ -34,6 +42,7 @@ def match_candidates(
     speech_lengths: ArrayLike,
     pair_chunk: int = PAIR_CHUNK,
     length_buckets: int = 1,
+    share_work: ShareWork = do_alone,
 ) -> np.ndarray:
     """Compute the match logit of every (query, candidate) pair: logits[:, 1] - logits[:, 0].
 
@@ -50,6 +59,7 @@ def match_candidates(
       pair_chunk: b, pairs matched at once.
       length_buckets: number of lengths that T is cut to; a pair is matched at the shortest that
         holds its recording. More buckets mean fewer padding tokens and more compilations.
+      share_work: divides the chunks over processes, all of which have the same arguments.
 
     Returns:
       (Q, k) float32.
@@ -60,14 +70,32 @@ def match_candidates(
     candidates = np.asarray(candidates)
     pairs = _pair_up(query_tokens, gallery_tokens, candidates, direction, speech_lengths)
 
+    chunks = list(_cut(pairs, pair_chunk, length_buckets))
+
+    def match_share(process: int, processes: int) -> np.ndarray:
+        """Return the match logits of the pairs of every n-th chunk, one after the other."""
+        share = chunks[process::processes]
+        total = sum(len(chunk.members) for chunk in share)
+        # The first process alone shows its progress, and only on a terminal.
+        bar_style = {"unit": "pair", "disable": True if process else None, "leave": False}
+        found = [np.empty(0, np.float32)]
+        with tqdm(total=total, desc=f"matching {direction}", **bar_style) as bar:
+            for members, logits in _matched_chunks(match_fn, pairs, share):
+                # The last chunk of a bucket was padded with copies.
+                values = np.asarray(logits, np.float32)
+                found.append((values[:, 1] - values[:, 0])[: len(members)])
+                bar.update(len(members))
+        return np.concatenate(found)
+
+    # Back to the order of the pairs.
     match_logits = np.empty(candidates.size, np.float32)
-    bar_style = {"unit": "pair", "disable": None, "leave": False}
-    with tqdm(total=candidates.size, desc=f"matching {direction}", **bar_style) as bar:
-        for members, logits in _matched_chunks(match_fn, pairs, pair_chunk, length_buckets):
-            # The last chunk of a bucket was padded with copies.
-            values = np.asarray(logits, np.float32)
-            match_logits[members] = (values[:, 1] - values[:, 0])[: len(members)]
-            bar.update(len(members))
+    shares = share_work(match_share)
+    for process, values in enumerate(shares):
+        start = 0
+        for chunk in chunks[process :: len(shares)]:
+            stop = start + len(chunk.members)
+            match_logits[chunk.members] = values[start:stop]
+            start = stop
 
     bad = int(np.sum(~np.isfinite(match_logits)))
     if bad:
@@ -251,24 +279,38 @@ def _pair_up(
     return pairs
 
 
-def _matched_chunks(
-    match_fn: MatchFunction, pairs: _Pairs, pair_chunk: int, length_buckets: int
-) -> Iterator[tuple[np.ndarray, ArrayLike]]:
-    """Yield (places of the pairs, their logits) for all pairs, one length bucket after another."""
+@dataclass(frozen=True)
+class _Chunk:
+    """Pairs that are matched at once: their places, and the same filled up with copies of one."""
+
+    members: np.ndarray  # (b,), or fewer in the last chunk of a bucket
+    filled: np.ndarray  # (b,)
+    frames: int  # that speech is cut to
+
+
+def _cut(pairs: _Pairs, pair_chunk: int, length_buckets: int) -> Iterator[_Chunk]:
+    """Yield all pairs in chunks, one length bucket after another."""
     # The bucket of each pair: the shortest length that holds its recording.
     longest = pairs.speech_tokens.shape[1]
     shares = np.arange(1, length_buckets + 1) / length_buckets
     frames = np.ceil(shares * longest).astype(int)
     bucket = np.searchsorted(frames[:-1], pairs.speech_lengths)[pairs.speech_rows]
-
-    # One chunk is computed on the device while the host gathers the next.
-    waiting = None
     for number in range(length_buckets):
         members = np.flatnonzero(bucket == number)
-        for start, chunk in fixed_blocks(members, pair_chunk, members[:1]):
-            logits = match_fn(*pairs.gather(chunk, frames[number]))
-            if waiting is not None:
-                yield waiting
-            waiting = members[start : start + pair_chunk], logits
+        for start, filled in fixed_blocks(members, pair_chunk, members[:1]):
+            yield _Chunk(members[start : start + pair_chunk], filled, frames[number])
+
+
+def _matched_chunks(
+    match_fn: MatchFunction, pairs: _Pairs, chunks: Sequence[_Chunk]
+) -> Iterator[tuple[np.ndarray, ArrayLike]]:
+    """Yield (places of the pairs, their logits) of each chunk."""
+    # One chunk is computed on the device while the host gathers the next.
+    waiting = None
+    for chunk in chunks:
+        logits = match_fn(*pairs.gather(chunk.filled, chunk.frames))
+        if waiting is not None:
+            yield waiting
+        waiting = chunk.members, logits
     if waiting is not None:
         yield waiting

@@ -1,20 +1,21 @@
-"""Joining the processes of a pod, a node group or a loopback test."""
+"""Joining the processes of a pod, a node group or a loopback test; work that they share."""
 
 import itertools
 import os
+import pickle
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from c2f_jax.errors import UserError
 
 T = TypeVar("T")
 
-# For what one process does alone: preparing a data set, the final evaluation.
+# For what one process does alone, such as preparing a data set, or does more slowly than others.
 WAIT_SECONDS = 24 * 3600
+MOST_BYTES = 64 * 2**20  # exchanged at once by all processes together: they pass through a device
 
 _barriers = itertools.count()
 
@@ -56,17 +57,6 @@ def initialize(
         ) from error
 
 
-def all_rows(rows: np.ndarray) -> np.ndarray:
-    """Return the rows of all processes, in order; all must call this.
-
-    Args:
-      rows: (n, ...) of this process.
-    """
-    if jax.process_count() == 1:
-        return rows
-    return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
-
-
 def wait_for_all() -> None:
     """Block until every process gets here, even hours later.
 
@@ -78,6 +68,65 @@ def wait_for_all() -> None:
 
         wait = multihost.get_barrier_sync_fn()
         wait(key=f"c2f_jax {next(_barriers)}", timeout_ms=1000 * WAIT_SECONDS)
+
+
+def share_work(work: Callable[[int, int], T]) -> list[T]:
+    """Let every process do its share of some work, and give all results to all processes.
+
+    All processes must get here, with the same work. An error in one of them is raised in all, so
+    that none waits for a process that has stopped.
+
+    Args:
+      work: function of the number of this process and the number of processes; its result is
+        pickled, arrays piece by piece.
+
+    Returns:
+      The result of each process, in order.
+
+    Raises:
+      UserError: the work failed in another process; or whatever it raised in this one.
+    """
+    index, count = jax.process_index(), jax.process_count()
+    if count == 1:
+        return [work(0, 1)]
+
+    result = line = None
+    failure: Exception | None = None
+    try:
+        result = work(index, count)
+    except Exception as error:
+        failure, line = error, str(error)
+        if not isinstance(error, UserError):
+            line = f"process {index} failed ({type(error).__name__}: {line}): see its own output"
+
+    # The error of the lowest process is raised by all, so that they say the same.
+    outcomes = _exchange((result, line))
+    for process, (_, line) in enumerate(outcomes):
+        if line is not None:
+            if failure is not None and (process == index or not isinstance(failure, UserError)):
+                raise failure
+            raise UserError(line)
+    return [result for result, _ in outcomes]
+
+
+def in_first_process(make: Callable[[], T]) -> T:
+    """Call a function in process 0 alone, and give its result to all processes; see `share_work`.
+
+    Args:
+      make: function without arguments.
+    """
+    first: Any = share_work(lambda index, _: make() if index == 0 else None)[0]
+    return first
+
+
+def say(text: str) -> None:
+    """Print a line, in process 0 alone.
+
+    Args:
+      text: the line.
+    """
+    if jax.process_index() == 0:
+        print(text)
 
 
 def first_process_first(make: Callable[[], T]) -> T:
@@ -99,3 +148,61 @@ def first_process_first(make: Callable[[], T]) -> T:
         return make()
     finally:
         wait_for_all()
+
+
+def _exchange(value: Any) -> list[Any]:
+    """Return the values of all processes, in order."""
+    # Arrays stay out of the pickle, which would copy them.
+    buffers: list[pickle.PickleBuffer] = []
+    head = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    arrays = [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
+    sizes = [array.size for array in arrays]
+
+    # Processes may get here hours apart, and a collective does not wait so long.
+    wait_for_all()
+    heads = _gather_bytes(np.frombuffer(pickle.dumps((head, sizes)), np.uint8))
+    streams = _gather_bytes(np.concatenate([_aligned(array) for array in arrays] or [_NOTHING]))
+
+    values = []
+    for packed, stream in zip(heads, streams, strict=True):
+        head, sizes = pickle.loads(packed.data)
+        pieces, start = [], 0
+        for size in sizes:
+            pieces.append(stream[start : start + size])
+            start += size + -size % _ALIGNMENT
+        values.append(pickle.loads(head, buffers=pieces))
+    return values
+
+
+_ALIGNMENT = 16  # bytes, of an array among others
+_NOTHING = np.zeros(0, np.uint8)
+
+
+def _aligned(data: np.ndarray) -> np.ndarray:
+    """Fill up bytes, so that those after them are aligned."""
+    return np.pad(data, (0, -data.size % _ALIGNMENT))
+
+
+def _gather_bytes(data: np.ndarray) -> list[np.ndarray]:
+    """Return the bytes, uint8 (n,), of all processes, in order."""
+    from jax.experimental.multihost_utils import process_allgather
+
+    # Numbers travel as words of 32 bits, the widest that jax leaves alone.
+    own_size = np.array([data.size], np.int64)
+    sizes = np.ascontiguousarray(process_allgather(own_size.view(np.uint32))).view(np.int64)[:, 0]
+    longest = int(sizes.max())
+
+    # Blocks of few sizes, so that few programs are compiled.
+    block = 4096
+    while block < longest and 4 * block * len(sizes) <= MOST_BYTES:
+        block *= 4
+
+    received = [np.empty(size, np.uint8) for size in sizes]
+    for start in range(0, longest, block):
+        words = np.zeros(block // 4, np.uint32)
+        part = data[start : start + block]
+        words.view(np.uint8)[: part.size] = part
+        for target, row in zip(received, process_allgather(words), strict=True):
+            piece = target[start : start + block]
+            piece[:] = row.view(np.uint8)[: piece.size]
+    return received

@@ -190,11 +190,9 @@ def test_all_layers(data, tmp_path):
 
 def test_shards_are_divided_among_processes(data, tmp_path, monkeypatch):
     monkeypatch.setattr(extraction, "SHARD", 2)
-    monkeypatch.setattr(extraction, "wait_for_all", lambda: None)
     whole = extract(data, tmp_path / "whole")
     for process in (1, 0):
-        monkeypatch.setattr(jax, "process_count", lambda: 2)
-        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        monkeypatch.setattr(extraction, "share_work", lambda work, p=process: [work(p, 2)])
         parts = extract(data, tmp_path / "parts")
         assert (len(parts) < len(whole)) == (process == 1)
     for split in SECONDS:
