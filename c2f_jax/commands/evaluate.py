@@ -52,14 +52,17 @@ def run(args: Namespace) -> int:
 
     from c2f_jax.config.experiment import create_experiment
     from c2f_jax.config.files import load_saved_config
+    from c2f_jax.training.distributed import in_every_process
 
-    config = load_saved_config(args.workdir)
-    if args.k is not None:
-        config.eval.k = args.k
-    if args.score is not None:
-        config.eval.score = args.score
-    experiment = create_experiment(config)
+    def load() -> Experiment:
+        config = load_saved_config(args.workdir)
+        if args.k is not None:
+            config.eval.k = args.k
+        if args.score is not None:
+            config.eval.score = args.score
+        return create_experiment(config)
 
+    experiment = in_every_process(load)
     where = {"step": args.step, "target": args.data, "split": args.split}
     if args.by_voice:
         evaluate_by_voice(experiment, args.workdir, **where)
@@ -101,6 +104,21 @@ def open_target(
     return open_protocol(found, load, target, split), found
 
 
+def _open_together(
+    experiment: Experiment,
+    target: str | None,
+    split: str | None = None,
+    protocol: str | None = None,
+) -> tuple[PairSource, Protocol | None]:
+    """Open a target (see ``open_target``) in every process; the first makes what is missing."""
+    from c2f_jax.training.distributed import first_process_first, in_every_process
+
+    def open_it() -> tuple[PairSource, Protocol | None]:
+        return open_target(experiment, target, split, protocol)
+
+    return in_every_process(lambda: first_process_first(open_it))
+
+
 def evaluate_on(
     experiment: Experiment,
     workdir: str,
@@ -113,10 +131,10 @@ def evaluate_on(
     """Evaluate a checkpoint on a target (see ``open_target``), print the table, write the page."""
     from c2f_jax.evaluate import evaluate_source
     from c2f_jax.inference import TrainedModel
-    from c2f_jax.training.distributed import first_process_first, say
+    from c2f_jax.training.distributed import in_every_process, say
 
-    source, followed = first_process_first(lambda: open_target(experiment, target, split, protocol))
-    model = TrainedModel.load(workdir, step, experiment)
+    source, followed = _open_together(experiment, target, split, protocol)
+    model = in_every_process(lambda: TrainedModel.load(workdir, step, experiment))
     result, page = evaluate_source(model, source, protocol=followed)
     say(result.table())
     say(f"\nresults page: {page}")
@@ -133,10 +151,10 @@ def evaluate_by_voice(
     """Evaluate the voices heard in training and the other voices separately, print both tables."""
     from c2f_jax import evaluate
     from c2f_jax.inference import TrainedModel
-    from c2f_jax.training.distributed import first_process_first, say
+    from c2f_jax.training.distributed import in_every_process, say
 
-    source, _ = first_process_first(lambda: open_target(experiment, target, split))
-    model = TrainedModel.load(workdir, step, experiment)
+    source, _ = _open_together(experiment, target, split)
+    model = in_every_process(lambda: TrainedModel.load(workdir, step, experiment))
     for name, result in evaluate.evaluate_by_voice(model, source).items():
         say(f"voices {name} in training, {result.queries.gallery_recordings} recordings")
         say(result.table())

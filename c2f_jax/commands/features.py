@@ -1,8 +1,14 @@
 """``c2f features``: run a frozen network once over a data set and keep its tokens."""
 
+from __future__ import annotations
+
 from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING
 
 from c2f_jax.commands import arguments
+
+if TYPE_CHECKING:
+    from c2f_jax.data.source import PairSource
 
 SUMMARY = "Run a frozen published network once over a data set and keep its tokens."
 EXAMPLES = """\
@@ -48,10 +54,13 @@ def run(args: Namespace) -> int:
 
     from c2f_jax.datasets.registry import load_pairs, make_data_set
     from c2f_jax.pretrained.extract_features import FeatureOptions, extract_features
-    from c2f_jax.training.distributed import first_process_first, say
+    from c2f_jax.training.distributed import first_process_first, in_every_process, say
 
-    first_process_first(lambda: make_data_set(args.data, args.data_dir))
-    sources = [load_pairs(args.data, split, args.data_dir) for split in args.splits.split(",")]
+    def open_splits() -> list[PairSource]:
+        first_process_first(lambda: make_data_set(args.data, args.data_dir))
+        return [load_pairs(args.data, split, args.data_dir) for split in args.splits.split(",")]
+
+    sources = in_every_process(open_splits)
     cache = extract_features(
         args.weights,
         sources,

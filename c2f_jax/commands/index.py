@@ -30,9 +30,9 @@ def run(args: Namespace) -> int:
 
     from c2f_jax.inference import TrainedModel
     from c2f_jax.search import build_index
-    from c2f_jax.training.distributed import in_first_process, say
+    from c2f_jax.training.distributed import in_every_process, in_first_process, say
 
-    model = TrainedModel.load(args.workdir, args.step)
+    model = in_every_process(lambda: TrainedModel.load(args.workdir, args.step))
     index = build_index(model, args.gallery, kind=args.kind, split=args.split)
     in_first_process(lambda: index.save(args.output))
     say(f"{len(index.names)} items indexed: {args.output}")

@@ -1,6 +1,5 @@
 """``c2f train``: train a model, resume a run, evaluate the best checkpoint."""
 
-import functools
 import sys
 from argparse import ArgumentParser, Namespace
 
@@ -44,15 +43,19 @@ def run(args: Namespace) -> int:
     from c2f_jax.commands.evaluate import evaluate_by_voice, evaluate_on, open_target
     from c2f_jax.retrieval.voices import check_voices
     from c2f_jax.train import PREEMPTED_EXIT_CODE, Preempted, train_and_evaluate
-    from c2f_jax.training.distributed import first_process_first, say
+    from c2f_jax.training.distributed import first_process_first, in_every_process, say
+
+    experiment = create_experiment(config)
 
     # Open the targets before training, so that a typo does not surface hours later.
-    experiment = create_experiment(config)
-    for target in args.zero_shot:
-        first_process_first(functools.partial(open_target, experiment, target))
-    if args.by_voice:
-        data = experiment.data
-        check_voices(first_process_first(lambda: data.load(data.test_split, features=False)))
+    def open_targets() -> None:
+        for target in args.zero_shot:
+            open_target(experiment, target)
+        if args.by_voice:
+            data = experiment.data
+            check_voices(data.load(data.test_split, features=False))
+
+    in_every_process(lambda: first_process_first(open_targets))
 
     try:
         result = train_and_evaluate(config, args.workdir)

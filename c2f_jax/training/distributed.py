@@ -119,6 +119,20 @@ def in_first_process(make: Callable[[], T]) -> T:
     return first
 
 
+def in_every_process(make: Callable[[], T]) -> T:
+    """Call a function in every process; an error in one is raised in all, see `share_work`.
+
+    Args:
+      make: function without arguments, such as one that opens files.
+
+    Returns:
+      Its result in this process.
+    """
+    made = []
+    share_work(lambda *_: made.append(make()))
+    return made[0]
+
+
 def say(text: str) -> None:
     """Print a line, in process 0 alone.
 
