@@ -328,7 +328,7 @@ def test_programs_of_several_processes(folder, alone, tmp_path, count):
     data, run = folder / "data" / "manifest.jsonl", tmp_path / "run"
     program = ["-m", "c2f_jax.main"]
     train = [f"--config={CONFIGS / 'manifest.py'}:{data}", f"--workdir={run}", *OPTIONS]
-    train += [f"--config.batch_size=16", "--config.steps=2", "--config.eval_every=1"]
+    train += ["--config.batch_size=16", "--config.steps=2", "--config.eval_every=1"]
     train += ["--config.data.validation_split=test", "--config.method.alpha_ramp_steps=1"]
     ended = run_together(
         [*program, "train", *train, "--by-voice", "--zero-shot", data], count, tmp_path, 300
