@@ -1,7 +1,11 @@
 """``c2f train``: train a model, resume a run, evaluate the best checkpoint."""
 
+import contextlib
+import signal
 import sys
+import threading
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 
 from c2f_jax.commands import arguments
 
@@ -55,19 +59,39 @@ def run(args: Namespace) -> int:
             data = experiment.data
             check_voices(data.load(data.test_split, features=False))
 
-    in_every_process(lambda: first_process_first(open_targets))
-
     try:
-        result = train_and_evaluate(config, args.workdir)
+        with _stop_on_sigterm(Preempted("stopped; repeat the command to go on from there")):
+            in_every_process(lambda: first_process_first(open_targets))
+            result = train_and_evaluate(config, args.workdir)
+            say(result.table())
+            say(f"\nresults page: {result.page}")
+            if args.by_voice:
+                evaluate_by_voice(experiment, args.workdir)
+            for target in args.zero_shot:
+                say(f"\nzero-shot: {target}")
+                evaluate_on(experiment, args.workdir, target=target)
     except Preempted as event:
         print(f"c2f train: {event}", file=sys.stderr)
         return PREEMPTED_EXIT_CODE
-
-    say(result.table())
-    say(f"\nresults page: {result.page}")
-    if args.by_voice:
-        evaluate_by_voice(experiment, args.workdir)
-    for target in args.zero_shot:
-        say(f"\nzero-shot: {target}")
-        evaluate_on(experiment, args.workdir, target=target)
     return 0
+
+
+@contextlib.contextmanager
+def _stop_on_sigterm(event: Exception) -> Iterator[None]:
+    """Raise an exception at SIGTERM, except while the training loop answers it with a checkpoint.
+
+    Several processes have jax's own handler, by which they agree on the step to stop at.
+    """
+    import jax
+
+    def stop(*_: object) -> None:
+        raise event
+
+    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

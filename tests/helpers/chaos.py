@@ -93,8 +93,14 @@ class Run:
         step = checkpoints.latest_step
         folder = epath.Path(self.workdir) / "checkpoints" / str(step)
         arrays = {}
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         for item in ("params", "state"):
-            tree = ocp.StandardCheckpointer().restore(folder / item)
+            reader = ocp.StandardCheckpointer()
+            target = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+                reader.metadata(folder / item).item_metadata.tree,
+            )
+            tree = reader.restore(folder / item, target)
             for path, value in jax.tree_util.tree_leaves_with_path(tree):
                 arrays[f"{item}{jax.tree_util.keystr(path)}"] = np.asarray(value)
         progress = json.loads((folder / "progress" / "metadata").read_text())
