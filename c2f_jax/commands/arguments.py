@@ -77,7 +77,8 @@ def add_distributed(parser: ArgumentParser) -> None:
     """Add the arguments by which several processes find each other."""
     group = parser.add_argument_group(
         "several processes",
-        "On a TPU pod or under Slurm, --distributed is enough. Elsewhere give the other three.",
+        "They divide the work; the first prints and writes. On a TPU pod or under Slurm, "
+        "--distributed is enough. Elsewhere give the other three.",
     )
     group.add_argument(
         "--distributed", action="store_true", help="find the other processes from the environment"

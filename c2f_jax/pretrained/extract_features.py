@@ -31,6 +31,7 @@ from c2f_jax.models.published import choose_layer
 from c2f_jax.pretrained.networks import bare_tower, tower_inputs
 from c2f_jax.pretrained.weights import load_weights, open_card
 from c2f_jax.training.distributed import share_work
+from c2f_jax.training.parallel import replicate, round_up_rows, split_rows
 
 SHARD = 256  # items of a shard: what is lost when a run is stopped
 THREADS = 8  # decoding threads
@@ -89,7 +90,7 @@ def extract_features(
       sources: the splits.
       output: folder of the cache.
       options: which tokens to keep; None for the defaults.
-      batch_size: items per batch.
+      batch_size: items per batch, rounded up to fill the devices of a process.
 
     Returns:
       The cache.
@@ -132,23 +133,23 @@ def _write_shards(
 
     # One program for each padded length; parameters are an argument, not a constant of it.
     apply = jax.jit(functools.partial(_tokens, network, options.layer))
-    params = None
+    params: Any = None
     for source in sources:
         shards = _own_shards(source, is_image, *part)
         todo = [s for s in shards if not shard_exists(output, s.name, _keys(source, s, is_image))]
         # A finished cache is opened without loading the network.
         if todo and params is None:
-            params = load_weights(weights, shapes)
+            params = replicate(load_weights(weights, shapes))
+            batch_size = round_up_rows(params, batch_size)
         read = _image_reader(source, card) if is_image else _wave_reader(source, options)
 
         progress = _progress(source, options, todo)
         with progress, ThreadPoolExecutor(THREADS) as pool:
             for shard in todo:
                 read_items = pool.map(read, shard.rows)
-                run = functools.partial(apply, params)
-                items = list(_run(run, read_items, batch_size, progress))
+                items = list(_run(apply, params, read_items, batch_size, progress))
                 # From the program, since a shard may have no readable item.
-                token_shape = jax.eval_shape(run, *inputs)[0].shape[2:]
+                token_shape = jax.eval_shape(apply, params, *inputs)[0].shape[2:]
                 write_shard(output, shard.name, items, token_shape)
 
 
@@ -279,6 +280,7 @@ def _image_reader(source: PairSource, card: Mapping[str, Any]) -> Callable[[int]
 
 def _run(
     apply: Callable[..., tuple[jax.Array, jax.Array]],
+    params: Any,
     items: Iterable[Item],
     batch_size: int,
     progress: tqdm,
@@ -286,7 +288,8 @@ def _run(
     """Yield the key and the float16 tokens of each item that can be read.
 
     Args:
-      apply: a batch of inputs -> tokens and lengths.
+      apply: parameters and a batch of inputs -> tokens and lengths.
+      params: replicated on the devices, which divide each batch between them.
       items: waveforms or images.
       batch_size: items per batch.
       progress: bar that counts the items.
@@ -301,10 +304,8 @@ def _run(
         # Every batch is full, so that one program fits all: the last item is repeated.
         rows = [item for _, item in readable]
         rows += [rows[-1]] * (batch_size - len(rows))
-        if rows[0].ndim == 1:
-            tokens, lengths = apply(*_pad_waves(rows))
-        else:
-            tokens, lengths = apply(np.stack(rows))
+        batch = _pad_waves(rows) if rows[0].ndim == 1 else (np.stack(rows),)
+        tokens, lengths = apply(params, *split_rows(params, batch))
 
         rows_of_tokens = zip(readable, np.asarray(tokens), np.asarray(lengths), strict=False)
         for (key, _), row, length in rows_of_tokens:

@@ -313,3 +313,25 @@ def test_a_batch_larger_than_the_set_is_fine_in_evaluation():
     assert batch["valid"].sum() == 43
     with pytest.raises(UserError, match="batch_size 0"):
         loader.speech_batches(Memory(SOURCE_LENGTHS), batch_size=0, seconds_max=0.1)
+
+
+@pytest.mark.parametrize("count", [2, 7])
+def test_parts_of_the_evaluation_are_the_whole_and_read_nothing_of_each_other(count):
+    def recordings(source, **part):
+        return loader.speech_batches(source, batch_size=10, seconds_max=0.125, threads=0, **part)
+
+    def images(source, **part):
+        return loader.image_batches(source, batch_size=5, image_size=6, threads=0, **part)
+
+    for batches in (recordings, images):
+        whole, reads = list(batches(Memory(SOURCE_LENGTHS))), 0
+        parts = []
+        for number in range(count):
+            source = Memory(SOURCE_LENGTHS)
+            parts.append(list(batches(source, part=(number, count))))
+            reads += source.reads
+        assert sum(map(len, parts)) == len(whole) == 5
+        for number, batch in enumerate(whole):
+            np.testing.assert_equal(parts[number % count][number // count], batch)
+        # The last batch repeats the last item.
+        assert reads == (50 if batches is recordings else 0)

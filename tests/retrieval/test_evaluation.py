@@ -2,6 +2,8 @@
 and errors."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -44,7 +46,7 @@ def small_world(seed=0, recordings=40, images=18):
     return inputs, logits
 
 
-def evaluate(inputs, *, tau=TAU, **options):
+def evaluate(inputs, *, tau=TAU, share_work=reranking.do_alone, **options):
     """Evaluate plain arrays, named as in ``small_world``; some may be missing."""
     encoded = EncodedSplit(
         Encoded(
@@ -54,7 +56,9 @@ def evaluate(inputs, *, tau=TAU, **options):
         inputs["speech_ids"],
         inputs["image_ids"],
     )
-    return evaluate_retrieval(encoded, EvalConfig(**options), inputs.get("match_fn"), tau=tau)
+    return evaluate_retrieval(
+        encoded, EvalConfig(**options), inputs.get("match_fn"), tau=tau, share_work=share_work
+    )
 
 
 def values(metrics):
@@ -127,6 +131,44 @@ def test_both_directions_equal_brute_force(k, score):
         for name in ("R@1", "MRR", "median_rank"):
             assert gains[name] == pytest.approx(after[name] - before[name])
     assert result.fine_scores[score] == result.fine
+
+
+@pytest.mark.parametrize("count", [2, 3, 50])
+def test_processes_that_share_the_work_agree_even_if_they_round_differently(count):
+    """Threads stand for processes; each has other embeddings, as if its device rounded badly."""
+    inputs, _ = small_world()
+    expected = evaluate(inputs, k=7, pair_batch_size=32, resamples=20)
+    barrier, given, matched = threading.Barrier(count), [None] * count, [0] * count
+
+    def run(process):
+        def share_work(work):
+            given[process] = work(process, count)
+            barrier.wait()
+            results = list(given)
+            barrier.wait()
+            return results
+
+        def match_fn(*tokens):
+            matched[process] += 1
+            return inputs["match_fn"](*tokens)
+
+        noise = process * np.random.default_rng(process).normal(size=(40, 1))
+        rounded = inputs["speech_embeddings"] + noise.astype(np.float32)
+        rounded /= np.linalg.norm(rounded, axis=1, keepdims=True)
+        own = inputs | {"speech_embeddings": rounded, "match_fn": match_fn}
+        return evaluate(own, k=7, pair_batch_size=32, resamples=20, share_work=share_work)
+
+    with ThreadPoolExecutor(count) as pool:
+        results = list(pool.map(run, range(count)))
+    for result in results:
+        assert result.to_json() | {"seconds": 0} == expected.to_json() | {"seconds": 0}
+        for direction in ("s2i", "i2s"):
+            for name in ("coarse", "fine", "coarse_rank", "fine_rank"):
+                np.testing.assert_array_equal(
+                    getattr(result.lists[direction], name), getattr(expected.lists[direction], name)
+                )
+    # 280 pairs in 9 chunks, and 126 in 4.
+    assert sum(matched) == 13 and max(matched) <= -(-9 // count) + -(-4 // count)
 
 
 def test_one_candidate_gives_the_coarse_numbers_and_sic_scores_change_nothing():
