@@ -7,7 +7,8 @@ The batch grows with the slice: on 8 chips it is that of the configuration, and 
 stay the same. Each plan is appended to --output as a line of JSON; those that are there already are
 not compiled again. Then it prints the table of docs/devices.md: memory of a chip, what it sends to
 others in a step, a step's seconds at half of the peak figures, and the efficiency, which is the
-speed of a chip compared with that on the smallest slice of the same kind.
+speed of a chip compared with that on the smallest slice of the same kind. --plot draws bytes and
+seconds over the number of chips.
 """
 
 import argparse
@@ -66,6 +67,34 @@ def row(found, first):
     return "| " + " | ".join(cells) + " |"
 
 
+def plot(path, known):
+    """Draw what a chip sends and a step's seconds over the chips, for each configuration."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (sent, seconds) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    lines = {}
+    for (config, name), found in known.items():
+        if "step_seconds" in found:
+            lines.setdefault((config, name.partition(":")[0]), []).append(found)
+    for (config, kind), plans in sorted(lines.items()):
+        plans.sort(key=lambda plan: plan["chips"])
+        chips = [plan["chips"] for plan in plans]
+        style = {"marker": "o", "label": f"{config}, {kind}"}
+        sent.plot(chips, [plan["sent"] / 1e6 for plan in plans], **style)
+        seconds.plot(chips, [1e3 * plan["step_seconds"] for plan in plans], **style)
+    for axes, label in ((sent, "MB that a chip sends in a step"), (seconds, "ms a step")):
+        axes.set(xscale="log", yscale="log", xlabel="chips, as many rows on each", ylabel=label)
+        ticks = sorted({plan["chips"] for plan in known.values()})
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    sent.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def main():
     """Compile what is missing, and print the table."""
     parser = argparse.ArgumentParser(
@@ -74,6 +103,7 @@ def main():
     parser.add_argument("--configs", nargs="+", default=CONFIGS)
     parser.add_argument("--slices", nargs="+", default=SLICES)
     parser.add_argument("--output", type=Path, default=Path("slices.json"))
+    parser.add_argument("--plot", type=Path, help="picture to draw, of all plans of --output")
     args = parser.parse_args()
 
     from c2f_jax.config.files import load_config
@@ -96,6 +126,8 @@ def main():
         kind = name.partition(":")[0]
         first = next(known[key] for key in wanted if key[0] == config and key[1].startswith(kind))
         print(row(known[config, name], first))
+    if args.plot:
+        plot(args.plot, known)
 
 
 if __name__ == "__main__":
