@@ -352,7 +352,7 @@ def _train(run: _Run, state: C2FTrainState, start: int) -> C2FTrainState:
         for step in range(start + 1, experiment.steps + 1):
             # Waiting for data is timed separately, to show whether decoding limits the speed.
             began = time.perf_counter()
-            rows, batch = next(batches)
+            _, batch = next(batches)
             waited = time.perf_counter() - began
 
             # One step on all devices; the host does not wait for it.
