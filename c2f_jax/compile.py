@@ -23,6 +23,8 @@ from c2f_jax.hardware.chips import Slice, open_slice
 from c2f_jax.hardware.programs import (
     Collective,
     Operations,
+    bytes_accessed,
+    count_moved,
     count_operations,
     find_collectives,
 )
@@ -250,8 +252,9 @@ def _measure(
         used = stats.peak_memory_in_bytes + stats.generated_code_size_in_bytes
         kept = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
         temporaries = used - kept
-        moved = compiled.cost_analysis()["bytes accessed"]
-        collectives = find_collectives(compiled.as_text(), len(target.devices))
+        text = compiled.as_text()
+        moved = count_moved(text, bytes_accessed(compiled))
+        collectives = find_collectives(text, len(target.devices))
     seconds = time.perf_counter() - began
 
     # What the state and the batch take as they are written; a chip has one copy of the state for

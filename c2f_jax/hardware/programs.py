@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 from jax.lax import Precision
 
@@ -22,6 +23,14 @@ _ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[(\d+),(\d+)\])")
 _CHAIN = re.compile(r'chain_id="(\d+)"')
 _BITS = re.compile(r"\d+")
+_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>\S+) \(.*\{$")
+_VALUE = re.compile(r"%?(?P<name>\S+) = (?P<shape>.+?) (?P<kind>[\w-]+)\((?P<operands>[^)]*)\)")
+_CALLED = re.compile(r"(?P<how>body|to_apply|calls)=%?(?P<name>[\w.-]+)")
+_CONDITION = re.compile(r"condition=%?([\w.-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CONSTANT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
+# What moves no bytes by itself.
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call"}
 
 
 @dataclass(frozen=True)
@@ -207,17 +216,121 @@ def find_collectives(text: str, devices: int) -> list[Collective]:
       devices: number of devices that the program runs on.
     """
     found = {}
-    for line in text.splitlines():
-        match = _INSTRUCTION.search(line)
-        if match is None:
-            continue
-        chain = _CHAIN.search(line)
-        key = (match["kind"], "chain", chain[1]) if chain else ("", "name", match["name"])
-        group = _group_size(line, devices)
-        found[key] = Collective(match["kind"], _result_bytes(match, group), group)
-    counts = collections.Counter(found.values())
+    computations = _computations(text)
+    times = _times(computations)
+    for computation, lines in computations.items():
+        for line in lines:
+            match = _INSTRUCTION.search(line)
+            if match is None:
+                continue
+            chain = _CHAIN.search(line)
+            key = (match["kind"], "chain", chain[1]) if chain else ("", "name", match["name"])
+            group = _group_size(line, devices)
+            count = times.get(computation, 1)  # 1 in what an asynchronous exchange calls
+            found[key] = Collective(match["kind"], _result_bytes(match, group), group), count
+    counts: collections.Counter = collections.Counter()
+    for collective, count in found.values():
+        counts[collective] += count
     merged = [Collective(c.kind, c.size, c.group, count) for c, count in counts.items()]
     return sorted(merged, key=lambda c: -c.sent)
+
+
+def bytes_accessed(compiled: Any) -> float:
+    """Return the bytes to and from memory of a compiled program, loops counted once.
+
+    Args:
+      compiled: what ``lower().compile()`` returns.
+    """
+    costs = compiled.cost_analysis()
+    if costs is None:  # for a GPU that is not here; XLA's own analysis needs any client
+        from jaxlib import _jax
+
+        (module,) = compiled.runtime_executable().hlo_modules()
+        costs = _jax.hlo_module_cost_analysis(jax.devices("cpu")[0].client, module)
+    return costs["bytes accessed"]
+
+
+def count_moved(text: str, once: float) -> float:
+    """Return the bytes to and from memory, loops included.
+
+    Compilers count what is in a loop once. Their figure is scaled by the operands and results of
+    all instructions, counted as often as they run and once.
+
+    Args:
+      text: optimized HLO.
+      once: "bytes accessed" of the cost analysis.
+    """
+    computations = _computations(text)
+    all_runs = one_run = 0
+    for name, times in _times(computations).items():
+        size = _operand_bytes(computations[name], times)
+        all_runs += times * size
+        one_run += size
+    return once * all_runs / one_run if one_run else once
+
+
+def _computations(text: str) -> dict[str, list[str]]:
+    """Return the instructions of each computation, the entry first."""
+    entry, lines = "", list[str]()
+    found = {entry: lines}
+    for line in text.splitlines():
+        match = _COMPUTATION.match(line)
+        if match is not None:
+            lines = found.setdefault(match["name"], [])
+            entry = match["name"] if match["entry"] else entry
+        elif " = " in line:
+            lines.append(line)
+    return {entry: found[entry], **found}
+
+
+def _times(computations: dict[str, list[str]]) -> dict[str, int]:
+    """Return how often each computation runs that the entry or a loop calls; fusions excepted."""
+    times: collections.Counter = collections.Counter({next(iter(computations)): 1})
+    waiting = list(times)
+    while waiting:
+        name = waiting.pop()
+        for line in computations[name]:
+            value = _VALUE.search(line)
+            if value is None or value["kind"] not in ("while", "call"):
+                continue
+            trips = _trips(line, computations) if value["kind"] == "while" else 1
+            for called in _CALLED.finditer(line):
+                if called["name"] in computations:
+                    times[called["name"]] += trips * times[name]
+                    waiting.append(called["name"])
+    return dict(times)
+
+
+def _trips(line: str, computations: dict[str, list[str]]) -> int:
+    """Return how often a loop runs: the number that its condition compares the counter with."""
+    known = _TRIPS.search(line)
+    if known is not None:
+        return int(known[1])
+    condition = _CONDITION.search(line)
+    limits = [1]
+    for instruction in computations.get(condition[1], ()) if condition else ():
+        limits += [int(limit) for limit in _CONSTANT.findall(instruction)]
+    return max(limits)
+
+
+def _operand_bytes(lines: Sequence[str], times: int) -> int:
+    """Return the bytes of all operands and results of a computation's instructions.
+
+    A loop reads and writes one part of what is stacked for all its runs.
+    """
+    values = [match for match in map(_VALUE.search, lines) if match is not None]
+    sizes = {}
+    for value in values:
+        sizes[value["name"]] = 0
+        for dtype, sides in _ARRAY.findall(value["shape"]):
+            parts = times if sides.partition(",")[0] == str(times) else 1
+            sizes[value["name"]] += _array_bytes(dtype, sides) // parts
+    total = 0
+    for value in values:
+        if value["kind"] not in _FREE:
+            operands = (word.strip().lstrip("%") for word in value["operands"].split(","))
+            total += sizes[value["name"]] + sum(sizes.get(name, 0) for name in operands)
+    return total
 
 
 def _result_bytes(match: re.Match, group: int) -> int:

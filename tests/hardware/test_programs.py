@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from c2f_jax.hardware.programs import Collective, count_operations, find_collectives
+from c2f_jax.hardware.programs import (
+    Collective,
+    bytes_accessed,
+    count_moved,
+    count_operations,
+    find_collectives,
+)
 
 A, B = jnp.ones((3, 5)), jnp.ones((5, 7))
 PRODUCT = 2 * 3 * 5 * 7
@@ -129,6 +135,28 @@ def test_exchanges_of_compiled_programs(function, out, kind, size, group):
 
 def test_a_program_without_exchanges_has_none():
     assert exchanges(lambda x: 2 * x, (8, 6), P(BOTH)) == []
+
+
+def test_exchanges_and_bytes_of_a_loop_count_as_often_as_it_runs():
+    def loop(x, weights):
+        return jax.lax.scan(lambda x, w: (jax.lax.psum(jnp.tanh(x @ w), BOTH), None), x, weights)[0]
+
+    def flat(x, weights):
+        for w in weights:
+            x = jax.lax.psum(jnp.tanh(x @ w), BOTH)
+        return x
+
+    mesh = jax.make_mesh((2, 2), BOTH, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    moved = []
+    for function in (loop, flat):
+        mapped = jax.shard_map(
+            function, mesh=mesh, in_specs=(P(), P()), out_specs=P(), check_vma=False
+        )
+        compiled = jax.jit(mapped).lower(jnp.ones((64, 128)), jnp.ones((8, 128, 128))).compile()
+        (found,) = find_collectives(compiled.as_text(), 4)
+        assert (found.kind, found.size, found.count) == ("all-reduce", 64 * 128 * 4, 8)
+        moved.append(count_moved(compiled.as_text(), bytes_accessed(compiled)))
+    assert moved[0] == pytest.approx(moved[1], rel=0.5)
 
 
 def test_the_parts_of_an_asynchronous_exchange_are_one():
