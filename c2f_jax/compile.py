@@ -37,7 +37,7 @@ from c2f_jax.training.train_state import C2FTrainState, create_train_state
 from c2f_jax.training.train_step import train_step
 
 EFFICIENCY = 0.5
-# How the TPU compiler says what a program would take that it refuses.
+# How the TPU compiler says what a program would take that it refuses; that of GPUs refuses none.
 _OUT_OF_MEMORY = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMGT]?)")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -285,7 +285,7 @@ def _measure(
         collectives=collectives,
         compute_seconds=operations.bfloat16_flops / chip.flops,
         memory_seconds=chip.devices * moved / chip.memory_bandwidth,
-        network_seconds=sent / chip.interconnect,
+        network_seconds=sent / target.interconnect,
         compile_seconds=seconds,
     )
 

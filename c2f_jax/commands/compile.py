@@ -1,4 +1,4 @@
-"""``c2f compile``: what a run takes on a TPU slice that is not here."""
+"""``c2f compile``: what a run takes on TPUs or GPUs that are not here."""
 
 import json
 import sys
@@ -10,13 +10,14 @@ from c2f_jax.commands import arguments
 if TYPE_CHECKING:
     from c2f_jax.compile import Plan
 
-SUMMARY = "Compile the training step for TPU slices without a TPU: memory, traffic, seconds."
+SUMMARY = "Compile the training step for TPUs or GPUs without one: memory, traffic, seconds."
 EXAMPLES = """\
   c2f compile --config=spoken_scenes --topology=v5e:2x4
   c2f compile --config=flickr8k_audio:base_finetuned --topology=v5e:4x8 --topology=v5p:2x2x4 \\
       --config.batch_size=1024
-The chips are v4, v5e, v5p, v6e and tpu7x. The shape is that of the slice: v5e:2x4 has 8 chips,
-v5e:16x16 256, v5p:4x4x8 128. Neither data nor weights are needed, and no account.
+The chips are v4, v5e, v5p, v6e, tpu7x and h100. The shape is that of the slice: v5e:2x4 has 8
+chips, v5e:16x16 256, v5p:4x4x8 128; h100:8 is one host, h100:4x8 are four. Neither data nor weights
+are needed, and no account.
 The exit status is 3 if the run does not fit on one of the slices."""
 DOES_NOT_FIT = 3
 

@@ -1,6 +1,8 @@
 """`c2f compile` with the real TPU compiler; no TPU, no data and no weights are here."""
 
+import importlib.util
 import json
+import re
 import subprocess
 import sys
 
@@ -56,7 +58,9 @@ def test_a_small_run_on_a_slice_and_one_that_does_not_fit():
 @pytest.mark.parametrize(
     "topology, message",
     [
-        ("v9:2x2", "the chips are v4, v5e, v5p, v6e, tpu7x"),
+        ("v9:2x2", "the chips are v4, v5e, v5p, v6e, tpu7x, h100"),
+        ("h100:9", "give GPUs of a host, or hosts x GPUs"),
+        ("h100:4x8", "needs the CUDA compiler, not a GPU: pip install 'jax.cuda12.'"),
         ("v5e", "give a chip and a shape"),
         ("v5e:2", "the shape must be like 2x4"),
         ("v5e:3x5", "knows no such slice"),
@@ -65,10 +69,23 @@ def test_a_small_run_on_a_slice_and_one_that_does_not_fit():
     ],
 )
 def test_wrong_slices(topology, message, capsys):
-    if topology not in ("v9:2x2", "v5e", "v5e:2"):
+    if topology == "h100:4x8" and importlib.util.find_spec("jax_cuda12_plugin"):
+        pytest.skip("the CUDA compiler is installed")
+    if topology not in ("v9:2x2", "h100:9", "h100:4x8", "v5e", "v5e:2"):
         pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
     assert main(["compile", TINY, f"--topology={topology}"]) == 2
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_a_small_run_on_gpus(capsys):
+    pytest.importorskip("jax_cuda12_plugin", reason="the CUDA compiler is not installed")
+    assert main(["compile", TINY, "--topology=h100:2x2", "--json"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)
+    assert plan["chips"] == 4 and plan["fits"] and plan["moved"] > plan["used"] > 0
+    reduced = sum(c["size"] for c in plan["collectives"] if c["kind"] == "all-reduce")
+    assert plan["memory"]["parameters"] <= reduced < 1.5 * plan["memory"]["parameters"]
+    assert {c["group"] for c in plan["collectives"]} == {4}
 
 
 @pytest.mark.parametrize("encoders", ["base", "large", "base_finetuned", "large_finetuned"])
