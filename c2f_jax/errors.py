@@ -24,6 +24,7 @@ EXTRA_OF_MODULE = {
     "espeakng_loader": "speech",
     "huggingface_hub": "hub",
     "libtpu": "tpu",
+    "gcsfs": "gcs",
     "anywidget": "notebook",
 }
 
@@ -48,7 +49,7 @@ class BadFileError(UserError):
         self.kind = kind
 
 
-def missing_extra(what: str, error: ModuleNotFoundError) -> str | None:
+def missing_extra(what: str, error: ImportError) -> str | None:
     """Return the line that names the extra which something needs.
 
     Args:
@@ -61,7 +62,9 @@ def missing_extra(what: str, error: ModuleNotFoundError) -> str | None:
     >>> missing_extra("c2f train", ModuleNotFoundError(name="tensorflow_datasets.core"))
     "c2f train needs the extra `train`: pip install 'c2f_jax[train]'"
     """
-    extra = EXTRA_OF_MODULE.get((error.name or "").partition(".")[0])
+    # fsspec names in its text alone what it needs for gs://.
+    name = error.name or ("gcsfs" if "install gcsfs" in str(error) else "")
+    extra = EXTRA_OF_MODULE.get(name.partition(".")[0])
     if extra is None:
         return None
     return f"{what} needs the extra `{extra}`: pip install 'c2f_jax[{extra}]'"

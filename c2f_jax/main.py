@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"{args.parser.prog}: {error}", file=sys.stderr)
         return 2
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         line = missing_extra(args.parser.prog, error)
         if line is None:
             raise

@@ -66,7 +66,7 @@ def add_data(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--data-dir",
-        help="directory of prepared data sets, local or gs:// (default: that of TFDS)",
+        help="directory of prepared data sets (default: that of TFDS)",
     )
     parser.add_argument(
         "--threads", type=int, help="threads that decode files (default: one per core)"

@@ -22,7 +22,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--weights", required=True, help="folder written by `c2f convert`, or published files"
     )
     parser.add_argument("--data", required=True, help="data set name or manifest")
-    parser.add_argument("--data-dir", help="directory of prepared data sets, local or gs://")
+    parser.add_argument("--data-dir", help="directory of prepared data sets")
     parser.add_argument(
         "--splits",
         default="train,validation,test",

@@ -13,6 +13,7 @@ from c2f_jax.datasets.layout import Layout
 from c2f_jax.datasets.registry import (
     PUBLISHED,
     SPOKEN_SCENES,
+    check_data_dir,
     data_set_name,
     layout_of,
     published_builder,
@@ -38,7 +39,7 @@ def prepare(
       spec: a published data set, `spoken_scenes`, a manifest, or a folder that holds manifest.jsonl
         or manifest.csv.
       manual_dir: folder of the downloaded parts of a published set.
-      data_dir: directory to write to, local or gs://; None for TFDS's default.
+      data_dir: directory to write to, on a disk; None for TFDS's default.
       name: name of the prepared set of a manifest; by default that of its folder.
       download: whether to fetch missing parts where their owners give a direct link.
       threads: shards made at a time; None for one a core.
@@ -52,6 +53,7 @@ def prepare(
     Raises:
       UserError: parts are missing, too much is bad, or the directory cannot be written.
     """
+    check_data_dir(data_dir)
     spec = _find_spec(str(spec), manual_dir)
     if data_set_name(spec) == SPOKEN_SCENES:
         prepared_builder(spec.partition("/")[2], data_dir)

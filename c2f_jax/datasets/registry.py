@@ -80,7 +80,20 @@ def make_data_set(spec: str, data_dir: str | None = None) -> None:
       UserError: the configuration is unknown, or the data set cannot be made.
     """
     if data_set_name(spec) == SPOKEN_SCENES:
+        check_data_dir(data_dir)
         prepared_builder(str(spec).partition("/")[2], data_dir)
+
+
+def check_data_dir(data_dir: str | None) -> None:
+    """Raise UserError if prepared sets would be in a bucket.
+
+    ArrayRecord, their format, reads and writes files alone.
+    """
+    if "://" in str(data_dir):
+        raise UserError(
+            f"data_dir={data_dir}: prepared data sets are read from a disk, not from a bucket: "
+            "give a folder, one that is mounted or that each machine copies"
+        )
 
 
 def is_data_set(spec: str) -> bool:
@@ -103,6 +116,7 @@ def open_builder(spec: str, data_dir: str | None = None) -> tfds.core.DatasetBui
     """
     spec = str(spec)
     name, _, config = spec.partition("/")
+    check_data_dir(data_dir)
     if name == SPOKEN_SCENES:
         return prepared_builder(config, data_dir)
 

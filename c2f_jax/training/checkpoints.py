@@ -310,7 +310,7 @@ class Checkpoints:
             folder.mkdir(parents=True, exist_ok=True)
             while target.exists():
                 target = target.with_name(f"{target.name}_")
-            (self.directory / str(step)).rename(target)
+            _move_folder(self.directory / str(step), target)
         wait_for_all()
         return target
 
@@ -412,6 +412,19 @@ def _options(read_only: bool) -> ocp.CheckpointManagerOptions:
         # A checkpoint written before an evaluation has no score and must not count as the best.
         keep_checkpoints_without_metrics=False,
     )
+
+
+def _move_folder(source: epath.Path, target: epath.Path) -> None:
+    """Move a folder; in a bucket, which has no folders, object by object."""
+    if "://" not in str(source):
+        source.rename(target)
+        return
+    for path in source.iterdir():
+        if path.is_dir():
+            _move_folder(path, target / path.name)
+        else:
+            path.copy(target / path.name)
+    source.rmtree()
 
 
 def _named_arrays(tree: Any) -> dict[str, Any]:
