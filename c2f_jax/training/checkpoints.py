@@ -18,7 +18,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from c2f_jax.errors import UserError
-from c2f_jax.training.distributed import wait_for_all
+from c2f_jax.training.distributed import in_first_process, wait_for_all
 from c2f_jax.training.train_state import C2FTrainState
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Checkpoints:
             )
         self._read_only = read_only
         if not read_only:
-            for step in self._damaged_scores():
+            for step in in_first_process(self._damaged_scores):
                 self._report(
                     self._move(step), UserError(f"the score of checkpoint {step} is damaged")
                 )
@@ -297,10 +297,12 @@ class Checkpoints:
         """Return the steps whose score Orbax could not read."""
         found = []
         for path in sorted(self.directory.glob("*/metrics/metrics")):
+            step = path.parent.parent.name
             try:
                 json.loads(path.read_text())
             except (OSError, ValueError):
-                found.append(int(path.parent.parent.name))
+                if step.isdigit():  # else it was never finished
+                    found.append(int(step))
         return found
 
     def _move(self, step: int) -> epath.Path:

@@ -123,6 +123,18 @@ def test_checkpoints_that_are_all_damaged_stay_where_they_are(saved, tmp_path):
     assert not (tmp_path / "set_aside").exists()
 
 
+def test_what_a_killed_save_left_is_no_checkpoint(saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "checkpoints"
+    unfinished = folder / "4.orbax-checkpoint-tmp"
+    shutil.copytree(folder / "3", unfinished)
+    (unfinished / "metrics" / "metrics").write_text("{")
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.restore_latest(TARGET)[0] == 3
+    checkpoints.close()
+    assert not (tmp_path / "set_aside").exists()
+
+
 def test_the_latest_two_and_the_best_are_kept(saved, tmp_path):
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     checkpoints = Checkpoints(tmp_path)
