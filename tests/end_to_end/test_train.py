@@ -76,17 +76,6 @@ def assert_same_run(flags, workdir, unbroken):
     assert resumed.evaluation is resumed.page is None and resumed.table() == ""
 
 
-def test_killed_run_resumes_bit_for_bit(flags, unbroken, tmp_path):
-    process = subprocess.Popen(
-        command(flags, tmp_path), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    )
-    wait_for_checkpoint(tmp_path, process)
-    process.kill()
-    process.wait()
-    assert Checkpoints(tmp_path, read_only=True).latest_step < 6
-    assert_same_run(flags, tmp_path, unbroken)
-
-
 def test_sigterm_saves_and_exits_with_its_own_code(flags, unbroken, tmp_path):
     process = subprocess.Popen(
         command(flags, tmp_path), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True

@@ -377,6 +377,7 @@ def poisoned(name, tree):
     return found
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_a_step_that_is_not_finite_changes_nothing_but_its_number():
     batches = [BATCHES[0], poisoned("waveform", BATCHES[1]), BATCHES[2]]
     run = Run("queue", "pmap", 2, batches)
