@@ -62,7 +62,9 @@ def row(found, first):
         f"{found['sent'] / 1e6:,.0f}" if fits else "-",
         f"{1e3 * seconds:,.1f}" if fits else "does not fit",
         f"{pairs:,.0f}" if fits else "-",
-        f"{pairs / found['chips'] / of_first:.0%}" if fits and of_first else "-",
+        f"{pairs / found['chips'] / of_first:.0%}"
+        if fits and of_first and found is not first
+        else "-",
     ]
     return "| " + " | ".join(cells) + " |"
 
