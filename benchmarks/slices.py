@@ -93,7 +93,7 @@ def plot(path, known):
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    sent.legend(fontsize=8)
+    figure.legend(*sent.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=110)
 
 
