@@ -4,8 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,16 +40,11 @@ from c2f_jax.training.health import Watch, find_not_finite, summary
 from c2f_jax.training.method import MethodConfig
 from c2f_jax.training.optimizer import create_optimizer
 from c2f_jax.training.parallel import DataParallel
+from c2f_jax.training.preemption import Preempted, stop_request
 from c2f_jax.training.recorder import Recorder
 from c2f_jax.training.train_state import C2FTrainState, create_train_state
 from c2f_jax.training.train_step import train_step
 from c2f_jax.training.workdir import Claim
-
-PREEMPTED_EXIT_CODE = 42
-
-
-class Preempted(Exception):  # noqa: N818 - an event, not an error
-    """The run was asked to stop, and has saved a checkpoint to resume from."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -348,7 +341,7 @@ def _train(run: _Run, state: C2FTrainState, start: int) -> C2FTrainState:
     watch = Watch(experiment.max_skipped_steps)
 
     recorder.start(start)
-    with _stop_request() as stop_requested:
+    with stop_request() as stop_requested:
         for step in range(start + 1, experiment.steps + 1):
             # Waiting for data is timed separately, to show whether decoding limits the speed.
             began = time.perf_counter()
@@ -499,21 +492,3 @@ def _alarm_from(experiment: Experiment) -> int | None:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-@contextlib.contextmanager
-def _stop_request() -> Iterator[threading.Event]:
-    """Yield an event that SIGTERM sets, so that the loop can save a checkpoint and stop.
-
-    Several processes must agree on the step: there jax's own handler tells Orbax.
-    """
-    event = threading.Event()
-    alone = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
-    if not alone:
-        yield event
-        return
-    previous = signal.signal(signal.SIGTERM, lambda *_: event.set())
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGTERM, previous)

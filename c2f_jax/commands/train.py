@@ -1,11 +1,7 @@
 """``c2f train``: train a model, resume a run, evaluate the best checkpoint."""
 
-import contextlib
-import signal
 import sys
-import threading
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
 
 from c2f_jax.commands import arguments
 
@@ -46,7 +42,8 @@ def run(args: Namespace) -> int:
 
     from c2f_jax.commands.evaluate import evaluate_by_voice, evaluate_on, open_target
     from c2f_jax.retrieval.voices import check_voices
-    from c2f_jax.train import PREEMPTED_EXIT_CODE, Preempted, train_and_evaluate
+    from c2f_jax.train import train_and_evaluate
+    from c2f_jax.training import preemption
     from c2f_jax.training.distributed import first_process_first, in_every_process, say
 
     experiment = create_experiment(config)
@@ -59,8 +56,9 @@ def run(args: Namespace) -> int:
             data = experiment.data
             check_voices(data.load(data.test_split, features=False))
 
+    stopped = preemption.Preempted("stopped; repeat the command to go on from there")
     try:
-        with _stop_on_sigterm(Preempted("stopped; repeat the command to go on from there")):
+        with preemption.raise_on_sigterm(stopped):
             in_every_process(lambda: first_process_first(open_targets))
             result = train_and_evaluate(config, args.workdir)
             say(result.table())
@@ -70,28 +68,7 @@ def run(args: Namespace) -> int:
             for target in args.zero_shot:
                 say(f"\nzero-shot: {target}")
                 evaluate_on(experiment, args.workdir, target=target)
-    except Preempted as event:
+    except preemption.Preempted as event:
         print(f"c2f train: {event}", file=sys.stderr)
-        return PREEMPTED_EXIT_CODE
+        return preemption.EXIT_CODE
     return 0
-
-
-@contextlib.contextmanager
-def _stop_on_sigterm(event: Exception) -> Iterator[None]:
-    """Raise an exception at SIGTERM, except while the training loop answers it with a checkpoint.
-
-    Several processes have jax's own handler, by which they agree on the step to stop at.
-    """
-    import jax
-
-    def stop(*_: object) -> None:
-        raise event
-
-    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

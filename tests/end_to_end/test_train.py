@@ -21,7 +21,8 @@ from c2f_jax.inference import TrainedModel
 from c2f_jax.main import main
 from c2f_jax.retrieval.recall import Metric
 from c2f_jax.retrieval.result import EvaluationResult
-from c2f_jax.train import PREEMPTED_EXIT_CODE, shuffled_images, train_and_evaluate
+from c2f_jax.train import shuffled_images, train_and_evaluate
+from c2f_jax.training import preemption
 from c2f_jax.training.checkpoints import Checkpoints, abstract
 from c2f_jax.training.recorder import Recorder
 
@@ -83,7 +84,7 @@ def test_sigterm_saves_and_exits_with_its_own_code(flags, unbroken, tmp_path):
     wait_for_checkpoint(tmp_path, process)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == PREEMPTED_EXIT_CODE, errors
+    assert process.returncode == preemption.EXIT_CODE, errors
     assert "repeat the command to resume from there" in errors
     assert_same_run(flags, tmp_path, unbroken)
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).parents[2]
 MOMENTS = ("start", "data", "training", "save", "evaluation")
 HOWS = ("SIGKILL", "SIGTERM", "SIGSTOP, SIGKILL")
-PATIENCE = 90  # seconds to wait for a moment
+PATIENCE = 300  # seconds to wait for a moment, or for the end of a process that was told to stop
 OPTIONS = [
     "--config=spoken_scenes:runlocal",
     "--config.log_every=4",
@@ -151,6 +151,9 @@ class Killer:
     def kill(self, moment, how):
         """One kill; whether it was one."""
         living = lambda: [p for p in descendants(self.supervisor.pid) if p not in self.killed]  # noqa: E731
+        gone = lambda: self.killed.isdisjoint(descendants(self.supervisor.pid))  # noqa: E731
+        if not self.wait_until(gone) and not self.is_over():
+            raise AssertionError("a process goes on after SIGTERM")
         if not self.wait_until(lambda: len(living()) >= self.run.processes):
             return False
         pid = self.random.choice(living())
@@ -163,12 +166,15 @@ class Killer:
             return any(text in found for text in texts)
 
         steps = ("resuming at step", f"/{self.run.steps}  loss")
-        checkpoints = self.run.workdir / "checkpoints"
+        # Killed processes leave unfinished folders, of which some have the names of those to come.
+        unfinished = {"data": "data/**/incomplete*", "save": "run/checkpoints/*-checkpoint-tmp*"}
+        pattern = unfinished.get(moment, "none")
+        left = _folders(self.run.folder, pattern)
         conditions = {
             "start": lambda: True,
-            "data": lambda: any((self.run.folder / "data").glob("**/incomplete*")),
+            "data": lambda: _folders(self.run.folder, pattern) - left,
             "training": lambda: printed(*steps),
-            "save": lambda: any(checkpoints.glob("*.orbax-checkpoint-tmp*")),
+            "save": lambda: _folders(self.run.folder, pattern) - left,
             # Every second line of the log comes just before an evaluation.
             "evaluation": lambda: printed(*steps) and _last_step(self.log, since) % 8 == 0,
         }
@@ -190,6 +196,14 @@ class Killer:
                 os.kill(pid, signal.SIGKILL)
         self.done[moment, how] += 1
         return True
+
+
+def _folders(folder, pattern):
+    found = set()
+    for path in folder.glob(pattern):
+        with contextlib.suppress(OSError):  # it has been renamed
+            found.add((path, path.stat().st_ctime_ns))
+    return found
 
 
 def _last_step(log, since):
@@ -243,7 +257,7 @@ def main():
     )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, required=True, help="is made anew")
     args = parser.parse_args()
