@@ -116,11 +116,12 @@ def descendants(pid):
     while waiting:
         parent = waiting.pop()
         with contextlib.suppress(OSError):  # it has ended
-            for task in Path(f"/proc/{parent}/task").iterdir():
-                waiting += [int(word) for word in (task / "children").read_text().split()]
             words = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
             if words[0] == sys.executable.encode() and b"c2f_jax.main" in words:
                 found.append(parent)
+            for task in Path(f"/proc/{parent}/task").iterdir():
+                with contextlib.suppress(OSError):  # a thread has
+                    waiting += [int(word) for word in (task / "children").read_text().split()]
     return sorted(found)
 
 
@@ -156,7 +157,7 @@ class Killer:
             raise AssertionError("a process goes on after SIGTERM")
         if not self.wait_until(lambda: len(living()) >= self.run.processes):
             return False
-        pid = self.random.choice(living())
+        pid = self.random.choice(living() or [0])  # none: it has just ended
         since = self.log.stat().st_size
 
         def printed(*texts):
