@@ -225,10 +225,19 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, body, Content_Type="multipart/mixed; boundary=answers")
 
 
+class Server(ThreadingHTTPServer):
+    """A server that does not print the end of a client that waited for an answer."""
+
+    daemon_threads = True
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 def serve(port=0):
     """Start a server in a thread, at ``server.address``; ``server.storage`` has the objects."""
-    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", port), Handler)
     server.storage = Storage()
     server.address = f"http://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
