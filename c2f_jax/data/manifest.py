@@ -5,104 +5,23 @@ caption, speaker, seconds (only used to choose the batch that a recording is pad
 relative to the manifest. Other columns are ignored.
 """
 
-import csv
-import dataclasses
-import io
-import json
-import math
-import os
+import functools
+import logging
+import posixpath
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
 
 from etils import epath
 
-from c2f_jax.data.audio import read_bytes
-from c2f_jax.data.source import SAMPLE_RATE, BadItems, ModelInputs, PairSource, Recording
+from c2f_jax.data.files import Stamp, content_hash, file_stamp, file_state
+from c2f_jax.data.listing import LEFT_OUT, Note, folder_of, read_listing
+from c2f_jax.data.source import BadItems, ModelInputs, PairSource, Recording
 from c2f_jax.errors import UserError
 
 MANIFEST_SUFFIXES = (".jsonl", ".csv")
+HASHED = 256 * 2**20  # bytes that are read to know a data set by; of larger ones, a sample
 
-REQUIRED = ("image", "audio", "split")
-MOST_SECONDS = 1e5  # a day; a larger number is a mistake
-
-Report = Callable[[str, str], None]  # called with (where, what is wrong) for a bad line
-
-
-class Note(NamedTuple):
-    """An oddity of a listing.
-
-    Attributes:
-      kind: a kind of `c2f_jax.data_check.findings`.
-      name: the item; its path if it is a file.
-      detail: what is odd about it.
-    """
-
-    kind: str
-    name: str
-    detail: str
-
-
-@dataclasses.dataclass
-class Listing:
-    """The pairs of a data set that was found on disk.
-
-    Attributes:
-      name: name of the data set, or path of the manifest.
-      rows: one dict for each recording: image, audio (paths), split, image_id, caption, speaker,
-        where (it is listed), samples (-1: unknown).
-      notes: what is odd about the listing.
-    """
-
-    name: str
-    rows: list[dict] = dataclasses.field(default_factory=list)
-    notes: list[Note] = dataclasses.field(default_factory=list)
-
-    def add(
-        self,
-        *,
-        image: str | os.PathLike,
-        audio: str | os.PathLike,
-        split: str,
-        image_id: str,
-        where: str,
-        caption: str = "",
-        speaker: str = "",
-    ) -> None:
-        """Add a recording.
-
-        Args:
-          image: path of the image.
-          audio: path of the recording.
-          split: name of the split.
-          image_id: identity of what the image shows.
-          where: file and line that list it.
-          caption: what is said.
-          speaker: who says it.
-        """
-        self.rows.append(
-            {
-                "image": str(image),
-                "audio": str(audio),
-                "split": split,
-                "image_id": image_id,
-                "caption": caption.strip(),
-                "speaker": str(speaker),
-                "where": where,
-                "samples": -1,
-            }
-        )
-
-    def note(self, kind: str, name: str | os.PathLike, detail: str) -> None:
-        """Add a note; see `Note`."""
-        self.notes.append(Note(kind, str(name), detail))
-
-    def count_splits(self) -> dict[str, tuple[int, int]]:
-        """Count (images, recordings) of each split."""
-        recordings = Counter(row["split"] for row in self.rows)
-        images = {(row["split"], row["image"]) for row in self.rows}
-        images_of = Counter(split for split, _ in images)
-        return {split: (images_of[split], count) for split, count in recordings.items()}
+log = logging.getLogger(__name__)
 
 
 class ManifestSource(PairSource):
@@ -121,12 +40,9 @@ class ManifestSource(PairSource):
         Args:
           path: path of the manifest, or name of the data set.
           split: name of the split.
-          rows: rows of a `Listing`, all of this split.
+          rows: rows of a resolved `Listing`, all of this split.
           bad_items: what was left out.
           inputs: what the model is given of each item.
-
-        Raises:
-          UserError: an image has two image_ids.
         """
         # Images and identities are numbered in the order in which they are first met.
         gallery: dict[str, int] = {}
@@ -140,17 +56,11 @@ class ManifestSource(PairSource):
             if gallery_row == len(image_ids):
                 image_ids.append(identity)
                 self._image_names.append(row["image_id"])
-            elif image_ids[gallery_row] != identity:
-                raise UserError(
-                    f"{row['where']}: the image {row['image']} has image_id "
-                    f"{row['image_id']!r} here and {self._image_names[gallery_row]!r} before; "
-                    "an image has one image_id"
-                )
             image_index.append(gallery_row)
 
         self._rows, self._images = rows, list(gallery)
         # Keys of feature caches are relative, so that a set can be moved with its caches.
-        self._folder = path.rpartition("/")[0] + "/"
+        self._folder = folder_of(path)
         super().__init__(
             path,
             split,
@@ -176,16 +86,40 @@ class ManifestSource(PairSource):
         return self._images[row]
 
     def recording_key(self, index: int) -> str:
-        """Return the recording's path as written in the manifest."""
-        return self._rows[index]["audio"].removeprefix(self._folder)
+        """Return the recording's path, relative to the manifest."""
+        return _key(self._rows[index]["audio"], self._folder)
 
     def image_key(self, row: int) -> str:
-        """Return the image's path as written in the manifest."""
-        return self._images[row].removeprefix(self._folder)
+        """Return the image's path, relative to the manifest."""
+        return _key(self._images[row], self._folder)
+
+    def stamp(self, kind: str, index: int) -> Stamp:
+        """Return the stamp of the file of an item; see `PairSource.stamp`."""
+        return file_stamp(self._rows[index]["audio"] if kind == "speech" else self._images[index])
+
+    def content(self) -> str:
+        """Hash the sizes of all files, and the content of as many as 256 MiB hold, evenly chosen.
+
+        Files in a bucket count by their paths.
+        """
+        files = [row["audio"] for row in self._rows] + self._images
+        sizes = [file_state(file)[:1] or [_key(file, self._folder)] for file in files]
+        total = sum(size for (size,) in sizes if isinstance(size, int))
+        values = [repr(sizes)]
+        step = -(-total // HASHED)
+        for file, (size,) in list(zip(files, sizes, strict=True))[:: max(step, 1)]:
+            if isinstance(size, int):
+                values.append(content_hash(file))
+        return content_hash("\n".join(values).encode())
 
     def image_id(self, row: int) -> str:
         """Return the image_id of image `row` as written in the manifest."""
         return self._image_names[row]
+
+
+def _key(path: str, folder: str) -> str:
+    """Return a path relative to a folder, in its shortest spelling."""
+    return posixpath.normpath(path.removeprefix(folder))
 
 
 def is_manifest(path: str) -> bool:
@@ -198,8 +132,9 @@ def load_manifest(
 ) -> ManifestSource:
     """Open one split of a manifest.
 
-    Rows whose files do not exist are left out and named in `bad_items`; files in a bucket are only
-    looked for when they are read.
+    Lines that cannot be read and rows whose files do not exist are left out and named in
+    `bad_items`; files in a bucket are only looked for when they are read. What else is odd about
+    the listing is logged as a warning.
 
     Args:
       path: path of the manifest, local or in a bucket.
@@ -211,33 +146,60 @@ def load_manifest(
       The pairs of the split.
 
     Raises:
-      UserError: a line cannot be read or a column is missing (the message names file and line); the
-        split is unknown or empty; or too many rows lack a file.
+      UserError: the file cannot be read or a column is missing; the split is unknown or empty; or
+        too much is left out (the message names lines and files).
     """
     path = str(path)
-    listing = read_listing(path)
-
-    rows = [row for row in listing.rows if row["split"] == split]
-    if not rows:
-        counts = Counter(row["split"] for row in listing.rows)
-        listed = ", ".join(f"{name} ({count})" for name, count in counts.items())
-        raise UserError(
+    listing = read_listing(path, strict=False)
+    counts = Counter(row["split"] for row in listing.rows)
+    missing = listing.resolve(split)
+    left_out = listing.left_out(split)
+    if not listing.rows:
+        listed = ", ".join(
+            f"{name if name.strip() == name else repr(name)} ({count})"
+            for name, count in counts.items()
+        )
+        lines = [
             f"{path}: no rows of the split {split!r}; splits in the file: "
             f"{listed or 'none, it has no rows'}"
-        )
+        ]
+        lines += [f"  {name}: {reason}" for name, reason in list(left_out.items())[:3]]
+        raise UserError("\n".join(lines))
+    for text in _warnings(listing.notes):
+        _warn_once(f"{path}: {text}")
 
-    # Look for all files first, so that an error can count those that are missing.
-    bad_items = BadItems(f"{path}, split {split}", len(rows), max_bad_share)
-    there, missing = [], {}
-    for row in rows:
-        name = _missing_file(row)
-        if name is None:
-            there.append(row)
+    # All are counted before the first error.
+    total = len(listing.rows) + len(left_out)
+    bad_items = BadItems(f"{path}, split {split}", total, max_bad_share)
+    there = []
+    for row in listing.rows:
+        gone = [row[column] for column in ("audio", "image") if row[column] in missing]
+        if gone:
+            left_out[gone[0]] = f"no such file ({row['where']})"
         else:
-            missing[name] = f"no such file ({row['where']})"
+            there.append(row)
+    bad_items.add_all(left_out)
+    source = ManifestSource(path, split, there, bad_items, inputs)
+    shared = source.shared_identity()
+    if shared:
+        _warn_once(f"{path}, split {split}: {shared}: each counts as correct for the others")
+    return source
 
-    bad_items.add_all(missing)
-    return ManifestSource(path, split, there, bad_items, inputs)
+
+def _warnings(notes: Sequence[Note]) -> Iterator[str]:
+    """Say what is odd about a listing, one line for each kind of what is not left out."""
+    counts = Counter(note.kind for note in notes)
+    for kind, count in counts.items():
+        if kind in LEFT_OUT or kind == "ignored column":
+            continue
+        first = next(note for note in notes if note.kind == kind)
+        yield f"{kind}, {count:,}: {first.name}: {first.detail}"
+
+
+@functools.lru_cache(maxsize=1024)
+def _warn_once(text: str) -> None:
+    """Log a warning; the splits of one manifest have the same ones."""
+    log.warning(text)
 
 
 def manifest_in(folder: str) -> str | None:
@@ -248,181 +210,18 @@ def manifest_in(folder: str) -> str | None:
 
     Returns:
       The path of the manifest; None if there is none.
+
+    Raises:
+      UserError: there are both.
     """
     try:
-        for suffix in MANIFEST_SUFFIXES:
-            path = epath.Path(folder) / f"manifest{suffix}"
-            if path.exists():
-                return str(path)
+        found = [
+            str(path)
+            for suffix in MANIFEST_SUFFIXES
+            if (path := epath.Path(folder) / f"manifest{suffix}").exists()
+        ]
     except (OSError, ValueError):  # no name that a folder can have
-        pass
-    return None
-
-
-def read_listing(path: str, *, strict: bool = True) -> Listing:
-    """Read all rows of a manifest.
-
-    Args:
-      path: path of the manifest, local or in a bucket.
-      strict: whether a line that cannot be read is an error; otherwise it is noted and left out.
-
-    Returns:
-      The listing; its paths are absolute, or relative to the working directory as the manifest's
-      is.
-
-    Raises:
-      UserError: the file cannot be read, a column is missing or, if strict, a line cannot be read.
-    """
-    path = str(path)
-    listing = Listing(path)
-
-    def report(where: str, reason: str) -> None:
-        if strict:
-            raise UserError(f"{where}: {reason}")
-        listing.note("unreadable line", where, reason)
-
-    folder = path.rpartition("/")[0]
-    for row in _read_rows(path, report):
-        for column in ("image", "audio"):
-            # Plain text, so that paths in buckets and on disk are treated alike.
-            row[column] = _join(folder, row[column])
-        listing.rows.append(row)
-    return listing
-
-
-def _join(folder: str, name: str) -> str:
-    absolute = os.path.isabs(name) or "://" in name
-    return name if absolute or not folder else f"{folder}/{name}"
-
-
-def _missing_file(row: Mapping) -> str | None:
-    """Return the first local file of the row that does not exist."""
-    for column in ("audio", "image"):
-        # Asking a bucket for each file would take too long.
-        if "://" not in row[column] and not os.path.isfile(row[column]):
-            return row[column]
-    return None
-
-
-def _read_rows(path: str, report: Report) -> Iterator[dict]:
-    """Read the checked rows of a manifest."""
-    try:
-        text = read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not UTF-8 text ({e})") from e
-
-    parse = _parse_csv if path.lower().endswith(".csv") else _parse_jsonl
-    for line, row in parse(path, text, report):
-        where = f"{path}:{line}"
-        try:
-            yield _check_row(row, where)
-        except ValueError as e:
-            report(where, str(e))
-
-
-def _parse_jsonl(path: str, text: str, report: Report) -> Iterator[tuple[int, dict]]:
-    """Read (line number, row) of each line."""
-    for line, content in enumerate(text.split("\n"), 1):
-        # Blank lines are fine, such as one at the end.
-        if not content.strip():
-            continue
-        where = f"{path}:{line}"
-
-        try:
-            row = json.loads(content)
-        except json.JSONDecodeError as e:
-            report(where, f"not JSON ({e.msg}, column {e.colno}); write one object a line")
-            continue
-        except (ValueError, RecursionError) as e:  # thousands of digits, or of brackets
-            report(where, f"not JSON of a row ({e}); write one object a line")
-            continue
-
-        if isinstance(row, dict):
-            yield line, row
-        else:
-            report(where, f"must be a JSON object with the keys {', '.join(REQUIRED)}")
-
-
-def _parse_csv(path: str, text: str, report: Report) -> Iterator[tuple[int, dict]]:
-    """Read (line number, row) of each row."""
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        header = reader.fieldnames or []
-        absent = [column for column in REQUIRED if column not in header]
-        if absent:
-            raise UserError(
-                f"{path}:1: no column {', '.join(absent)}; "
-                f"the header has {', '.join(header) or 'nothing'}"
-            )
-
-        # csv puts surplus values under None, and None in place of missing ones.
-        for row in reader:
-            if None in row or None in row.values():
-                report(
-                    f"{path}:{reader.line_num}",
-                    f"must have {len(header)} columns, as the header; a value that holds a comma "
-                    "needs quotes",
-                )
-            else:
-                yield reader.line_num, row
-    except csv.Error as e:
-        report(f"{path}:{reader.line_num}", f"not CSV ({e})")
-
-
-def _check_row(row: Mapping, where: str) -> dict:
-    """Check the known columns of a row, and fill in the defaults.
-
-    Args:
-      row: the row as written.
-      where: file and line.
-
-    Returns:
-      A row of a `Listing`.
-
-    Raises:
-      ValueError: a column is missing or holds no such value.
-    """
-    for column in REQUIRED:
-        value = row.get(column)
-        if isinstance(value, str) and value:
-            continue
-        if column in row:
-            raise ValueError(f"{column!r} must be a non-empty string, not {value!r}")
-        raise ValueError(
-            f"{column!r} is missing; the row has {', '.join(map(str, row)) or 'nothing'}"
-        )
-
-    identity = row.get("image_id")
-    checked = {
-        "image": row["image"],
-        "audio": row["audio"],
-        "split": row["split"],
-        "where": where,
-        "samples": _samples(row.get("seconds")),
-        "image_id": row["image"] if identity in (None, "") else str(identity),
-        "caption": str(row.get("caption") or ""),
-        "speaker": str(row.get("speaker") or ""),
-    }
-
-    # JSON can spell half of a surrogate pair, which no file name or page can hold.
-    for column, value in checked.items():
-        if not isinstance(value, str) or value.isascii():
-            continue
-        try:
-            value.encode()
-        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
-            raise ValueError(f"the text under {column!r} is not Unicode: {value!a}") from None
-    return checked
-
-
-def _samples(seconds: Any) -> int:
-    """Convert a length as written to samples; -1 for none given."""
-    if seconds in (None, ""):
-        return -1
-    try:
-        value = float(seconds)
-    except (TypeError, ValueError, OverflowError):
-        value = math.nan
-    if not 0 < value < MOST_SECONDS:
-        raise ValueError(f"seconds must be the length of the recording, above 0, not {seconds!r}")
-    return round(value * SAMPLE_RATE)
+        return None
+    if len(found) > 1:
+        raise UserError(f"{folder} holds manifest.jsonl and manifest.csv: name one of them")
+    return found[0] if found else None

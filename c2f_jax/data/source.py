@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from c2f_jax.data.feature_cache import FeatureCache
+from c2f_jax.data.files import Stamp, content_hash
 from c2f_jax.errors import UserError
 
 SAMPLE_RATE = 16_000
@@ -187,11 +188,31 @@ class PairSource(abc.ABC):
         """G, the number of distinct images."""
         return len(self.image_ids)
 
-    def identity(self) -> dict[str, int]:
-        """Return numbers by which a resumed run knows that its data are the same."""
-        ids = self.image_ids[self.image_index]
-        checksum = zlib.crc32(ids.tobytes() + self.image_index.tobytes())
-        return {"recordings": len(self), "images": self.num_images, "crc32": checksum}
+    def identity(self) -> dict[str, int | str]:
+        """Return what a resumed run, or a result, knows its data by.
+
+        Neither folders nor the spelling of paths are in it. "crc32" is of the order, the image ids
+        and the lengths as listed, "content" of what the files hold.
+        """
+        parts = (self.image_ids[self.image_index], self.image_index, self.num_samples)
+        checksum = zlib.crc32(b"".join(part.tobytes() for part in parts))
+        numbers = {"recordings": len(self), "images": self.num_images, "crc32": checksum}
+        return numbers | {"content": self.content()}
+
+    def content(self) -> str:
+        """Return a text that differs if the items hold something else; "" if that is unknown."""
+        return ""
+
+    def shared_identity(self) -> str:
+        """Describe an identity that more than half of the images share; "" if there is none.
+
+        All of them count as correct answers to each other, so that recall means little.
+        """
+        ids, counts = np.unique(self.image_ids, return_counts=True)
+        if self.num_images < 2 or 2 * counts.max() <= self.num_images:
+            return ""
+        name = self.image_id(int(np.flatnonzero(self.image_ids == ids[counts.argmax()])[0]))
+        return f"{counts.max():,} of {self.num_images:,} images have the image_id {name!r}"
 
     @abc.abstractmethod
     def recording(self, index: int) -> Recording:
@@ -217,6 +238,21 @@ class PairSource(abc.ABC):
     def image_key(self, row: int) -> str:
         """Return what a feature cache calls image `row`."""
         return f"{self.split}/{row}"
+
+    def stamp(self, kind: str, index: int) -> Stamp:
+        """Return what a feature cache knows the content of an item by.
+
+        Args:
+          kind: "speech" or "image".
+          index: number of the recording, or row of the image.
+        """
+
+        def content() -> str:
+            return content_hash(
+                self.recording(index)["audio"] if kind == "speech" else self.image(index)
+            )
+
+        return Stamp([], content)
 
     def recording_name(self, index: int) -> str:
         """Return what error messages call recording `index`."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from etils import epath
 
-from c2f_jax.data.manifest import Listing
+from c2f_jax.data.listing import Listing
 from c2f_jax.datasets.builder import FilePairs
 from c2f_jax.datasets.layout import (
     Layout,

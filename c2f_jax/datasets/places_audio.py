@@ -2,7 +2,7 @@
 
 from etils import epath
 
-from c2f_jax.data.manifest import Listing
+from c2f_jax.data.listing import Listing
 from c2f_jax.datasets.builder import FilePairs
 from c2f_jax.datasets.layout import Layout, Part, json_entries, note_strays, text_value
 
