@@ -22,8 +22,6 @@ MOST_SECONDS = 1e5  # a day; a larger number is a mistake
 MOST_LINES = 100  # of a CSV row; in a longer one a quote was left open
 # What programs write for a missing value, as text.
 MISSING = frozenset({"nan", "none", "null", "<na>", "na", "n/a", "#n/a", "nat"})
-# Kinds of notes whose row is left out.
-LEFT_OUT = ("unreadable line", "two image ids")
 
 _LINE = re.compile(r"[^\r\n]*(?:\r\n|\n|\r)|[^\r\n]+")
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
@@ -38,15 +36,11 @@ class Note(NamedTuple):
       kind: a kind of `c2f_jax.data_check.findings`.
       name: the item; its path if it is a file.
       detail: what is odd about it.
-      split: the split it belongs to; "" if that is unknown or several.
-      where: file and line; "" for none.
     """
 
     kind: str
     name: str
     detail: str
-    split: str = ""
-    where: str = ""
 
 
 @dataclasses.dataclass
@@ -58,11 +52,14 @@ class Listing:
       rows: one dict for each recording: image, audio (paths), split, image_id ("" for none given),
         caption, speaker, where (it is listed), samples (-1: unknown).
       notes: what is odd about the listing.
+      left_out: place -> (split, what is wrong) of each line that cannot be used; the split is ""
+        where that is unknown.
     """
 
     name: str
     rows: list[dict] = dataclasses.field(default_factory=list)
     notes: list[Note] = dataclasses.field(default_factory=list)
+    left_out: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
 
     def add(
         self,
@@ -99,22 +96,33 @@ class Listing:
             }
         )
 
-    def note(
-        self, kind: str, name: str | os.PathLike, detail: str, split: str = "", where: str = ""
-    ) -> None:
+    def note(self, kind: str, name: str | os.PathLike, detail: str) -> None:
         """Add a note; see `Note`."""
-        self.notes.append(Note(kind, str(name), detail, split, where))
+        self.notes.append(Note(kind, str(name), detail))
 
-    def left_out(self, split: str) -> dict[str, str]:
-        """Return the rows that the notes leave out of a split: place or name -> what is wrong.
+    def leave_out(self, kind: str, name: str, where: str, reason: str, split: str = "") -> None:
+        """Note a line that cannot be used.
 
-        A line whose split cannot be read counts in each.
+        Args:
+          kind: kind of the note.
+          name: name of the note.
+          where: file and line.
+          reason: what is wrong with it.
+          split: its split, if that is known.
         """
-        reasons = {}
-        for note in self.notes:
-            if note.kind in LEFT_OUT and note.split in ("", split):
-                reasons[note.where or note.name] = note.detail
-        return reasons
+        self.note(kind, name, reason if name == where else f"{where}: {reason}")
+        self.left_out[where] = (split, reason)
+
+    def left_out_of(self, split: str) -> dict[str, str]:
+        """Return place -> what is wrong of the lines that are left out of a split.
+
+        A line whose split is unknown is left out of each.
+        """
+        found = {}
+        for where, (its_split, reason) in self.left_out.items():
+            if its_split in ("", split):
+                found[where] = reason
+        return found
 
     def count_splits(self) -> dict[str, tuple[int, int]]:
         """Count (images, recordings) of each split."""
@@ -156,11 +164,11 @@ class Listing:
             if not known and row["image_id"]:
                 given[row["split"], row["image"]] = row["image_id"]
             elif row["image_id"] not in ("", known):
-                detail = (
-                    f"{row['where']}: the image {row['image']} has image_id {row['image_id']!r} "
-                    f"here and {known!r} before; an image has one image_id"
+                reason = (
+                    f"the image {row['image']} has image_id {row['image_id']!r} here and "
+                    f"{known!r} before; an image has one image_id"
                 )
-                self.note("two image ids", row["image"], detail, row["split"], row["where"])
+                self.leave_out("two image ids", row["image"], row["where"], reason, row["split"])
                 continue
             kept.append(row)
 
@@ -193,7 +201,7 @@ def read_listing(path: str, *, strict: bool = True) -> Listing:
     def report(where: str, reason: str, split: str = "") -> None:
         if strict:
             raise UserError(f"{where}: {reason}")
-        listing.note("unreadable line", where, reason, split, where)
+        listing.leave_out("unreadable line", where, where, reason, split)
 
     folder = folder_of(path)
     odd = _OddValues(path)

@@ -9,12 +9,12 @@ import functools
 import logging
 import posixpath
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from etils import epath
 
 from c2f_jax.data.files import Stamp, content_hash, file_stamp, file_state
-from c2f_jax.data.listing import LEFT_OUT, Note, folder_of, read_listing
+from c2f_jax.data.listing import Listing, folder_of, read_listing
 from c2f_jax.data.source import BadItems, ModelInputs, PairSource, Recording
 from c2f_jax.errors import UserError
 
@@ -153,7 +153,7 @@ def load_manifest(
     listing = read_listing(path, strict=False)
     counts = Counter(row["split"] for row in listing.rows)
     missing = listing.resolve(split)
-    left_out = listing.left_out(split)
+    left_out = listing.left_out_of(split)
     if not listing.rows:
         listed = ", ".join(
             f"{name if name.strip() == name else repr(name)} ({count})"
@@ -165,7 +165,7 @@ def load_manifest(
         ]
         lines += [f"  {name}: {reason}" for name, reason in list(left_out.items())[:3]]
         raise UserError("\n".join(lines))
-    for text in _warnings(listing.notes):
+    for text in _warnings(listing):
         _warn_once(f"{path}: {text}")
 
     # All are counted before the first error.
@@ -186,13 +186,13 @@ def load_manifest(
     return source
 
 
-def _warnings(notes: Sequence[Note]) -> Iterator[str]:
+def _warnings(listing: Listing) -> Iterator[str]:
     """Say what is odd about a listing, one line for each kind of what is not left out."""
-    counts = Counter(note.kind for note in notes)
+    counts = Counter(note.kind for note in listing.notes)
     for kind, count in counts.items():
-        if kind in LEFT_OUT or kind == "ignored column":
+        if kind in ("unreadable line", "two image ids", "ignored column"):
             continue
-        first = next(note for note in notes if note.kind == kind)
+        first = next(note for note in listing.notes if note.kind == kind)
         yield f"{kind}, {count:,}: {first.name}: {first.detail}"
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import functools
+import zlib
 from typing import TYPE_CHECKING
 
 import numpy as np
 from etils import epath
 
+from c2f_jax.data.files import Stamp
 from c2f_jax.data.source import BadItems, ModelInputs, PairSource, Recording
 from c2f_jax.errors import UserError
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
+# Where the metadata of a set say what it was made from; with a space, as no split has.
+MADE_FROM = "made from"
 # Of each source: enough for the items that the threads are reading.
 RECORDS_KEPT = 64
 
@@ -38,7 +42,8 @@ class PreparedSource(PairSource):
 
     The builder's metadata hold for each split: "captions", the number of recordings of each image
     (one number when all have as many); "samples" of each recording; optionally "identities" of the
-    images, "bad_items" left out in preparation, and "items", how many there were.
+    images, "bad_items" left out in preparation, "items", how many there were, and "content", a hash
+    of all records. Under MADE_FROM they hold "listing" and "fingerprint" of what was prepared.
     """
 
     def __init__(
@@ -93,6 +98,9 @@ class PreparedSource(PairSource):
         # A caller may change image_index; where a recording is stored stays the same.
         self._record_of = self.image_index.copy()
         self._key = f"{builder.info.full_name}/{split}"
+        # Of a set that does not know its content, what changes with nearly all of it.
+        size = builder.info.splits[split].num_bytes
+        self._content = about.get("content") or f"{size}-{zlib.crc32(self.num_samples.tobytes())}"
 
     def recording(self, index: int) -> Recording:
         """Return encoded bytes, caption and speaker of recording `index`."""
@@ -112,6 +120,14 @@ class PreparedSource(PairSource):
     def image_id(self, row: int) -> str:
         """Return the name of image `row`, such as test-00007."""
         return self._record(int(row))["image_id"].decode()
+
+    def content(self) -> str:
+        """Return the hash of all records that was made in preparation."""
+        return self._content
+
+    def stamp(self, kind: str, index: int) -> Stamp:
+        """Return the stamp of an item, whose state is that of the whole split."""
+        return Stamp([self._content, int(index)], super().stamp(kind, index).content)
 
     def recording_key(self, index: int) -> str:
         """Return what a feature cache calls recording `index`."""

@@ -12,7 +12,6 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Iterable
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -21,9 +20,10 @@ from etils import epath
 from tqdm import tqdm
 
 from c2f_jax.data.audio import decode_audio, read_bytes
+from c2f_jax.data.files import content_hash, file_state
 from c2f_jax.data.images import decode_image
-from c2f_jax.data.manifest import Listing, read_listing
-from c2f_jax.data.prepared import pair_features
+from c2f_jax.data.listing import Listing, read_listing
+from c2f_jax.data.prepared import MADE_FROM, pair_features
 from c2f_jax.data.source import MIN_SAMPLES, BadItems
 from c2f_jax.datasets.layout import Layout
 from c2f_jax.errors import UserError
@@ -51,11 +51,16 @@ class _Shard:
         return f"{self.split}-{self.number:05d}"
 
     def fingerprint(self) -> str:
-        """Hash all that the shard is made from, except the line numbers of the listing."""
-        values = []
+        """Hash all that the shard is made from: what is listed, and the states of the files.
+
+        Line numbers and folders are not in it.
+        """
+        values: list[Any] = [self.split]
         for rows in self.images:
+            values.append(file_state(rows[0]["image"]) or rows[0]["image"])
             for row in rows:
-                values.append([row[key] for key in sorted(row) if key != "where"])
+                values.append(file_state(row["audio"]) or row["audio"])
+                values.append([row[key] for key in ("image_id", "caption", "speaker", "samples")])
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
@@ -99,6 +104,7 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
         """
         self._threads = threads or os.cpu_count() or 1
         self._max_bad_share, self._download, self._progress = max_bad_share, download, progress
+        self._left_out: dict[str, dict[str, str]] = {}  # split -> lines of the listing
         # The one of TFDS's formats with random access.
         kwargs.setdefault("file_format", "array_record")
         super().__init__(**kwargs)
@@ -120,7 +126,44 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
             metadata=tfds.core.MetadataDict(),
         )
 
-    def _listing(self, dl_manager: tfds.download.DownloadManager) -> Listing:
+    @property
+    def origin(self) -> str:
+        """What the set is made from, for messages and to compare."""
+        return self.LAYOUT.name
+
+    def is_current(self, manual_dir: str | None = None) -> bool:
+        """Return whether the prepared set holds what its listing lists, files unchanged.
+
+        Args:
+          manual_dir: folder of the downloaded parts of a published set. Without it, or if parts are
+            missing, there is nothing to compare with.
+
+        Raises:
+          UserError: it was made from another listing, or does not say from which.
+        """
+        folders = [manual_dir] if manual_dir else []
+        if self.LAYOUT is not None and self.LAYOUT.missing(folders):
+            return True
+        listing = self._read(folders)
+        listing.resolve()
+        made_from = self.info.metadata.get(MADE_FROM) or {}
+        if made_from.get("fingerprint") == _fingerprint(listing):
+            return True
+        if made_from.get("listing") == self.origin:
+            return False
+        raise UserError(
+            f"{self.data_dir} was made from {made_from.get('listing', 'an unknown listing')}, not "
+            f"from {self.origin}: give another --name or --data-dir, or remove it"
+        )
+
+    def _read(self, folders: list[str]) -> Listing:
+        """Read the listing; ``folders`` hold the parts of a published set."""
+        return self.LAYOUT.listing(folders)
+
+    def _folders(self, dl_manager: tfds.download.DownloadManager) -> list[str]:
+        """Return the folders of a published set's parts, which are fetched if that is possible."""
+        if self.LAYOUT is None:
+            return []
         try:
             folders = [dl_manager.manual_dir]
         except AssertionError:  # what TFDS raises without a manual directory, or with an empty one
@@ -134,23 +177,20 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
                 if part in missing or part.optional:
                     wanted[part.what] = part.source
             folders += dl_manager.download_and_extract(wanted).values()
-        return self.LAYOUT.listing(folders)
+        return folders
 
     def _shard_iterators_per_split(
         self, dl_manager: tfds.download.DownloadManager
     ) -> dict[str, list[_Shard]]:
         """Divide each split into shards."""
-        # split -> image -> its rows, in the order of the listing.
-        splits: dict[str, dict[str, list[dict]]] = {}
-        for row in self._listing(dl_manager).rows:
-            splits.setdefault(row["split"], {}).setdefault(row["image"], []).append(row)
-
-        shards: dict[str, list[_Shard]] = {}
-        for split, images in splits.items():
-            groups = list(images.values())
-            shards[split] = []
-            for number, start in enumerate(range(0, len(groups), SHARD_IMAGES)):
-                shards[split].append(_Shard(split, number, groups[start : start + SHARD_IMAGES]))
+        listing = self._read(self._folders(dl_manager))
+        listing.resolve()
+        shards = _divide(listing)
+        self._left_out = {split: listing.left_out_of(split) for split in shards}
+        self.info.metadata[MADE_FROM] = {
+            "listing": self.origin,
+            "fingerprint": _fingerprint(listing),
+        }
         return shards
 
     def _download_and_prepare(
@@ -187,10 +227,10 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
         fingerprint = shard.fingerprint()
         path, about_path = folder / shard.name, folder / f"{shard.name}.json"
 
-        # A finished shard is kept unless the listing, or a file that was bad, has changed.
+        # A finished shard is kept unless the listing or one of its files has changed.
         if path.exists() and about_path.exists():
             about = json.loads(about_path.read_text())
-            if about["fingerprint"] == fingerprint and about.get("stamps") == _stamps(about["bad"]):
+            if about["fingerprint"] == fingerprint:
                 bar.update(len(shard.images))
                 return _Made(shard.split, path, about)
 
@@ -201,6 +241,7 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
             "image_ids": [],
             "bad": {},
             "items": len(shard.images) + sum(map(len, shard.images)),
+            "content": [],
         }
 
         # ArrayRecord writes to local files only; a shard for a bucket is copied there.
@@ -213,7 +254,9 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
                     raise InterruptedError
                 example, samples = _read_record(rows, about["bad"])
                 if samples:
-                    writer.write(self.info.features.serialize_example(example))
+                    record = self.info.features.serialize_example(example)
+                    writer.write(record)
+                    about["content"].append(content_hash(record))
                     about["captions"].append(len(samples))
                     about["samples"] += samples
                     about["image_ids"].append(rows[0]["image_id"])
@@ -225,7 +268,6 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
                 epath.Path(part).copy(path, overwrite=True)
             else:
                 os.replace(part, path)
-        about["stamps"] = _stamps(about["bad"])
         about_path.write_text(json.dumps(about))  # last: marks the shard as complete
         return _Made(shard.split, path, about)
 
@@ -258,18 +300,19 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
 
     def _metadata(self, split: str, shards: list[dict]) -> dict[str, Any]:
         """Join the metadata of the shards of a split, as `PreparedSource` reads them."""
-        captions, samples, identities = [], [], []
+        captions, samples, identities, content = [], [], [], []
         # Identities are numbered over the whole split, in the order of its images.
         number_of: dict[str, int] = {}
-        bad: dict[str, str] = {}
+        bad = dict(self._left_out[split])
+        items = len(bad) + sum(about["items"] for about in shards)
         for about in shards:
             captions += about["captions"]
             samples += about["samples"]
+            content += about["content"]
             bad |= about["bad"]
             for name in about["image_ids"]:
                 identities.append(number_of.setdefault(name, len(number_of)))
 
-        items = sum(about["items"] for about in shards)
         BadItems(f"{self.name}, split {split}", items, self._max_bad_share).add_all(bad)
         if not captions:
             raise UserError(f"{self.name}: nothing in the split {split!r} can be used")
@@ -279,22 +322,33 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
             "identities": identities,
             "bad_items": bad,
             "items": items,
+            "content": content_hash("".join(content).encode()),
         }
 
 
-def _stamps(names: Iterable[str]) -> dict[str, list | None]:
-    """Return size and time of change of bad files, None for a missing one.
+def _divide(listing: Listing) -> dict[str, list[_Shard]]:
+    """Divide each split of a listing into shards."""
+    # split -> image -> its rows, in the order of the listing.
+    splits: dict[str, dict[str, list[dict]]] = {}
+    for row in listing.rows:
+        splits.setdefault(row["split"], {}).setdefault(row["image"], []).append(row)
 
-    A shard is made again when one of its bad files has changed.
-    """
-    stamps: dict[str, list | None] = {}
-    for name in names:
-        try:
-            about = epath.Path(name).stat()
-            stamps[name] = [about.length, about.mtime]
-        except OSError:
-            stamps[name] = None
-    return stamps
+    shards: dict[str, list[_Shard]] = {}
+    for split, images in splits.items():
+        groups = list(images.values())
+        shards[split] = []
+        for number, start in enumerate(range(0, len(groups), SHARD_IMAGES)):
+            shards[split].append(_Shard(split, number, groups[start : start + SHARD_IMAGES]))
+    return shards
+
+
+def _fingerprint(listing: Listing) -> str:
+    """Hash what a set is made from: its rows, the states of their files, and what is left out."""
+    values = []
+    for split, shards in _divide(listing).items():
+        values.append([split, len(listing.left_out_of(split))])
+        values += [shard.fingerprint() for shard in shards]
+    return content_hash(json.dumps(values).encode())
 
 
 def _read_record(rows: list[dict], bad: dict[str, str]) -> tuple[dict, list[int]]:
@@ -348,6 +402,12 @@ class ManifestPairs(FilePairs, skip_registration=True):
         self._manifest = manifest
         super().__init__(config=tfds.core.BuilderConfig(name=name), **kwargs)
 
-    def _listing(self, dl_manager: tfds.download.DownloadManager) -> Listing:
-        del dl_manager
-        return read_listing(self._manifest)
+    @property
+    def origin(self) -> str:
+        """The path of the manifest, absolute on a disk."""
+        path = self._manifest
+        return path if "://" in path else os.path.abspath(path)
+
+    def _read(self, folders: list[str]) -> Listing:
+        del folders
+        return read_listing(self._manifest, strict=False)

@@ -36,9 +36,9 @@ def _read(parts: dict[str, epath.Path]) -> Listing:
     for number, line in text_lines(order):
         fields = line.split()
         if len(fields) != 3 or not fields[2].lstrip("#").isdigit():
-            listing.note(
-                "unreadable line", f"{order}:{number}", f"must be WAV JPG #K, but is {line!r}"
-            )
+            where = f"{order}:{number}"
+            reason = f"must be WAV JPG #K, but is {line!r}"
+            listing.leave_out("unreadable line", where, where, reason)
             continue
 
         audio, image, which = fields[0], fields[1], int(fields[2].lstrip("#"))

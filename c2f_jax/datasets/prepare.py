@@ -2,13 +2,10 @@
 
 import os
 
-from c2f_jax.data.manifest import (
-    MANIFEST_SUFFIXES,
-    Listing,
-    is_manifest,
-    manifest_in,
-    read_listing,
-)
+from etils import epath
+
+from c2f_jax.data.listing import Listing, read_listing
+from c2f_jax.data.manifest import MANIFEST_SUFFIXES, is_manifest, manifest_in
 from c2f_jax.datasets.layout import Layout
 from c2f_jax.datasets.registry import (
     PUBLISHED,
@@ -35,6 +32,8 @@ def prepare(
 ) -> str:
     """Make a prepared set if it is not there; the same call resumes after an interruption.
 
+    A set whose listing or files have changed since is made anew.
+
     Args:
       spec: a published data set, `spoken_scenes`, a manifest, or a folder that holds manifest.jsonl
         or manifest.csv.
@@ -51,7 +50,8 @@ def prepare(
       manifest.
 
     Raises:
-      UserError: parts are missing, too much is bad, or the directory cannot be written.
+      UserError: parts are missing, too much is bad, the directory cannot be written, or it holds
+        what was prepared from another listing.
     """
     check_data_dir(data_dir)
     spec = _find_spec(str(spec), manual_dir)
@@ -62,7 +62,7 @@ def prepare(
     # TFDS is loaded here, so that a dry run does not need it.
     import tensorflow_datasets as tfds
 
-    from c2f_jax.datasets.builder import ManifestPairs
+    from c2f_jax.datasets.builder import FilePairs, ManifestPairs
 
     options = {
         "data_dir": data_dir,
@@ -70,11 +70,18 @@ def prepare(
         "max_bad_share": max_bad_share,
         "progress": progress,
     }
-    try:
+
+    def create() -> FilePairs:
         if spec in PUBLISHED:
-            builder = published_builder(spec)(download=download, **options)
-        else:
-            builder = ManifestPairs(manifest=spec, name=name or _default_name(spec), **options)
+            return published_builder(spec)(download=download, **options)
+        return ManifestPairs(manifest=spec, name=name or _default_name(spec), **options)
+
+    try:
+        builder = create()
+        if builder.info.splits and not builder.is_current(manual_dir):
+            print(f"{spec} has changed: {builder.data_dir} is made anew", flush=True)
+            epath.Path(builder.data_dir).rmtree()
+            builder = create()
         config = tfds.download.DownloadConfig(manual_dir=manual_dir)
         builder.download_and_prepare(download_config=config)
     except OSError as e:
@@ -120,7 +127,8 @@ def dry_run(
             return "\n".join(lines)
         listing = layout.listing(folders)
     else:
-        listing = read_listing(spec)
+        listing = read_listing(spec, strict=False)
+        listing.resolve()
         lines.append(f"  prepared as {name or _default_name(spec)}")
 
     # Nothing is missing: say what would be written.
@@ -155,6 +163,8 @@ def _describe_listing(listing: Listing) -> list[str]:
     for split, (images, recordings) in listing.count_splits().items():
         lines.append(f"  {split}: {images:,} images, {recordings:,} recordings")
 
+    for where, (_, reason) in listing.left_out.items():
+        lines.append(f"  left out: {where}: {reason}")
     files = {row[column] for row in listing.rows for column in ("image", "audio")}
     sizes, gone = [], 0
     for file in files:
