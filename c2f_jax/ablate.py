@@ -112,6 +112,13 @@ def ablate(
         for row in rows:
             result = _run_row(config, row_config(config, row, seed, noise), row, workdir)
             results.setdefault(row, []).append(result)
+            first = results[rows[0]][0]
+            if result.data != first.data:
+                raise UserError(
+                    f"{_directory(workdir, row, seed)} was evaluated on other data than "
+                    f"{_directory(workdir, rows[0], config.seed)}: their numbers do not compare; "
+                    "bring the data back or remove the older run"
+                )
             markdown = f"{format_rows(results)}\n{format_differences(results)}"
             (epath.Path(workdir) / "table.md").write_text(markdown)
 

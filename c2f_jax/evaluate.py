@@ -10,8 +10,9 @@ import numpy as np
 from etils import epath
 
 from c2f_jax.data.audio import decode_audio
+from c2f_jax.data.files import content_hash
 from c2f_jax.data.images import decode_image
-from c2f_jax.data.manifest import MANIFEST_SUFFIXES
+from c2f_jax.data.manifest import is_manifest
 from c2f_jax.data.source import PairSource
 from c2f_jax.inference import LENGTH_BUCKETS, TrainedModel
 from c2f_jax.reports.examples import Example, make_examples, random_queries, worst_queries
@@ -65,6 +66,8 @@ def evaluate_source(
 ) -> tuple[EvaluationResult, epath.Path]:
     """Evaluate a split and write ``eval/<data set>-<split>[-<protocol>].{json,html,png}``.
 
+    The files of another data set of the same label stay: a part of a hash is added to the name.
+
     Several processes, all of which must call this, share the work; the first writes the files.
 
     Args:
@@ -97,6 +100,8 @@ def evaluate_source(
         split=source.split,
         trained_on=model.experiment.data.name,
         step=int(model.step),
+        model=model.fingerprint,
+        data=source.identity(),
         bad_items=source.bad_items.reasons,
     )
     page = in_first_process(lambda: _write_files(model, source, encoded, result))
@@ -138,13 +143,15 @@ def evaluate_by_voice(model: TrainedModel, source: PairSource) -> dict[str, Eval
 def data_set_label(source: PairSource) -> str:
     """Return a data set's name for files and metrics, such as "spoken_scenes-tiny".
 
-    A manifest is named after its folder; a prepared manifest, manifest_pairs/<name>/<version>,
-    after its name.
+    A manifest is named after its folder, and after itself unless it is called "manifest"; a
+    prepared manifest, manifest_pairs/<name>/<version>, after its name.
     """
     path = epath.Path(source.name)
-    # The name of a manifest's file, often "manifest.jsonl", says little.
-    if path.suffix in MANIFEST_SUFFIXES or path.parent.parent.name == "manifest_pairs":
+    if path.parent.parent.name == "manifest_pairs":
         return path.parent.name
+    if is_manifest(source.name):
+        folder = path.parent.name or "manifest"
+        return folder if path.stem == "manifest" else f"{folder}-{path.stem}"
     return source.name.replace("/", "-")
 
 
@@ -192,6 +199,15 @@ def _eval_folder(model: TrainedModel) -> epath.Path:
     return folder
 
 
+def _is_of_other_data(path: epath.Path, result: EvaluationResult) -> bool:
+    """Return whether a file holds the result of another data set that has the same label."""
+    try:
+        stored = json.loads(path.read_text())
+        return stored["data_set"] != result.data_set and stored["data"] != result.data
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or no such result
+        return False
+
+
 def _write_files(
     model: TrainedModel, source: PairSource, encoded: EncodedSplit, result: EvaluationResult
 ) -> epath.Path:
@@ -203,6 +219,8 @@ def _write_files(
         stem += f"-{result.protocol.name}"
         where += f", protocol {result.protocol.name}"
 
+    if _is_of_other_data(folder / f"{stem}.json", result):
+        stem += f"-{content_hash(source.name.encode())[:8]}"
     (folder / f"{stem}.json").write_text(json.dumps(result.to_json(), indent=2) + "\n")
     curves = None
     if model.history:

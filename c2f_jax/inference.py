@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -101,6 +102,22 @@ class TrainedModel:
     def name(self) -> str:
         """The run and step, such as "runs/scenes@1000"."""
         return f"{self.workdir}@{self.step}"
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the parameters and of how images and recordings are prepared for them.
+
+        Items that two models encode can be compared if their fingerprints are equal. Folders, steps
+        and devices are not in it.
+        """
+        data = self.experiment.data
+        prepared = [data.image_size, data.image_resize, data.image_resize_side, data.max_seconds]
+        hashed = hashlib.sha256(repr(prepared).encode())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
+            array = np.ascontiguousarray(leaf)
+            hashed.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+            hashed.update(array.view(np.uint8).data if array.size else b"")
+        return hashed.hexdigest()[:16]
 
     @property
     def has_sim(self) -> bool:
@@ -222,7 +239,7 @@ class TrainedModel:
         return f"TrainedModel({self.name}, trained on {self.experiment.data.name})"
 
 
-@partial(jax.jit, static_argnames="model")
+@functools.partial(jax.jit, static_argnames="model")
 def encode_speech(
     model: nn.Module, params: Params, waveform: jax.Array, lengths: jax.Array
 ) -> Encoded:
@@ -238,7 +255,7 @@ def encode_speech(
     return encoded
 
 
-@partial(jax.jit, static_argnames="model")
+@functools.partial(jax.jit, static_argnames="model")
 def encode_image(model: nn.Module, params: Params, image: jax.Array) -> Encoded:
     """Encode images, without dropout.
 
@@ -251,7 +268,7 @@ def encode_image(model: nn.Module, params: Params, image: jax.Array) -> Encoded:
     return encoded
 
 
-@partial(jax.jit, static_argnames="model")
+@functools.partial(jax.jit, static_argnames="model")
 def match(
     model: nn.Module,
     params: Params,

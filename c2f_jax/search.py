@@ -141,6 +141,7 @@ def build_index(
     return GalleryIndex(
         kind=kind,
         model=model.name,
+        fingerprint=model.fingerprint,
         names=[name for block in done for name in block.names],
         media=[data for block in done for data in block.media],
         embeddings=joined.embedding,
@@ -241,12 +242,12 @@ def _open_gallery(model: TrainedModel, query: Query) -> GalleryIndex:
             f"{query.index} contains {items.kind} items, but these queries look for {kind} items: "
             f"make one with `c2f index --kind={kind}`"
         )
-    # The workdir may have moved, so only the step and the size of the embeddings are compared.
-    same_size = items.embeddings.shape[1] == model.experiment.model.embedding_size
-    if not same_size or not items.model.endswith(f"@{model.step}"):
+    # The workdir may have moved, or hold another run.
+    if items.fingerprint != model.fingerprint:
         raise UserError(
-            f"{query.index} was encoded by {items.model}, the queries by {model.name}: make the "
-            "index again"
+            f"{query.index} was encoded by {items.model} (parameters "
+            f"{items.fingerprint or 'unknown'}), the queries by {model.name} (parameters "
+            f"{model.fingerprint}): give that run, or make the index again"
         )
     return items
 

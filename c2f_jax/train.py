@@ -80,7 +80,7 @@ class _Run:
     parallel: DataParallel
     optimizer: optax.GradientTransformation
     source: PairSource  # the training split
-    identity: Mapping[str, int]  # of the training split
+    identity: Mapping[str, int | str]  # of the training split
     validation: PairSource
     checkpoints: Checkpoints
     recorder: Recorder
@@ -128,6 +128,9 @@ def train_and_evaluate(
         claims: list[Claim] = []
         in_first_process(lambda: claims.append(stack.enter_context(Claim(workdir))))
         recorder = _open_workdir(config, experiment, workdir)
+        recorder.say(
+            f"training on {source.origin}, split {source.split}: {len(source):,} recordings"
+        )
         experiment = fit_to_data(experiment, source, recorder.say)
         identity = source.identity()
         source.image_index = shuffled_images(
@@ -299,7 +302,7 @@ def _resume_or_start(run: _Run, state: C2FTrainState) -> tuple[C2FTrainState, in
     return parallel.place_state(parallel.host_copy(restored)).replace(frozen=frozen), step
 
 
-def _check_identity(run: _Run, saved: Mapping[str, int]) -> None:
+def _check_identity(run: _Run, saved: Mapping[str, int | str]) -> None:
     """Raise UserError if a run goes on with other data than it began with."""
     if saved == run.identity:
         return
@@ -307,7 +310,11 @@ def _check_identity(run: _Run, saved: Mapping[str, int]) -> None:
         f"{data['recordings']} recordings of {data['images']} images"
         for data in (saved, run.identity)
     )
-    how = ", in another order or with other image ids" if then == now else ""
+    how = ""
+    if then == now:
+        how = ", in another order, with other image ids or lengths"
+        if saved["crc32"] == run.identity["crc32"]:
+            how = ", but their files hold something else"
     raise UserError(
         f"{run.source.name}, split {run.source.split}, is not what {run.workdir} was trained on: "
         f"{then} then, {now} now{how}. Bring the data back, or start another run from this one: "

@@ -9,6 +9,7 @@ SUMMARY = "Decode every item of a data set and report what is wrong."
 EXAMPLES = """\
   c2f data check path/to/manifest.jsonl --output=check --fix=clean.jsonl
   c2f data check flickr8k_audio --manual-dir=downloads
+  c2f data check path/to/other.jsonl --workdir=runs/mine
 Exit status: 0 passed, 1 warnings, 3 errors."""
 
 
@@ -21,27 +22,41 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--fix", metavar="FILE", help="write a manifest (.jsonl) of the items that can be used"
     )
-    parser.add_argument(
+    limits = parser.add_mutually_exclusive_group()
+    limits.add_argument(
         "--max-seconds",
         type=float,
         default=30.0,
         help="report recordings longer than this (default: %(default)s)",
     )
+    limits.add_argument(
+        "--workdir",
+        type=arguments.directory,
+        help="directory of a training run: report what that run would leave out, cut or enlarge",
+    )
 
 
 def run(args: Namespace) -> int:
     """Check the data set, print the report and write what was asked for."""
-    from c2f_jax.data_check.check import check_data
-    from c2f_jax.data_check.clean_manifest import check_name, write_clean_manifest
+    from c2f_jax.data_check.check import RunLimits, check_data
+    from c2f_jax.data_check.clean_manifest import check_name, count_dropped, write_clean_manifest
     from c2f_jax.data_check.findings import EXIT_CODES
 
     if args.fix:
         check_name(args.fix)  # before hours of decoding
+    limits = {"max_seconds": args.max_seconds}
+    if args.workdir:
+        from c2f_jax.config.experiment import create_experiment
+        from c2f_jax.config.files import load_saved_config
+
+        experiment = create_experiment(load_saved_config(args.workdir))
+        data = experiment.data_of(args.data)
+        limits = {"run": RunLimits(data, experiment.batch_size)}
     report = check_data(
         args.data,
         manual_dir=args.manual_dir,
         data_dir=args.data_dir,
-        max_seconds=args.max_seconds,
+        **limits,
         threads=args.threads,
     )
     print(report.text())
@@ -57,5 +72,8 @@ def run(args: Namespace) -> int:
         write_check_page(folder / "check.html", report)
         print(f"report: {folder / 'check.html'}, {folder / 'check.json'}")
     if args.fix:
-        print(f"{write_clean_manifest(report, args.fix):,} pairs written: {args.fix}")
+        written = write_clean_manifest(report, args.fix)
+        print(f"{written:,} pairs written: {args.fix}")
+        for what, count in count_dropped(report, written).items():
+            print(f"  left out: {count:,} {what}")
     return EXIT_CODES[report.severity]

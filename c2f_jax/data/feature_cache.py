@@ -1,10 +1,10 @@
 """The feature cache: tokens of a frozen network, computed once, read back by memory mapping.
 
 A cache is a folder with ``card.json``, which says where the tokens come from, and shards:
-``NAME.npy``, the tokens of some items, one after the other, float16, and ``NAME.json``, their keys
-and numbers of tokens, written last. Tokens of another tool are one .npz file with ``names`` (N,),
-``tokens`` (N, P, C) and optionally ``lengths`` (N,); its card, if there is one, is NAME.json beside
-it.
+``NAME.npy``, the tokens of some items, one after the other, float16, and ``NAME.json``, their keys,
+numbers of tokens and what tells their files from others, written last. Tokens of another tool are
+one .npz file with ``names`` (N,), ``tokens`` (N, P, C) and optionally ``lengths`` (N,); its card,
+if there is one, is NAME.json beside it.
 """
 
 import dataclasses
@@ -12,12 +12,13 @@ import functools
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from c2f_jax.data.files import Stamp
 from c2f_jax.errors import UserError
 
 # Names that older cards, of caches and of converted weights, spell differently.
@@ -35,11 +36,13 @@ class TokenRows:
       read: function that returns the array that holds them.
       start: their first row in that array.
       count: their number.
+      stamp: record of the file that they were made from, see `Stamp`; None if it is unknown.
     """
 
     read: Callable[[], np.ndarray]
     start: int
     count: int
+    stamp: list | None = None
 
 
 class FeatureCache:
@@ -65,6 +68,7 @@ class FeatureCache:
         """
         self.path, self.card, self.shape = str(path), card, tuple(shape)
         self._items = items
+        self._checked: dict[str, list] = {}  # key -> state of the file that was found to be right
         self.most_tokens = max((rows.count for rows in items.values()), default=0)
 
     def __len__(self) -> int:
@@ -85,10 +89,35 @@ class FeatureCache:
         Raises:
           UserError: the cache has no such item.
         """
-        if key not in self._items:
-            raise UserError(f"no features of {key} in {self.path}")
-        rows = self._items[key]
+        rows = self._rows(key)
         return rows.read()[rows.start : rows.start + rows.count]
+
+    def check(self, key: str, stamp: Stamp) -> None:
+        """Check that the tokens of an item were made from what its file holds.
+
+        A token file of another tool does not say what it was made from.
+
+        Args:
+          key: key of the item.
+          stamp: stamp of its file.
+
+        Raises:
+          UserError: the cache has no such item, or its file has changed since.
+        """
+        recorded = self._rows(key).stamp
+        if recorded is None or (stamp.state and self._checked.get(key) == stamp.state):
+            return
+        if not stamp.matches(recorded):
+            raise UserError(
+                f"{self.path} holds features of another {key}, whose file has changed since: run "
+                "`c2f features` again"
+            )
+        self._checked[key] = stamp.state
+
+    def _rows(self, key: str) -> TokenRows:
+        if key not in self._items:
+            raise UserError(f"no features of {key} in {self.path}: run `c2f features` again")
+        return self._items[key]
 
     def tokens_of_samples(self, samples: int) -> int:
         """Return the number of tokens of a recording.
@@ -197,8 +226,9 @@ def _open_folder(path: Path) -> FeatureCache:
         read = functools.cache(functools.partial(_map, index.with_suffix(".npy")))
         # Tokens of the items follow each other in one array.
         start = 0
-        for key, count in zip(shard["keys"], shard["lengths"], strict=True):
-            items[key] = TokenRows(read, start, count)
+        stamps = shard.get("stamps") or [None] * len(shard["keys"])
+        for key, count, stamp in zip(shard["keys"], shard["lengths"], stamps, strict=True):
+            items[key] = TokenRows(read, start, count, stamp)
             start += count
         shape = shard["shape"]
 
@@ -286,35 +316,66 @@ def has_card(folder: PathLike, card: Card) -> bool:
     return True
 
 
-def shard_exists(folder: PathLike, name: str, keys: Iterable[str]) -> bool:
-    """Check whether a shard is finished.
+def shard_exists(folder: PathLike, name: str, stamps: Mapping[str, Stamp]) -> bool:
+    """Check whether a shard is finished, and of these items.
 
     Args:
       folder: path of the cache.
       name: name of the shard.
-      keys: keys of its items; it lacks those that could not be read.
+      stamps: key -> stamp of each of its items.
 
     Returns:
-      Whether it is finished.
+      Whether it holds them all, or knows that they could not be read; False also if files have
+      changed, or other items belong to it.
 
     Raises:
-      UserError: it holds other items.
+      UserError: nothing in it is of these items.
     """
     path = Path(folder) / f"{name}.json"
     if not path.exists():
         return False
+    shard = _read_json(path)
+    if "stamps" not in shard:  # by another version: it does not say what it was made from
+        recorded = dict.fromkeys(shard["keys"])
+    else:
+        recorded = dict(zip(shard["keys"], shard["stamps"], strict=True)) | shard["left_out"]
 
-    others = sorted(set(_read_json(path)["keys"]) - set(keys))
-    if others:
+    same = []
+    for key, record in recorded.items():
+        if key in stamps and (record is None or stamps[key].matches(record)):
+            same.append(key)
+    if recorded and not same:
+        what = min(recorded)
         raise UserError(
-            f"{folder} holds features of other data, such as {others[0]} in {name}: remove it or "
-            "name another folder"
+            f"{folder} holds features of other data, such as {what} in {name}: remove it or name "
+            "another folder"
         )
-    return True
+    if "stamps" not in shard:
+        return len(same) == len(recorded)
+    return len(same) == len(recorded) == len(stamps)
+
+
+def remove_shards(folder: PathLike, prefix: str, count: int) -> None:
+    """Remove the shards from a number on: the items of what was a larger split.
+
+    Args:
+      folder: path of the cache.
+      prefix: what their names begin with, before the number.
+      count: number of shards that there should be.
+    """
+    for index in Path(folder).glob(f"{prefix}[0-9]*.json"):
+        number = index.stem.removeprefix(prefix)
+        if number.isdigit() and int(number) >= count:
+            index.unlink()
+            index.with_suffix(".npy").unlink(missing_ok=True)
 
 
 def write_shard(
-    folder: PathLike, name: str, items: Sequence[tuple[str, np.ndarray]], shape: Sequence[int]
+    folder: PathLike,
+    name: str,
+    items: Sequence[tuple[str, np.ndarray]],
+    shape: Sequence[int],
+    records: Mapping[str, list] | None = None,
 ) -> None:
     """Write a shard.
 
@@ -323,6 +384,8 @@ def write_shard(
       name: name of the shard.
       items: (key, tokens (T, *shape)) of each item.
       shape: what follows the number of tokens.
+      records: key -> record of the file of each item, and of those that could not be read; see
+        `Stamp.record`. None to keep none, so that the tokens are never compared with files.
     """
     folder = Path(folder)
     tokens = [np.asarray(t, np.float16) for _, t in items]
@@ -334,11 +397,15 @@ def write_shard(
         np.save(file, data)
     os.replace(partial, folder / f"{name}.npy")
 
-    index = {
-        "keys": [key for key, _ in items],
+    keys = [key for key, _ in items]
+    index: dict[str, Any] = {
+        "keys": keys,
         "lengths": [len(t) for t in tokens],
         "shape": list(shape),
     }
+    if records is not None:
+        index["stamps"] = [records[key] for key in keys]
+        index["left_out"] = {key: records[key] for key in records.keys() - set(keys)}
     _write(folder / f"{name}.json", json.dumps(index).encode())
 
 

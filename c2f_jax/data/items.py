@@ -7,6 +7,7 @@ from PIL import Image
 
 from c2f_jax.data.audio import decode_audio
 from c2f_jax.data.feature_cache import FeatureCache
+from c2f_jax.data.files import Stamp
 from c2f_jax.data.images import decode_image, open_rgb
 from c2f_jax.data.source import MIN_SAMPLES, PairSource
 from c2f_jax.errors import UserError
@@ -122,7 +123,8 @@ def load_speech_input(source: PairSource, index: int, copy: int = 0) -> np.ndarr
         features = source.inputs.speech_copies[copy - 1]
 
     key = source.recording_key(index)
-    return _read_tokens(source, features, key, lambda: source.recording_name(index))
+    stamp = source.stamp("speech", index)
+    return _read_tokens(source, features, key, stamp, lambda: source.recording_name(index))
 
 
 def load_image_input(source: PairSource, row: int, size: int) -> np.ndarray | None:
@@ -144,17 +146,19 @@ def load_image_input(source: PairSource, row: int, size: int) -> np.ndarray | No
     if inputs.image_features is None:
         return load_image(source, row, size, inputs.image_resize, inputs.image_resize_side)
     key = source.image_key(row)
-    return _read_tokens(source, inputs.image_features, key, lambda: source.image_name(row))
+    stamp = source.stamp("image", row)
+    return _read_tokens(source, inputs.image_features, key, stamp, lambda: source.image_name(row))
 
 
 def _read_tokens(
-    source: PairSource, features: FeatureCache, key: str, name: Callable[[], str]
+    source: PairSource, features: FeatureCache, key: str, stamp: Stamp, name: Callable[[], str]
 ) -> np.ndarray | None:
     """Copy tokens out of a cache.
 
     Only an error asks for the name, which may need reading the item.
     """
     try:
+        features.check(key, stamp)
         return np.array(features.tokens(key))
     except UserError as e:
         source.bad_items.add(name(), str(e))

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import functools
+import logging
+import os
 import zlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 from etils import epath
 
-from c2f_jax.data.files import Stamp
+from c2f_jax.data.files import Stamp, content_hash
 from c2f_jax.data.source import BadItems, ModelInputs, PairSource, Recording
 from c2f_jax.errors import UserError
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
+
+log = logging.getLogger(__name__)
 
 # Where the metadata of a set say what it was made from; with a space, as no split has.
 MADE_FROM = "made from"
@@ -43,7 +48,8 @@ class PreparedSource(PairSource):
     The builder's metadata hold for each split: "captions", the number of recordings of each image
     (one number when all have as many); "samples" of each recording; optionally "identities" of the
     images, "bad_items" left out in preparation, "items", how many there were, and "content", a hash
-    of all records. Under MADE_FROM they hold "listing" and "fingerprint" of what was prepared.
+    of all records. Under MADE_FROM they hold "listing", the name or path of what was
+    prepared, its "fingerprint", and "manifest", a hash of the file.
     """
 
     def __init__(
@@ -102,6 +108,17 @@ class PreparedSource(PairSource):
         size = builder.info.splits[split].num_bytes
         self._content = about.get("content") or f"{size}-{zlib.crc32(self.num_samples.tobytes())}"
 
+        made_from = builder.info.metadata.get(MADE_FROM, {})
+        if made_from:
+            self.origin = f"{name}, prepared from {made_from['listing']}"
+            if _has_changed(made_from):
+                log.warning(
+                    "%s has changed since %s was prepared from it: run `c2f data prepare` again to "
+                    "read what it lists",
+                    made_from["listing"],
+                    name,
+                )
+
     def recording(self, index: int) -> Recording:
         """Return encoded bytes, caption and speaker of recording `index`."""
         row = int(self._record_of[index])
@@ -136,6 +153,12 @@ class PreparedSource(PairSource):
     def image_key(self, row: int) -> str:
         """Return what a feature cache calls image `row`."""
         return f"{self._key}/{row}"
+
+
+def _has_changed(made_from: Mapping[str, str]) -> bool:
+    """Return whether the manifest that a set was made from is there and holds something else."""
+    path = made_from["listing"]
+    return os.path.isfile(path) and content_hash(path) != made_from["manifest"]
 
 
 def is_prepared(path: str) -> bool:

@@ -146,6 +146,7 @@ class PairSource(abc.ABC):
       num_samples: int32 (M,), length of each recording at 16 kHz, -1 where unknown.
       bad_items: what was left out, and why.
       inputs: what the model is given of each item.
+      origin: the name, and what the data were made from if that is something else.
     """
 
     def __init__(
@@ -170,7 +171,7 @@ class PairSource(abc.ABC):
           bad_items: what was left out; None for nothing.
           inputs: what the model is given of each item; None for waveform and pixels.
         """
-        self.name, self.split = name, split
+        self.name, self.split, self.origin = name, split, name
 
         self.image_index = np.asarray(image_index, np.int32)
         self.image_ids = np.asarray(image_ids, np.int32)

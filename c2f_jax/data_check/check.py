@@ -11,17 +11,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from c2f_jax.data.manifest import (
-    Listing,
-    ManifestSource,
-    Note,
-    is_manifest,
-    manifest_in,
-    read_listing,
-)
+from c2f_jax.data.feature_cache import open_features
+from c2f_jax.data.listing import Listing, Note, read_listing
+from c2f_jax.data.manifest import ManifestSource, is_manifest, manifest_in
 from c2f_jax.data.source import BadItems, PairSource
 from c2f_jax.data_check.facts import Facts, image_facts, recording_facts
 from c2f_jax.data_check.findings import EXIT_CODES, KINDS, Finding, Report
+from c2f_jax.datasets.config import DataConfig
 from c2f_jax.datasets.registry import (
     DATA_SETS,
     PUBLISHED,
@@ -44,11 +40,38 @@ NAME_OF = {"image": PairSource.image_name, "recording": PairSource.recording_nam
 
 @dataclasses.dataclass(frozen=True)
 class _DataSet:
-    """A data set with nothing left out, and the notes of its listing."""
+    """A data set with all items that are listed, and the notes of its listing.
+
+    Attributes:
+      name: its name.
+      sources: its splits.
+      notes: what is odd about the listing.
+      not_listed: name -> reason of what the listing or the preparation left out.
+    """
 
     name: str
     sources: Sources
     notes: list[Note]
+    not_listed: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunLimits:
+    """What a run does with its data, to judge them by.
+
+    Attributes:
+      data: how it reads data.
+      batch_size: rows of its batches.
+    """
+
+    data: DataConfig
+    batch_size: int
+
+    def seconds(self, split: str) -> float:
+        """Return the length above which recordings of a split are cropped or cut."""
+        if split == self.data.train_split:
+            return max(self.data.bucket_seconds)
+        return self.data.max_seconds
 
 
 def check_data(
@@ -57,6 +80,7 @@ def check_data(
     manual_dir: str | None = None,
     data_dir: str | None = None,
     max_seconds: float = 30.0,
+    run: RunLimits | None = None,
     threads: int | None = None,
     progress: bool = True,
 ) -> Report:
@@ -69,6 +93,7 @@ def check_data(
       manual_dir: folder of the downloaded parts of a published set.
       data_dir: where TFDS keeps prepared sets.
       max_seconds: longer recordings are reported.
+      run: what a run would do with the data, in place of max_seconds.
       threads: threads that decode; None for one a core.
       progress: whether to show a bar.
 
@@ -86,7 +111,7 @@ def check_data(
         tqdm(total=total, desc="checking", unit=" items", disable=not progress) as bar,
         concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool,
     ):
-        images, recordings = _decode_all(sources, max_seconds, pool, bar)
+        images, recordings = _decode_all(sources, run or max_seconds, pool, bar)
 
     # Problems of single items decide what can be used.
     findings = [Finding(kind, name, detail) for kind, name, detail in data_set.notes]
@@ -106,11 +131,14 @@ def check_data(
     findings += _duplicates(sources, images, "image")
     findings += _duplicates(sources, recordings, "recording")
     findings += _shared_ids(sources)
+    findings += _one_id(sources)
     findings += _odd_numbers(sources)
     findings += _differing_counts(data_set.name, splits)
+    if run is not None:
+        findings += _unlike_run(sources, {"image": images, "recording": recordings}, run)
 
     findings.sort(key=_place)
-    return Report(data_set.name, splits, seconds, findings, sources, left_out)
+    return Report(data_set.name, splits, seconds, findings, sources, left_out, data_set.not_listed)
 
 
 def _place(finding: Finding) -> tuple[int, int]:
@@ -131,27 +159,21 @@ def _open(spec: str, manual_dir: str | None, data_dir: str | None) -> _DataSet:
 
     builder = open_builder(spec, data_dir)
     # Nothing is left out, however bad, so that all of it can be reported.
-    sources, notes = {}, []
+    sources, not_listed = {}, {}
     for split in builder.info.splits:
         sources[split] = load_pairs(spec, split, data_dir, max_bad_share=1.0)
-        for item, reason in sources[split].bad_items.reasons.items():
-            notes.append(Note("left out", item, reason))
+        not_listed |= sources[split].bad_items.reasons
+    notes = [Note("left out", item, reason) for item, reason in not_listed.items()]
     if name not in DATA_SETS:
         name = builder.name
-    return _DataSet(name if name in PUBLISHED else spec, sources, notes)
+    return _DataSet(name if name in PUBLISHED else spec, sources, notes, not_listed)
 
 
 def _listed(name: str, listing: Listing) -> _DataSet:
-    """Make sources from a listing, without the pairs that give an image a second identity."""
+    """Make sources from a listing; files that are missing are found when they are read."""
+    listing.resolve()
     rows: dict[str, list[dict]] = {}
-    identity: dict[tuple[str, str], str] = {}
     for row in listing.rows:
-        known = identity.setdefault((row["split"], row["image"]), row["image_id"])
-        # A source takes one identity an image, so the pair cannot be in it.
-        if known != row["image_id"]:
-            detail = f"image_id {row['image_id']!r} at {row['where']}, {known!r} before"
-            listing.note("two image ids", row["image"], detail)
-            continue
         rows.setdefault(row["split"], []).append(row)
     if not rows:
         notes = "".join(f"\n  {note.name}: {note.detail}" for note in listing.notes[:3])
@@ -159,22 +181,54 @@ def _listed(name: str, listing: Listing) -> _DataSet:
 
     sources: Sources = {}
     for split, part in rows.items():
-        bad_items = BadItems(listing.name, len(part), 1.0)
+        left_out = listing.left_out_of(split)
+        bad_items = BadItems(listing.name, len(part) + len(left_out), 1.0)
+        bad_items.add_all(left_out)
         sources[split] = ManifestSource(listing.name, split, part, bad_items)
-    return _DataSet(name, sources, listing.notes)
+    not_listed = {where: reason for where, (_, reason) in listing.left_out.items()}
+    return _DataSet(name, sources, listing.notes, not_listed)
 
 
 def _decode_all(
-    sources: Sources, max_seconds: float, pool: concurrent.futures.ThreadPoolExecutor, bar: tqdm
+    sources: Sources,
+    limits: RunLimits | float,
+    pool: concurrent.futures.ThreadPoolExecutor,
+    bar: tqdm,
 ) -> tuple[FactsOfSplits, FactsOfSplits]:
-    """Read the facts of all images and of all recordings."""
+    """Read the facts of all images and of all recordings; ``limits`` are a run's, or seconds."""
     images, recordings = {}, {}
     for split, source in sources.items():
-        read_image = functools.partial(image_facts, source)
+        max_seconds, image_size = limits, 0
+        if isinstance(limits, RunLimits):
+            max_seconds, image_size = limits.seconds(split), limits.data.image_size
+        read_image = functools.partial(image_facts, source, image_size=image_size)
         read_recording = functools.partial(recording_facts, source, max_seconds=max_seconds)
         images[split] = _facts_of_all(read_image, source.num_images, pool, bar)
         recordings[split] = _facts_of_all(read_recording, len(source), pool, bar)
+        if isinstance(limits, RunLimits):
+            images[split] = _with_features(source, "image", images[split], limits.data)
+            recordings[split] = _with_features(source, "speech", recordings[split], limits.data)
     return images, recordings
+
+
+def _with_features(
+    source: PairSource, kind: str, facts: list[Facts], data: DataConfig
+) -> list[Facts]:
+    """Add what a run's feature cache lacks; training makes a cache that is not there."""
+    path = data.speech_features if kind == "speech" else data.image_features
+    if path is None or not os.path.exists(path):
+        return facts
+    features, found = open_features(path), []
+    key_of = source.recording_key if kind == "speech" else source.image_key
+    for index, fact in enumerate(facts):
+        try:
+            if fact.usable:
+                features.check(key_of(index), source.stamp(kind, index))
+        except UserError as e:
+            problems = (*fact.problems, ("no features", str(e)))
+            fact = dataclasses.replace(fact, problems=problems, usable=False)
+        found.append(fact)
+    return found
 
 
 def _facts_of_all(
@@ -295,6 +349,47 @@ def _shared_ids(sources: Sources) -> list[Finding]:
             if other != split:
                 findings.append(Finding("image_id in two splits", name, f"also in {other}", split))
     return findings
+
+
+def _one_id(sources: Sources) -> list[Finding]:
+    """Find splits of which more than half of the images share one image_id."""
+    shared = {split: source.shared_identity() for split, source in sources.items()}
+    return [
+        Finding("shared image_id", split, detail, split)
+        for split, detail in shared.items()
+        if detail
+    ]
+
+
+def _unlike_run(
+    sources: Sources, facts: Mapping[str, FactsOfSplits], run: RunLimits
+) -> list[Finding]:
+    """Compare the splits with those that a run reads, and what is left out with what it allows."""
+    data, found = run.data, []
+    wanted = (data.train_split, data.validation_split, data.test_split)
+    for split in dict.fromkeys(wanted):
+        if split not in sources:
+            found.append(Finding("missing split", split, f"there are {', '.join(sources)}"))
+
+    for split, source in sources.items():
+        if split not in wanted:
+            found.append(Finding("unused split", split, f"{len(source):,} recordings", split))
+            continue
+        # Counted by name, as the loader counts.
+        bad = set(source.bad_items.reasons)
+        for what, name_of in NAME_OF.items():
+            for index, fact in enumerate(facts[what][split]):
+                if not fact.usable:
+                    bad.add(name_of(source, index))
+        total = source.bad_items.total
+        allowed = BadItems("", total, data.max_bad_share).allowed
+        if len(bad) > allowed:
+            detail = f"{len(bad):,} of {total:,}; {allowed:,} are allowed"
+            found.append(Finding("too many left out", split, detail, split))
+        if split == data.train_split and len(source) < run.batch_size:
+            detail = f"{len(source):,}; a batch has {run.batch_size:,}"
+            found.append(Finding("too few recordings", split, detail, split))
+    return found
 
 
 def _odd_numbers(sources: Sources) -> list[Finding]:

@@ -74,6 +74,28 @@ def write_clean_manifest(report: Report, path: str | os.PathLike) -> int:
     return len(rows)
 
 
+def count_dropped(report: Report, written: int) -> dict[str, int]:
+    """Count what a clean manifest lacks of what was checked.
+
+    Args:
+      report: what the check found.
+      written: the number of its rows.
+
+    Returns:
+      What was left out, in words -> how much of it; nothing that was not.
+    """
+    listed = sum(len(source) for source in report.sources.values())
+    unusable = sum(len(rows) for rows in report.left_out.values())
+    counts = {
+        "lines that cannot be used": len(report.not_listed),
+        "recordings that cannot be used, or whose image cannot": unusable,
+        "recordings that are also in another split, or whose image is": (
+            listed - unusable - written
+        ),
+    }
+    return {what: count for what, count in counts.items() if count}
+
+
 def _leaks(report: Report) -> set[Item]:
     """Find the items that are also in a more important split, and all their copies."""
     alike: dict[Item, set[Item]] = collections.defaultdict(set)  # by the first of their kind

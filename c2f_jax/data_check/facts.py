@@ -94,16 +94,26 @@ def recording_facts(source: PairSource, index: int, max_seconds: float) -> Facts
     if seconds < VERY_SHORT:
         problems.append(("very short", f"{seconds:.2f} s"))
     if seconds > max_seconds:
-        problems.append(("over-long", f"{seconds:.1f} s"))
+        problems.append(("over-long", f"{seconds:.1f} s, over {max_seconds:g} s"))
+    problems += _other_length(source, index, seconds)
     return Facts(tuple(problems), seconds=seconds, content=hashlib.sha1(encoded).digest())
 
 
-def image_facts(source: PairSource, row: int) -> Facts:
+def _other_length(source: PairSource, index: int, seconds: float) -> list[tuple[str, str]]:
+    """Compare the length of a recording with the listed one, by which its batch is chosen."""
+    listed = source.num_samples[index] / SAMPLE_RATE
+    if listed < 0 or abs(listed - seconds) <= max(0.1, 0.05 * seconds):
+        return []
+    return [("other length", f"{seconds:.2f} s, listed as {listed:.2f} s")]
+
+
+def image_facts(source: PairSource, row: int, image_size: int = 0) -> Facts:
     """Decode an image and look for problems.
 
     Args:
       source: pairs.
       row: number of the image in the gallery.
+      image_size: side of the images of a model; smaller ones are reported.
 
     Returns:
       What is known about it.
@@ -111,13 +121,15 @@ def image_facts(source: PairSource, row: int) -> Facts:
     try:
         image = source.image(row)
         encoded = image if isinstance(image, bytes) else read_bytes(image)
-        rgb = open_rgb(encoded, 2 * LOOK_SIDE, name=source.image_name(row))
+        rgb = open_rgb(encoded, max(2 * LOOK_SIDE, image_size), name=source.image_name(row))
     except BadFileError as e:
         return _unusable(e, source.image_name(row))
 
     problems = []
     if min(rgb.size) < LOOK_SIDE:
         problems.append(("tiny image", f"{rgb.width} x {rgb.height}"))
+    elif min(rgb.size) < image_size:
+        problems.append(("enlarged image", f"{rgb.width} x {rgb.height}"))
     # The whole image, squashed: a crop should not count as the same image.
     look = resize_box(rgb, (0, 0, *rgb.size), LOOK_SIDE).tobytes()
     return Facts(tuple(problems), content=hashlib.sha1(encoded).digest(), look=look)

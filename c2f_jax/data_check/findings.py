@@ -26,6 +26,9 @@ KINDS = {
     "too large": (ERROR, "treated as a decompression bomb: the pair is left out"),
     "unreadable line": (ERROR, "the line is left out"),
     "two image ids": (ERROR, "one image has one image_id: the pair is left out"),
+    "no features": (ERROR, "the cache lacks its tokens or has those of another file: left out"),
+    "too many left out": (ERROR, "more than max_bad_share of a split: training stops"),
+    "too few recordings": (ERROR, "less than a batch: training does not start"),
     "split leak": (ERROR, "the same image or recording in two splits: scores are too high"),
     "silence": (WARNING, "nothing louder than -60 dB: there is no speech to learn from"),
     "over-long": (WARNING, "cropped in training, cut in evaluation"),
@@ -33,6 +36,12 @@ KINDS = {
     "count differs": (WARNING, "scores cannot be compared with published ones"),
     "caption without image": (WARNING, "nothing to pair it with"),
     "missing split": (WARNING, "this split cannot be loaded"),
+    "left out": (WARNING, "cannot be read; it was left out when the set was prepared"),
+    "shared image_id": (WARNING, "each counts as correct for the others: recall means little"),
+    "missing value": (WARNING, "a word for nothing; the item has its default"),
+    "misspelled column": (WARNING, "the column is not read"),
+    "splits alike": (WARNING, "names that differ in case or spaces are different splits"),
+    "other length": (WARNING, "not as listed: the recording may be padded or cropped too much"),
     "duplicate recording": (NOTE, "the same sound twice in a split"),
     "repeated image": (
         NOTE,
@@ -46,7 +55,10 @@ KINDS = {
     "image without caption": (NOTE, "not used"),
     "in no split": (NOTE, "not used"),
     "stray file": (NOTE, "not used"),
-    "left out": (NOTE, "cannot be read; it was left out when the set was prepared"),
+    "ignored column": (NOTE, "the column is not read"),
+    "unused split": (NOTE, "the run reads other splits"),
+    "other spelling": (NOTE, "one file under several names is one item"),
+    "enlarged image": (NOTE, "smaller than the images of the model"),
     "image_id in two splits": (NOTE, "fine if ids name classes rather than images"),
 }
 
@@ -88,6 +100,7 @@ class Report:
       findings: all findings, errors first.
       sources: split -> pairs, to show examples from.
       left_out: split -> the recordings that cannot be used.
+      not_listed: name -> reason of what the listing, or the preparation of the set, left out.
     """
 
     name: str
@@ -96,11 +109,24 @@ class Report:
     findings: list[Finding]
     sources: dict[str, PairSource]
     left_out: dict[str, set[int]]
+    not_listed: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def severity(self) -> str:
         """The worst severity found; "note" if nothing was found."""
         return min((f.severity for f in self.findings), key=list(EXIT_CODES).index, default=NOTE)
+
+    @property
+    def verdict(self) -> str:
+        """The verdict in words, with what is left out, which a set that passes may have, too."""
+        recordings = sum(len(rows) for rows in self.left_out.values())
+        parts = [VERDICTS[self.severity]]
+        if recordings:
+            total = sum(about["recordings"] for about in self.splits.values())
+            parts.append(f"{recordings:,} of {total:,} recordings are left out")
+        if self.not_listed:
+            parts.append(f"{len(self.not_listed):,} lines or items were left out before")
+        return "; ".join(parts)
 
     def counts(self) -> dict[str, int]:
         """Count the findings of each kind, in the order of KINDS."""
@@ -112,6 +138,7 @@ class Report:
         return {
             "data_set": self.name,
             "severity": self.severity,
+            "verdict": self.verdict,
             "counts": self.counts(),
             "splits": self.splits,
             "findings": [dataclasses.asdict(f) | {"severity": f.severity} for f in self.findings],
@@ -135,7 +162,7 @@ class Report:
                 lines.append(f"  {finding.name}: {finding.detail}")
             if count > most:
                 lines.append(f"  and {count - most:,} more")
-        lines.append(VERDICTS[self.severity])
+        lines.append(self.verdict)
         return "\n".join(lines)
 
     def _table(self) -> list[str]:

@@ -12,7 +12,6 @@ from c2f_jax.data_check.findings import (
     ERROR,
     KINDS,
     NOTE,
-    VERDICTS,
     WARNING,
     Finding,
     Report,
@@ -75,7 +74,7 @@ def _header(report: Report) -> str:
         "Data check",
         [
             ("data set", report.name),
-            ("verdict", VERDICTS[report.severity].capitalize()),
+            ("verdict", report.verdict.capitalize()),
             ("images", f"{images:,}"),
             ("recordings", f"{recordings:,}"),
         ],

@@ -190,6 +190,7 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
         self.info.metadata[MADE_FROM] = {
             "listing": self.origin,
             "fingerprint": _fingerprint(listing),
+            "manifest": content_hash(self.origin) if self.LAYOUT is None else "",
         }
         return shards
 

@@ -18,10 +18,12 @@ from c2f_jax.data.augment import AugmentConfig, augment_wave
 from c2f_jax.data.feature_cache import (
     FeatureCache,
     open_features,
+    remove_shards,
     shard_exists,
     start_cache,
     write_shard,
 )
+from c2f_jax.data.files import Stamp
 from c2f_jax.data.items import load_image, load_wave
 from c2f_jax.data.source import MIN_SAMPLES, SAMPLE_RATE, PairSource
 from c2f_jax.errors import UserError
@@ -135,8 +137,10 @@ def _write_shards(
     apply = jax.jit(functools.partial(_tokens, network, options.layer))
     params: Any = None
     for source in sources:
-        shards = _own_shards(source, is_image, *part)
-        todo = [s for s in shards if not shard_exists(output, s.name, _keys(source, s, is_image))]
+        shards, count = _own_shards(source, is_image, *part)
+        todo = [s for s in shards if not shard_exists(output, s.name, _stamps(source, s, is_image))]
+        if part[0] == 0:
+            remove_shards(output, _prefix(source, is_image), count)
         # A finished cache is opened without loading the network.
         if todo and params is None:
             params = replicate(load_weights(weights, shapes))
@@ -146,11 +150,14 @@ def _write_shards(
         progress = _progress(source, options, todo)
         with progress, ThreadPoolExecutor(THREADS) as pool:
             for shard in todo:
+                # Before the files are read: a change in between is noticed later.
+                stamps = _stamps(source, shard, is_image)
+                records = dict(zip(stamps, pool.map(Stamp.record, stamps.values()), strict=True))
                 read_items = pool.map(read, shard.rows)
                 items = list(_run(apply, params, read_items, batch_size, progress))
                 # From the program, since a shard may have no readable item.
                 token_shape = jax.eval_shape(apply, params, *inputs)[0].shape[2:]
-                write_shard(output, shard.name, items, token_shape)
+                write_shard(output, shard.name, items, token_shape, records)
 
 
 def cache_card(card: Mapping[str, Any], options: FeatureOptions) -> dict[str, Any]:
@@ -186,29 +193,36 @@ class _Shard:
     rows: list[int]
 
 
-def _own_shards(source: PairSource, is_image: bool, process: int, processes: int) -> list[_Shard]:
-    """Return the shards of a split that a process makes."""
-    if is_image:
-        kind, order = "image", np.arange(source.num_images)
-    else:
+def _prefix(source: PairSource, is_image: bool) -> str:
+    """Return what the names of a split's shards begin with."""
+    return f"{source.split}-{'image' if is_image else 'speech'}-"
+
+
+def _own_shards(
+    source: PairSource, is_image: bool, process: int, processes: int
+) -> tuple[list[_Shard], int]:
+    """Return the shards of a split that a process makes, and how many there are in all."""
+    order = np.arange(source.num_images)
+    if not is_image:
         # By length, so that a batch has little padding.
-        kind, order = "speech", np.argsort(source.num_samples, kind="stable")
+        order = np.argsort(source.num_samples, kind="stable")
 
     # Shards are dealt out like cards, so that each process gets short and long recordings.
     blocks = range(0, len(order), SHARD)
     own = range(process, len(blocks), processes)
-    return [
-        _Shard(
-            f"{source.split}-{kind}-{number:05d}",
-            order[blocks[number] : blocks[number] + SHARD].tolist(),
-        )
-        for number in own
-    ]
+    shards = []
+    for number in own:
+        rows = order[blocks[number] : blocks[number] + SHARD].tolist()
+        shards.append(_Shard(f"{_prefix(source, is_image)}{number:05d}", rows))
+    return shards, len(blocks)
 
 
-def _keys(source: PairSource, shard: _Shard, is_image: bool) -> list[str]:
-    key = source.image_key if is_image else source.recording_key
-    return [key(row) for row in shard.rows]
+def _stamps(source: PairSource, shard: _Shard, is_image: bool) -> dict[str, Stamp]:
+    """Return key -> stamp of each item of a shard."""
+    kind, key = "speech", source.recording_key
+    if is_image:
+        kind, key = "image", source.image_key
+    return {key(row): source.stamp(kind, row) for row in shard.rows}
 
 
 def _check_options(options: FeatureOptions, batch_size: int, depth: int) -> None:

@@ -21,7 +21,8 @@ class GalleryIndex:
 
     Attributes:
       kind: "image" or "speech".
-      model: the run and step that encoded it; queries must be encoded by the same.
+      model: the run and step that encoded it, for messages.
+      fingerprint: of the model, which must be that of the queries; see ``TrainedModel``.
       names: (G,) str, path or caption of each item.
       media: G encoded files (bytes), to show and play the answers.
       embeddings: (G, D) float32, L2-normalized.
@@ -36,6 +37,7 @@ class GalleryIndex:
     embeddings: np.ndarray
     tokens: np.ndarray
     lengths: np.ndarray
+    fingerprint: str = ""
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write one .npz file, local or gs://, with tokens as float16.
@@ -50,6 +52,7 @@ class GalleryIndex:
             buffer,
             kind=self.kind,
             model=self.model,
+            fingerprint=self.fingerprint,
             names=np.array(self.names, dtype=np.str_),
             media=np.frombuffer(b"".join(self.media), np.uint8),
             offsets=np.cumsum([0, *sizes]),
@@ -91,6 +94,7 @@ class GalleryIndex:
             index = cls(
                 kind=str(stored["kind"]),
                 model=str(stored["model"]),
+                fingerprint=str(stored["fingerprint"]) if "fingerprint" in stored else "",
                 names=[str(name) for name in stored["names"]],
                 media=[data[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)],
                 embeddings=stored["embeddings"],

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from c2f_jax.data.files import Stamp, content_hash
 from c2f_jax.data.source import PairSource, Recording
 from c2f_jax.errors import UserError
 from c2f_jax.retrieval.encoded import EncodedSplit
@@ -143,6 +144,7 @@ class WithMoreImages(PairSource):
 
     def __init__(self, source: PairSource, others: Sequence[PairSource]) -> None:
         self._source = source
+        self._others = others
         self._more = [(other, row) for other in others for row in range(other.num_images)]
         # Identities that no image of the split has.
         first = int(source.image_ids.max(initial=-1)) + 1
@@ -184,6 +186,18 @@ class WithMoreImages(PairSource):
         """Return the key of image ``row`` in a feature cache of its own split."""
         source, own_row = self._owner(row)
         return source.image_key(own_row)
+
+    def stamp(self, kind: str, index: int) -> Stamp:
+        """Return the stamp of an item in its own split."""
+        if kind == "speech":
+            return self._source.stamp(kind, index)
+        source, own_row = self._owner(index)
+        return source.stamp(kind, own_row)
+
+    def content(self) -> str:
+        """Hash the content of all splits that images come from."""
+        texts = [source.content() for source in (self._source, *self._others)]
+        return content_hash("\n".join(texts).encode())
 
 
 def evaluate_protocol(

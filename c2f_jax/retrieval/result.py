@@ -193,6 +193,8 @@ class EvaluationResult:
       split: evaluated split.
       trained_on: data set of the run.
       step: step of the parameters.
+      model: fingerprint of the model, see ``TrainedModel``.
+      data: what the split is known by, see ``PairSource.identity``.
       bad_items: name of each unreadable item of the split -> why.
       lists: ranked lists of "s2i" and "i2s"; not stored.
     """
@@ -212,6 +214,8 @@ class EvaluationResult:
     split: str | None = None
     trained_on: str | None = None
     step: int | None = None
+    model: str | None = None
+    data: Mapping[str, int | str] | None = None
     bad_items: Mapping[str, str] | None = None
     lists: Mapping[str, RankedLists] | None = dataclasses.field(default=None, compare=False)
 
@@ -248,7 +252,7 @@ class EvaluationResult:
         # What is unknown is left out.
         if self.protocol is not None:
             result["protocol"] = self.protocol.to_json()
-        for name in ("data_set", "split", "trained_on", "step", "bad_items"):
+        for name in ("data_set", "split", "trained_on", "step", "model", "data", "bad_items"):
             value = getattr(self, name)
             if value is not None:
                 result[name] = value
@@ -290,6 +294,8 @@ class EvaluationResult:
             split=values.get("split"),
             trained_on=values.get("trained_on"),
             step=values.get("step"),
+            model=values.get("model"),
+            data=values.get("data"),
             bad_items=values.get("bad_items"),
         )
 
