@@ -7,7 +7,6 @@ relative to the manifest. Other columns are ignored.
 
 import functools
 import logging
-import posixpath
 from collections import Counter
 from collections.abc import Iterator
 
@@ -118,8 +117,13 @@ class ManifestSource(PairSource):
 
 
 def _key(path: str, folder: str) -> str:
-    """Return a path relative to a folder, in its shortest spelling."""
-    return posixpath.normpath(path.removeprefix(folder))
+    """Return a path relative to a folder, without what adds nothing: ``./`` and ``//``.
+
+    What ``x/..`` adds depends on links.
+    """
+    path = path.removeprefix(folder)
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    return "/" * path.startswith("/") + "/".join(parts)
 
 
 def is_manifest(path: str) -> bool:
