@@ -116,6 +116,10 @@ def test_the_defaults_are_those_of_the_classes():
     [
         ("steps", "1e5", 100_000),
         ("steps", "2_000", 2000),
+        ("steps", "1.0E+3", 1000),
+        ("method.alpha_ramp_steps", "1e3", 1000),
+        ("data.max_padding", "null", None),
+        ("data.bucket_seconds", "1e1", (10.0,)),
         ("optimizer.learning_rate", "1", 1.0),
         ("optimizer.learning_rate", "3e-4", 3e-4),
         ("data.max_padding", "None", None),

@@ -1,6 +1,7 @@
 """`c2f data check` names each planted oddity, writes its reports, mends manifests; `c2f data
 prepare` and dry run."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -24,10 +25,13 @@ from helpers.published_sets import (
 )
 from PIL import Image
 
-from c2f_jax.data.loader import BatchOptions, train_batches
-from c2f_jax.data_check.check import check_data
+from c2f_jax.config.files import load_config, save_config
+from c2f_jax.data.feature_cache import write_shard
+from c2f_jax.data.loader import BatchOptions, image_batches, speech_batches, train_batches
+from c2f_jax.data_check.check import RunLimits, check_data
 from c2f_jax.data_check.clean_manifest import write_clean_manifest
 from c2f_jax.data_check.findings import KINDS
+from c2f_jax.datasets.config import DataConfig
 from c2f_jax.datasets.prepare import dry_run, prepare
 from c2f_jax.datasets.registry import PUBLISHED, is_data_set, load_pairs
 from c2f_jax.errors import UserError
@@ -383,3 +387,152 @@ def test_the_command_prepares(tmp_path, capsys):
         main(["data", "check", "flickr8k_audio", "--data-dir", data_dir]) == 1
     )  # warnings: duplicate, long, counts
     assert "left out" in capsys.readouterr().out
+
+
+def left_out_by_reading(path, split):
+    """Names of what evaluation and an epoch of training leave out, and the recordings in use."""
+    source = load_pairs(path, split, max_bad_share=1.0)
+    options = {"batch_size": 4, "threads": 0}
+    speech, images = np.zeros(len(source), bool), np.zeros(source.num_images, bool)
+    for batch in speech_batches(source, seconds_max=1.0, **options):
+        speech[batch["index"][batch["valid"]]] = True
+    for batch in image_batches(source, image_size=16, **options):
+        images[batch["index"][batch["valid"]]] = True
+    used = np.flatnonzero(speech & images[source.image_index])
+    evaluation = set(source.bad_items.reasons)
+    if split == "train":
+        source = load_pairs(path, split, max_bad_share=1.0)
+        training = BatchOptions(image_size=16, bucket_seconds=(1.0,), seed=0, **options)
+        for _, batch in itertools.islice(train_batches(source, training), 2 * len(source)):
+            assert set(batch["image_id"]) <= set(source.image_ids[source.image_index[used]])
+        assert set(source.bad_items.reasons) == evaluation
+    return evaluation, [source.recording_name(int(index)) for index in used]
+
+
+def test_what_the_check_lists_as_left_out_is_what_training_and_evaluation_leave_out(oddities):
+    report = check_data(oddities, progress=False)
+    for split, source in report.sources.items():
+        names = set(report.not_listed) if split == "train" else set(source.bad_items.reasons)
+        for finding in report.findings:
+            if finding.split == split and "left out" in KINDS[finding.kind][1]:
+                names.add(finding.name)
+        usable = [k for k in range(len(source)) if k not in report.left_out[split]]
+        left_out, used = left_out_by_reading(oddities, split)
+        assert names == left_out and len(used) == report.splits[split]["usable"]
+        assert used == [source.recording_name(k) for k in usable]
+    listed = sum(len(source) for source in report.sources.values()) + len(report.not_listed)
+    assert listed == len(open(oddities).readlines())
+    assert "8 of 58 recordings are left out; 2 lines or items were left out" in report.text()
+
+
+def test_fix_says_what_it_drops(oddities, capsys):
+    clean = str(Path(oddities).parent / "clean.jsonl")
+    main(["data", "check", oddities, "--fix", clean])
+    told = capsys.readouterr().out
+    written = len(open(clean).readlines())
+    assert f"{written} pairs written: {clean}\n  left out: 2 lines that cannot be used" in told
+    counts = [int(line.split()[2]) for line in told.splitlines() if line.startswith("  left out: ")]
+    assert written + sum(counts) == len(open(oddities).readlines())
+
+
+def test_the_listing_s_oddities_are_in_the_report(tmp_path):
+    rows = []
+    for k in range(5):
+        put(tmp_path / f"{k}.jpg", jpeg(50 + k))
+        put(tmp_path / f"{k}.wav", wav(0.5, 50 + k))
+        rows.append({"image": f"{k}.jpg", "audio": f"{k}.wav", "split": "train", "image_id": "x"})
+    rows[0] |= {"image": "./0.jpg", "speaker": "nan", "seconds": 2.5}
+    rows.append(rows[0] | {"image": "0.jpg"})
+    rows[3] |= {"split": "Train", "Caption": "a", "length": 3}
+    report = check_data(manifest(tmp_path, rows), progress=False)
+    names = {kind: report.counts()[kind] for kind in report.counts()}
+    assert names == {
+        "shared image_id": 1,
+        "missing value": 1,
+        "misspelled column": 1,
+        "splits alike": 1,
+        "other length": 2,
+        "duplicate recording": 1,
+        "number of captions": 1,
+        "ignored column": 1,
+        "other spelling": 1,
+        "image_id in two splits": 1,
+    }
+    assert report.severity == "warning" and report.splits["train"]["images"] == 4
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A function that saves the configuration of a run with options."""
+
+    def save(*overrides):
+        given = [f"--config.data.{word}" for word in overrides if "batch" not in word]
+        given += [f"--config.{word}" for word in overrides if "batch" in word]
+        save_config(load_config("spoken_scenes", given), tmp_path / "run")
+        return f"--workdir={tmp_path}/run"
+
+    return save
+
+
+def test_a_set_is_judged_with_the_limits_of_a_run(tmp_path, run, capsys):
+    rows = []
+    for k in range(6):
+        put(tmp_path / f"{k}.jpg", jpeg(50 + k))
+        put(tmp_path / f"{k}.wav", wav(0.4 + 0.1 * k, 50 + k))
+        split = ("train", "train", "train", "train", "dev", "extra")[k]
+        rows.append({"image": f"{k}.jpg", "audio": f"{k}.wav", "split": split})
+    put(tmp_path / "3.wav", b"damaged")
+    path = manifest(tmp_path, rows)
+
+    def found_with(*overrides):
+        output = tmp_path / "out"
+        status = main(["data", "check", path, run(*overrides), f"--output={output}"])
+        assert status == 3, capsys.readouterr().err
+        report = json.loads((output / "check.json").read_text())
+        return {
+            (finding["kind"], Path(finding["name"]).name): finding["detail"]
+            for finding in report["findings"]
+            if finding["kind"] not in ("unreadable", "other spelling")
+        }
+
+    # Images are 60 x 45.
+    wide = found_with(
+        "validation_split=dev", "test_split=extra", "max_seconds=9", "bucket_seconds=9",
+        "image_size=32", "batch_size=4", "max_bad_share=0.3",
+    )  # fmt: skip
+    assert wide == {}
+    tight = found_with(
+        "validation_split=dev", "max_seconds=0.75", "bucket_seconds=0.55",
+        "image_size=48", "batch_size=5", "max_bad_share=0.1",
+    )  # fmt: skip
+    assert tight.pop(("over-long", "2.wav")) == "0.6 s, over 0.55 s"
+    assert tight.pop(("over-long", "4.wav")) == "0.8 s, over 0.75 s"
+    assert tight.pop(("over-long", "5.wav")) == "0.9 s, over 0.75 s"
+    assert tight.pop(("missing split", "test")) == "there are train, dev, extra"
+    assert tight.pop(("unused split", "extra")) == "1 recordings"
+    assert tight.pop(("too many left out", "train")) == "1 of 4; 0 are allowed"
+    assert tight.pop(("too few recordings", "train")) == "4; a batch has 5"
+    assert {kind for kind, _ in tight} == {"enlarged image"} and len(tight) == 6
+
+
+def test_a_cache_that_lacks_items_is_named(tmp_path, run, capsys):
+    rows = []
+    for k in range(3):
+        put(tmp_path / f"{k}.jpg", jpeg(50 + k))
+        put(tmp_path / f"{k}.wav", wav(0.5, 50 + k))
+        rows.append({"image": f"{k}.jpg", "audio": f"{k}.wav", "split": "train"})
+    path = manifest(tmp_path, rows)
+    source = load_pairs(path, "train")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "card.json").write_text('{"samples_per_token": 320}')
+    tokens = [(f"{k}.wav", np.ones((2, 3))) for k in range(2)]
+    records = {f"{k}.wav": source.stamp("speech", k).record() for k in range(2)}
+    write_shard(tmp_path / "cache", "train-speech-00000", tokens, (3,), records)
+    put(tmp_path / "1.wav", wav(0.5, 99))
+    limits = RunLimits(DataConfig(path, speech_features=str(tmp_path / "cache")), 1)
+    report = check_data(path, run=limits, progress=False)
+    assert found(report)["no features"] == {"1.wav", "2.wav"} and report.left_out["train"] == {1, 2}
+    with pytest.raises(SystemExit):
+        main(["data", "check", path, "--workdir=run", "--max-seconds=3"])
+    assert main(["data", "check", path, f"--workdir={tmp_path}/nowhere"]) == 2
+    assert "no training run" in capsys.readouterr().err

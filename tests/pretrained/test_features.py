@@ -557,3 +557,94 @@ def test_shipped_configurations_of_published_sets_build_their_model(name, arg):
         )
         assert masked.model.speech.tower.mask_time == 0.05
     assert set(frozen["speech_encoder"]["tower"]) >= {"conv"}
+
+
+@pytest.fixture
+def own(data, tmp_path):
+    """A copy of the data set, free to change, with its cache of the test split."""
+    folder = tmp_path / "own"
+    shutil.copytree(data, folder, ignore=shutil.ignore_patterns("features*"))
+    extract_test(data, folder, tmp_path / "cache")
+    return folder
+
+
+def extract_test(data, folder, output):
+    source = load_pairs(f"{folder}/manifest.jsonl", "test")
+    options = FeatureOptions(max_seconds=1.0)
+    return extract_features(str(data / "whisper"), [source], output, options)
+
+
+def store(path, seed, keep_time=False):
+    """Another recording of equal length in place of one."""
+    about = path.stat()
+    samples = soundfile.info(path).frames
+    soundfile.write(path, 0.1 * np.random.default_rng(seed).normal(size=samples), 16_000)
+    assert path.stat().st_size == about.st_size
+    if keep_time:
+        os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+
+
+def test_features_of_other_recordings_of_the_same_names_are_refused(data, own, tmp_path):
+    for k in range(6):
+        store(own / f"test{k}.wav", 100 + k)
+    with pytest.raises(UserError, match="holds features of other data, such as test0.wav"):
+        extract_test(data, own, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("keep_time", [False, True])
+def test_a_replaced_recording_is_computed_anew(data, own, tmp_path, keep_time):
+    store(own / "test3.wav", 7, keep_time)
+    before = open_features(tmp_path / "cache")
+    old = {k: np.array(before.tokens(f"test{k}.wav")) for k in range(6)}
+
+    # Until then, reading names it.
+    source = load_pairs(f"{own}/manifest.jsonl", "test", max_bad_share=0.5)
+    source.inputs = ModelInputs(speech_features=before)
+    assert [items.load_speech_input(source, k) is None for k in range(6)] == [
+        k == 3 for k in range(6)
+    ]
+    (reason,) = source.bad_items.reasons.values()
+    assert "features of another test3.wav" in reason and "c2f features" in reason
+
+    after = extract_test(data, own, tmp_path / "cache")
+    changed = [not np.array_equal(after.tokens(f"test{k}.wav"), old[k]) for k in range(6)]
+    assert changed == [k == 3 for k in range(6)]
+    alone = extract_test(data, own, tmp_path / "alone")
+    np.testing.assert_array_equal(after.tokens("test3.wav"), alone.tokens("test3.wav"))
+
+
+def test_rows_that_were_added_and_files_that_were_repaired_get_features(data, own, tmp_path):
+    manifest = (own / "manifest.jsonl").read_text()
+    soundfile.write(own / "new.wav", np.full(8000, 0.1), 16_000)
+    row = {"image": "test0.png", "audio": "new.wav", "split": "test", "seconds": 0.5}
+    (own / "manifest.jsonl").write_text(manifest + json.dumps(row) + "\n")
+    assert "new.wav" in extract_test(data, own, tmp_path / "cache")
+
+    content = (own / "test1.wav").read_bytes()
+    (own / "test1.wav").write_bytes(b"not audio")
+    source = load_pairs(f"{own}/manifest.jsonl", "test", max_bad_share=0.5)
+    options = FeatureOptions(max_seconds=1.0)
+    broken = extract_features(str(data / "whisper"), [source], tmp_path / "cache", options)
+    assert "test1.wav" not in broken and len(broken) == 6
+    (own / "test1.wav").write_bytes(content)
+    assert "test1.wav" in extract_test(data, own, tmp_path / "cache")
+
+
+def test_a_moved_or_touched_data_set_keeps_its_features(data, own, tmp_path, monkeypatch):
+    for path in own.iterdir():
+        os.utime(path)
+    shutil.move(own, tmp_path / "moved")
+    monkeypatch.setattr(extraction, "write_shard", lambda *_: pytest.fail("computed again"))
+    assert len(extract_test(data, tmp_path / "moved", tmp_path / "cache")) == 6
+
+
+def test_shards_of_a_split_that_became_shorter_are_removed(data, own, tmp_path, monkeypatch):
+    monkeypatch.setattr(extraction, "SHARD", 2)
+    output = tmp_path / "many"
+    extract_test(data, own, output)
+    rows = [json.loads(line) for line in open(own / "manifest.jsonl")]
+    left = [row for row in rows if row["audio"] not in ("test0.wav", "test1.wav", "test4.wav")]
+    (own / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in left))
+    extract_test(data, own, output)
+    names = sorted(path.name for path in output.glob("*-*.*"))
+    assert names == [f"test-speech-0000{k}.{kind}" for k in range(2) for kind in ("json", "npy")]
