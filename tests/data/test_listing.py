@@ -310,3 +310,35 @@ def test_a_data_set_is_known_by_its_content(folder):
         os.rename(name, f"moved/{name}")
     os.chdir("moved")
     assert identity([pair(), pair("b")]) == changed
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize("seed", range(100))
+def test_damage_to_one_line_spares_all_others(folder, kind, seed):
+    """Bytes of a line replaced, inserted or removed, its line end kept."""
+    rng = np.random.default_rng(seed)
+    captions = ['""', "fine", '"a, b"', '"say ""hi"""', '"two, ""three"""', ""]
+    lines = []
+    for number in range(30):
+        caption = captions[rng.integers(len(captions))]
+        if kind == "csv":
+            lines.append(f"{number}.png,{number}.wav,test,{caption}".encode())
+        else:
+            lines.append(json.dumps(pair(str(number), caption=caption)).encode())
+    hit = int(rng.integers(30))
+    damaged = bytearray(lines[hit])
+    for _ in range(rng.integers(1, 6)):
+        place = int(rng.integers(len(damaged)))
+        byte = rng.choice(list(b'",\\\0\xe9\xff{}[]: x'))
+        damaged[place : place + int(rng.integers(2))] = bytes([byte] * int(rng.integers(1, 3)))
+    lines[hit] = bytes(damaged)
+    header = HEADER.encode() if kind == "csv" else b""
+    listing = read(header + b"\n".join(lines) + b"\n", f"m.{kind}")
+
+    found = [
+        row["audio"]
+        for row in listing.rows
+        if row["where"] != f"m.{kind}:{hit + 1 + (kind == 'csv')}"
+    ]
+    assert found == [f"{number}.wav" for number in range(30) if number != hit]
+    assert len(listing.rows) + len(listing.left_out) == 30
