@@ -314,7 +314,7 @@ def _check_identity(run: _Run, saved: Mapping[str, int | str]) -> None:
     if then == now:
         how = ", in another order, with other image ids or lengths"
         if saved["crc32"] == run.identity["crc32"]:
-            how = ", but their files hold something else"
+            how = ", but their files hold something else or are in another order"
     raise UserError(
         f"{run.source.name}, split {run.source.split}, is not what {run.workdir} was trained on: "
         f"{then} then, {now} now{how}. Bring the data back, or start another run from this one: "

@@ -1,32 +1,22 @@
-"""Read a listing of pairs, line by line: a line that cannot be read costs that line alone."""
+"""A listing of pairs: its checked rows, what is odd about it, and which line is left out why."""
 
-import csv
 import dataclasses
-import json
 import math
 import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from c2f_jax.data.audio import read_bytes
 from c2f_jax.data.files import FileNames
+from c2f_jax.data.rows import COLUMNS, REQUIRED, plain_name, read_rows
 from c2f_jax.data.source import SAMPLE_RATE
 from c2f_jax.errors import UserError
 
-REQUIRED = ("image", "audio", "split")
-COLUMNS = (*REQUIRED, "image_id", "caption", "speaker", "seconds")
 MOST_SECONDS = 1e5  # a day; a larger number is a mistake
-MOST_LINES = 100  # of a CSV row; in a longer one a quote was left open
 # What programs write for a missing value, as text.
 MISSING = frozenset({"nan", "none", "null", "<na>", "na", "n/a", "#n/a", "nat"})
-
-_LINE = re.compile(r"[^\r\n]*(?:\r\n|\n|\r)|[^\r\n]+")
-_NOT_UTF8 = re.compile("[\udc80-\udcff]")
-
-Report = Callable[..., None]  # called with (where, what is wrong, split="") for a bad line
 
 
 class Note(NamedTuple):
@@ -205,8 +195,7 @@ def read_listing(path: str, *, strict: bool = True) -> Listing:
 
     folder = folder_of(path)
     odd = _OddValues(path)
-    parse = _parse_csv if path.lower().endswith(".csv") else _parse_jsonl
-    for line, row in parse(path, _decode(path, read_bytes(path)), report):
+    for line, row in read_rows(path, report):
         where = f"{path}:{line}"
         try:
             checked = _check_row(row, where)
@@ -225,38 +214,6 @@ def read_listing(path: str, *, strict: bool = True) -> Listing:
     return listing
 
 
-def _decode(path: str, data: bytes) -> str:
-    """Decode a text in UTF-8; bytes that are none become halves of surrogate pairs.
-
-    Raises:
-      UserError: the file is of another encoding throughout.
-    """
-    zeros = data[:4096].count(0)
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff") or zeros > len(data[:4096]) // 8:
-        kind = "UTF-16 or UTF-32 text" if zeros else "UTF-16 text"
-        raise UserError(f"{path}: {kind}, or no text at all; save it as UTF-8")
-    return data.decode("utf-8-sig", errors="surrogateescape")
-
-
-def _lines(path: str, text: str, report: Report) -> list[str]:
-    """Split a text at line ends of any kind, which stay; lines that are not UTF-8 become empty."""
-    lines = _LINE.findall(text)
-    damaged = _NOT_UTF8.search(text) is not None
-    for number, line in enumerate(lines):
-        # A byte order mark stands where a file was appended to another.
-        lines[number] = line = line.lstrip("\ufeff")
-        found = _NOT_UTF8.search(line) if damaged else None
-        if found:
-            byte = ord(found[0]) - 0xDC00
-            report(
-                f"{path}:{number + 1}",
-                f"not UTF-8 text (byte 0x{byte:02x}, column {found.start() + 1}); save the file "
-                "as UTF-8",
-            )
-            lines[number] = ""
-    return lines
-
-
 def folder_of(path: str) -> str:
     """Return what is before the last name of a path, with its slash; "" for a bare name."""
     folder, slash, _ = path.rpartition("/")
@@ -265,163 +222,6 @@ def folder_of(path: str) -> str:
 
 def _join(folder: str, name: str) -> str:
     return name if os.path.isabs(name) or "://" in name else folder + name
-
-
-def _parse_jsonl(path: str, text: str, report: Report) -> Iterator[tuple[int, dict]]:
-    """Read (line number, row) of each line."""
-    _check_jsonl(path, text)
-    for line, content in enumerate(_lines(path, text, report), 1):
-        # Blank lines are fine, such as one at the end.
-        if not content.strip():
-            continue
-        where = f"{path}:{line}"
-
-        try:
-            row = json.loads(content, object_pairs_hook=_Row)
-        except json.JSONDecodeError as e:
-            report(where, f"not JSON ({e.msg}, column {e.colno}); write one object a line")
-            continue
-        except (ValueError, RecursionError) as e:  # thousands of digits, or of brackets
-            report(where, f"not JSON of a row ({e}); write one object a line")
-            continue
-
-        if isinstance(row, dict):
-            yield line, row
-        else:
-            report(where, f"must be a JSON object with the keys {', '.join(REQUIRED)}")
-
-
-class _Row(dict):
-    """A JSON object; ``twice`` names a key that it has twice, "" for none."""
-
-    def __init__(self, pairs: Sequence[tuple[str, Any]]) -> None:
-        super().__init__(pairs)
-        self.twice = ""
-        if len(pairs) > len(self):
-            self.twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-
-
-def _check_jsonl(path: str, text: str) -> None:
-    """Raise UserError for a file that is no list of lines of JSON."""
-    start = text.lstrip()
-    if start.startswith("["):
-        try:
-            whole = json.loads(text)
-        except (ValueError, RecursionError):
-            return
-        # A line may hold a list by mistake; a list of objects is the whole file.
-        if any(isinstance(entry, dict) for entry in whole):
-            raise UserError(
-                f"{path}: one JSON array; write one object a line, without the brackets"
-            )
-    first = re.split(r"[,;\t\r\n]", start, maxsplit=len(COLUMNS))
-    if start[:1] not in ("{", "[") and set(REQUIRED) <= {name.strip(' "') for name in first}:
-        raise UserError(f"{path}: CSV, not JSON; give it a name that ends in .csv")
-
-
-def _parse_csv(path: str, text: str, report: Report) -> Iterator[tuple[int, dict]]:
-    """Read (line number, row) of each row; after a row that is not CSV, go on in the next line."""
-    lines = _lines(path, text, report)
-    number, header, split_column, splits = 0, None, 0, set()
-    while number < len(lines):
-        try:
-            record, count = _csv_record(lines, number)
-        except csv.Error as e:
-            where = f"{path}:{number + 1}"
-            if header is None:
-                raise UserError(f"{where}: the header is not CSV ({e})") from e
-            report(where, f"not CSV ({e})")
-            number += 1
-            continue
-
-        number += count
-        if header is None and record:
-            header = _check_header(path, record)
-            split_column = header.index("split")
-            continue
-        if header is None or not record or (record == header and count == 1):
-            continue
-
-        # An open quote swallows rows up to the next quote: each is there to be seen.
-        where = f"{path}:{number - count + 1}"
-        swallowed = 0
-        if count > 1:
-            known = splits | set(record[split_column : split_column + 1])
-            swallowed = _swallowed(
-                lines[number - count + 1 : number], len(header), split_column, known
-            )
-        if swallowed:
-            report(where, "not CSV (a quote is opened and not closed before the next row)")
-            number -= count - 1
-        elif len(record) != len(header):
-            report(
-                where,
-                f"must have {len(header)} columns, as the header; a value that holds a comma "
-                "needs quotes",
-            )
-        else:
-            splits.add(record[split_column])
-            yield number - count + 1, dict(zip(header, record, strict=True))
-    if header is None:
-        _check_header(path, [])
-
-
-def _csv_record(lines: Sequence[str], number: int) -> tuple[list[str], int]:
-    """Read the CSV record that begins at a line; return it and its number of lines.
-
-    Raises:
-      csv.Error: it is not CSV, or a quote is not closed.
-    """
-    try:
-        return next(csv.reader([lines[number]], strict=True), []), 1
-    except csv.Error:
-        # Perhaps a quoted value that goes on in the next line.
-        reader = csv.reader(lines[number : number + MOST_LINES], strict=True)
-        return next(reader, []), reader.line_num
-
-
-def _swallowed(lines: Sequence[str], columns: int, split_column: int, splits: set[str]) -> int:
-    """Count the lines inside of a record that are rows themselves, of a split that there is."""
-    count = 0
-    for line in lines:
-        try:
-            record = next(csv.reader([line], strict=True), [])
-        except csv.Error:
-            continue
-        count += len(record) == columns and record[split_column] in splits
-    return count
-
-
-def _check_header(path: str, header: list[str]) -> list[str]:
-    """Return the header of a CSV file.
-
-    Raises:
-      UserError: a column is missing or stands there twice, or commas do not separate the columns.
-    """
-    absent = [column for column in REQUIRED if column not in header]
-    if absent:
-        line = ",".join(header)
-        hint = f"the header has {', '.join(map(repr, header)) if header else 'nothing'}"
-        if line.lstrip().startswith(("{", "[")):
-            hint = "it is JSON: give it a name that ends in .jsonl"
-        for mark, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
-            if set(REQUIRED) <= {_plain(word) for word in line.split(mark)}:
-                hint = f"{name} separate its columns: write commas"
-        close = {_plain(name): name for name in header}
-        for column in absent:
-            if column in close and column != close[column]:
-                hint += f"; write {column!r} for {close[column]!r}"
-        raise UserError(f"{path}:1: no column {', '.join(absent)}; {hint}")
-
-    for column in COLUMNS:
-        if header.count(column) > 1:
-            raise UserError(f"{path}:1: the header has {header.count(column)} columns {column!r}")
-    return header
-
-
-def _plain(name: str) -> str:
-    """Return the name of a column without case, spaces, quotes and hyphens."""
-    return name.strip().strip("'\"").strip().lower().replace("-", "_").replace(" ", "_")
 
 
 def _check_row(row: Mapping, where: str) -> dict:
@@ -446,7 +246,7 @@ def _check_row(row: Mapping, where: str) -> dict:
             continue
         if column in row:
             raise ValueError(f"{column!r} must be a non-empty string, not {value!r}")
-        close = [name for name in row if _plain(str(name)) == column]
+        close = [name for name in row if plain_name(str(name)) == column]
         hint = f": write {column!r} for {close[0]!r}" if close else ""
         raise ValueError(
             f"{column!r} is missing; the row has {', '.join(map(str, row)) or 'nothing'}{hint}"
@@ -545,7 +345,7 @@ class _OddValues:
         notes = []
         for (column, text), (line, count) in self._found.items():
             where = f"{self._path}:{line}"
-            meant = _plain(str(column))
+            meant = plain_name(str(column))
             if text:
                 detail = f"{column} {text!r} of {count:,} rows is read as missing"
                 notes.append(Note("missing value", where, detail))
@@ -563,7 +363,7 @@ def _splits_alike(listing: Listing) -> list[Note]:
     first: dict[str, str] = {}
     notes = []
     for name, count in counts.most_common():
-        like = first.setdefault(_plain(name), name)
+        like = first.setdefault(plain_name(name), name)
         if like != name:
             detail = f"{count:,} rows of the split {name!r}, which is not {like!r}"
             notes.append(Note("splits alike", listing.name, detail))

@@ -219,10 +219,9 @@ def _own_shards(
 
 def _stamps(source: PairSource, shard: _Shard, is_image: bool) -> dict[str, Stamp]:
     """Return key -> stamp of each item of a shard."""
-    kind, key = "speech", source.recording_key
     if is_image:
-        kind, key = "image", source.image_key
-    return {key(row): source.stamp(kind, row) for row in shard.rows}
+        return {source.image_key(row): source.stamp("image", row) for row in shard.rows}
+    return {source.recording_key(row): source.stamp("speech", row) for row in shard.rows}
 
 
 def _check_options(options: FeatureOptions, batch_size: int, depth: int) -> None:
