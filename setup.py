@@ -46,6 +46,8 @@ TENSORBOARD = [
     "tensorflow>=2.18; platform_system == 'Darwin'",
 ]
 SPEECH = ["espeakng-loader>=0.2"]  # includes espeak-ng, which is GPL-3
+# FFmpeg's decoders, for M4A, WebM, AMR, WMA and more. The wheels hold x264 and x265, which are GPL.
+AV = ["av>=14"]
 NOTEBOOK = ["anywidget>=0.9.18"]
 KERNEL = ["nbclient>=0.10", "ipykernel>=6.29", "scikit-image>=0.25"]  # to run the notebooks
 # The compiler of TPUs, which `c2f compile` runs without one; Google makes it for Linux on x86.
@@ -87,6 +89,7 @@ setup(
         "train": TRAIN,
         "tensorboard": TENSORBOARD,
         "speech": SPEECH,  # to make spoken_scenes, and for `c2f search --say`
+        "av": AV,
         "notebook": NOTEBOOK,  # to record from a microphone in Jupyter
         "hub": ["huggingface_hub>=0.30"],  # hub ids for `c2f convert`
         "gcs": GCS,
@@ -96,6 +99,7 @@ setup(
             *TRAIN,
             *TENSORBOARD,
             *SPEECH,
+            *AV,
             *NOTEBOOK,
             *KERNEL,
             *FOREIGN,

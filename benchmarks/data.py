@@ -14,12 +14,20 @@ process; the table shows the median of the rounds.
     c2f                 decoded items are kept, so an image with five recordings is decoded once
 
 All start with empty caches and run through less than one epoch.
+
+    python benchmarks/data.py --decoder [--against=CHECKOUT]
+
+times the decoder of recordings alone, four seconds of each format; with another checkout both take
+turns, each in a process of its own, and the table shows the medians and their ratio.
 """
 
 import argparse
+import io
 import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -180,6 +188,59 @@ def padding(lengths, seconds, batch_size):
     )
 
 
+# Name in the table -> (rate, channels, container, codec).
+FORMATS = {
+    "WAV": (RATE, 1, "WAV", "PCM_16"),
+    "WAV 44.1 kHz stereo": (44_100, 2, "WAV", "PCM_16"),
+    "FLAC": (RATE, 1, "FLAC", "PCM_16"),
+    "FLAC 48 kHz stereo": (48_000, 2, "FLAC", "PCM_24"),
+    "Ogg Vorbis": (RATE, 1, "OGG", "VORBIS"),
+    "Ogg Opus": (48_000, 1, "OGG", "OPUS"),
+    "MP3": (44_100, 1, "MP3", "MPEG_LAYER_III"),
+    "MP3 stereo": (44_100, 2, "MP3", "MPEG_LAYER_III"),
+}
+
+
+def time_decoder(repeats=40, seconds=4.0):
+    """Return milliseconds of CPU a recording of each format, the median of several."""
+    rng, took = np.random.default_rng(0), {}
+    for name, (rate, channels, container, codec) in FORMATS.items():
+        count = int(seconds * rate)
+        envelope = np.interp(np.arange(count), np.linspace(0, count, 60), rng.uniform(0, 0.2, 60))
+        wave = envelope[:, None] * rng.standard_normal((count, 1)) + np.zeros(channels)
+        file = io.BytesIO()
+        soundfile.write(file, wave, rate, format=container, subtype=codec)
+        encoded, times = file.getvalue(), []
+        for _ in range(repeats):
+            began = time.process_time()
+            decode_audio(encoded)
+            times.append(time.process_time() - began)
+        took[name] = 1000 * statistics.median(times)
+    return took
+
+
+def compare_decoders(other, rounds):
+    """Print the milliseconds of each format here and in another checkout, which take turns."""
+    trees = {"here": str(Path(__file__).resolve().parents[1]), "there": other}
+    command = [sys.executable, __file__, "--decoder", "--json"]
+    times = {tree: [] for tree in trees if trees[tree]}
+    for number in range(rounds):
+        for tree in list(times)[:: 1 if number % 2 else -1]:
+            environment = {**os.environ, "PYTHONPATH": trees[tree]}
+            done = subprocess.run(command, env=environment, capture_output=True, check=True)
+            times[tree].append(json.loads(done.stdout))
+    for name in FORMATS:
+        here = statistics.median(took[name] for took in times["here"])
+        line = f"{name:20} {here:7.3f} ms"
+        if other:
+            there = statistics.median(took[name] for took in times["there"])
+            ratio = statistics.median(
+                b[name] / a[name] for a, b in zip(times["here"], times["there"], strict=True)
+            )
+            line += f"  {there:7.3f} ms there  speed {ratio:5.2f} of it"
+        print(line)
+
+
 def main():
     """Print one line for each loader, and the padding."""
     parser = argparse.ArgumentParser(
@@ -195,7 +256,16 @@ def main():
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--decoder", action="store_true", help="time the decoder alone")
+    parser.add_argument("--against", default="", help="checkout whose decoder is timed in turn")
+    parser.add_argument("--json", action="store_true", help="with --decoder: one line, no turns")
     options = parser.parse_args()
+    if options.decoder:
+        if options.json:
+            print(json.dumps(time_decoder()))
+        else:
+            compare_decoders(options.against, max(options.rounds, 3))
+        return
     with tempfile.TemporaryDirectory() as folder:
         manifest = options.manifest or make_files(Path(folder), options.images)
         pairs = load_pairs(str(manifest), "train")

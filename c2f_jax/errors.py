@@ -22,6 +22,7 @@ EXTRA_OF_MODULE = {
     "tensorboard": "tensorboard",
     "tensorflow": "tensorboard",
     "espeakng_loader": "speech",
+    "av": "av",
     "huggingface_hub": "hub",
     "libtpu": "tpu",
     "gcsfs": "gcs",

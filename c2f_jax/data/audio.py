@@ -1,38 +1,60 @@
-"""Encoded audio to 16 kHz mono samples."""
+"""Encoded audio to 16 kHz mono samples: the one place that decides on channels and gain."""
 
 from __future__ import annotations
 
-import io
+import dataclasses
 import os
 import stat
-import struct
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import numpy as np
 
+from c2f_jax.data.audio_decoders import Decoder, open_audio
+from c2f_jax.data.audio_streams import (
+    INAUDIBLE_SECONDS,
+    INAUDIBLE_SHARE,
+    Note,
+    Stream,
+    audio_streams,
+)
 from c2f_jax.data.source import SAMPLE_RATE
 from c2f_jax.errors import BadFileError
-
-if TYPE_CHECKING:
-    import soundfile
 
 # Before and after conversion: 400 MB, 100 minutes at 16 kHz. More is treated as a bomb.
 MOST_SAMPLES = 100_000_000
 MOST_BYTES = 2**30
 RATES = (4_000, 768_000)  # Hz; below there is no speech, above no recorder
-# Recorders that cannot go back to write the length write this or more.
-STREAMED_SIZE = 2**31 - 2**16
-_BLOCK = 2**20  # samples read at a time
+_SILENT = 1e-3  # of the loudest channel: a channel without sound
+_CANCELLED = 0.5  # of the variance that unrelated channels leave in their sum
+_FEW = 1e-3  # share of samples above full scale that are clipped, as any player does
+_LOUD = 16.0  # of full scale; above, samples are integers that were stored as they are
+_FULL_SCALES = (2.0**15, 2.0**23, 2.0**31)
+_OVERSHOOT = 1.25  # of full scale; lossy codecs and conversion of the rate reach it
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """A decoded recording.
+
+    Attributes:
+      samples: float32 (samples,), -1 to 1.
+      rate: rate of the file in Hz.
+      channels: channels of the file.
+      notes: (kind, detail) of what was found and done, kinds as in `data_check.findings.KINDS`.
+    """
+
+    samples: np.ndarray
+    rate: int
+    channels: int
+    notes: tuple[Note, ...] = ()
 
 
 def decode_audio(
     data: bytes | str, *, sample_rate: int = SAMPLE_RATE, name: str | None = None
 ) -> np.ndarray:
-    """Decode a recording; channels are averaged, the rate is converted.
+    """Decode a recording to one channel at a rate.
 
-    Reads what libsndfile reads: WAV, FLAC, Ogg Opus and Vorbis, MP3, AIFF and more; the content
-    decides, not the name. Memory is bounded whatever a header promises. Damage inside samples
-    without checksums, as in WAV, cannot be seen, nor can a cut of Ogg exactly between two pages.
+    `read_recording` does the same and says what it found.
 
     Args:
       data: the encoded bytes, or a path.
@@ -40,119 +62,205 @@ def decode_audio(
       name: what error messages call it; by default the path.
 
     Returns:
-      float32 (samples,), about -1 to 1.
+      float32 (samples,), -1 to 1.
+
+    Raises:
+      BadFileError: as `read_recording`.
+    """
+    return read_recording(data, sample_rate=sample_rate, name=name).samples
+
+
+def read_recording(
+    data: bytes | str, *, sample_rate: int = SAMPLE_RATE, name: str | None = None
+) -> Recording:
+    """Decode a recording to one channel at a rate, and say what is odd about it.
+
+    Reads what libsndfile reads: WAV, FLAC, Ogg Opus and Vorbis, MP3, AIFF and more, and with the
+    extra `av` what FFmpeg reads: M4A, WebM, AMR, WMA and more. The content decides, not the name.
+
+    All of a file is read whatever its header says, and all streams that follow one another. What is
+    missing at the end is an error unless it cannot be heard, 1 % or 20 ms. Channels that hold sound
+    are averaged; if that would cancel them, as in opposite phase, the loudest one is taken. Samples
+    above full scale are clipped if they are a few, else all are scaled.
+
+    Memory is bounded whatever a header promises. Damage inside samples without checksums, as in
+    WAV, cannot be seen, nor can a cut of Ogg exactly between two pages or of an MP3 file that does
+    not say how long it is.
+
+    Args:
+      data: the encoded bytes, or a path.
+      sample_rate: rate of the samples in Hz.
+      name: what error messages call it; by default the path.
+
+    Returns:
+      The samples, and what was found.
 
     Raises:
       BadFileError: the file is missing, unreadable, cut off, empty, not finite, has a rate outside
         of 4 to 768 kHz, or is longer than 100 million samples.
     """
-    import soundfile
-
     name = name or (data if isinstance(data, str) else "audio")
-
     encoded = data if isinstance(data, bytes) else read_bytes(data)
     if not encoded:
         raise BadFileError(f"{name}: the file is empty", "zero length")
-    try:
-        with soundfile.SoundFile(_Bytes(encoded)) as file:
-            # Both come from the header, which may be wrong.
-            rate, promised = file.samplerate, file.frames
-            if not RATES[0] <= rate <= RATES[1]:
-                raise BadFileError(
-                    f"{name}: the sample rate is {rate:,} Hz; it must be {RATES[0]:,} to "
-                    f"{RATES[1]:,} Hz",
-                    "wrong rate",
-                )
-            wave = _read(file, min(MOST_SAMPLES, MOST_SAMPLES * rate // sample_rate), name)
-    except BadFileError:
-        raise
-    # soundfile raises all of these on damaged files.
-    except (RuntimeError, TypeError, ValueError, OverflowError, MemoryError) as e:
-        raise _unreadable(name, e) from e
 
-    # libsndfile silently reads some files past their end.
-    _check_whole(encoded, wave, promised, name)
+    streams, notes = audio_streams(encoded, name)
+    del encoded, data
+    waves = []
+    room = MOST_SAMPLES
+    for stream in streams:
+        wave, decoder = _decode_stream(stream, sample_rate, room, name, notes)
+        waves.append(wave)
+        room -= len(wave)
+
+    wave = waves[0] if len(waves) == 1 else np.concatenate(waves)
+    if len(wave) == 0:
+        raise BadFileError(f"{name}: the recording is empty", "zero length")
+    wave = _within_full_scale(wave, name, notes)
+    wave = np.ascontiguousarray(wave, np.float32)
+    return Recording(wave, decoder.rate, decoder.channels, tuple(notes))
+
+
+def _decode_stream(
+    stream: Stream, sample_rate: int, room: int, name: str, notes: list[Note]
+) -> tuple[np.ndarray, Decoder]:
+    """Decode a stream to one channel at a rate."""
+    decoder = open_audio(stream.data, stream.frames, name)
+    rate = decoder.rate
+    if not RATES[0] <= rate <= RATES[1]:
+        raise BadFileError(
+            f"{name}: the sample rate is {rate:,} Hz; it must be {RATES[0]:,} to {RATES[1]:,} Hz",
+            "wrong rate",
+        )
+    wave = _mix(decoder, min(room, room * rate // sample_rate), name, notes)
+    _check_whole(decoder, stream, len(wave), name, notes)
     # Loaded only where it is needed: most sets are at 16 kHz already.
-    if rate != sample_rate:
+    if rate != sample_rate and len(wave):
         import soxr
 
         wave = soxr.resample(wave, rate, sample_rate)
-    return np.ascontiguousarray(wave, np.float32)
+    return wave, decoder
 
 
-class _Bytes(io.BytesIO):
-    """Bytes that ignore a seek to before their beginning, as damaged headers ask for.
-
-    soundfile would print a traceback.
-    """
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        try:
-            return super().seek(offset, whence)
-        except ValueError:
-            return self.tell()
-
-
-def _read(file: soundfile.SoundFile, most: int, name: str) -> np.ndarray:
-    """Read all samples, averaged over channels.
+def _mix(decoder: Decoder, most: int, name: str, notes: list[Note]) -> np.ndarray:
+    """Read all samples and average the channels that hold sound, or take the loudest one.
 
     They are read in blocks, since the number in the header may be anything.
     """
-    # The size of a block is that of all channels together, so that memory is bounded.
-    blocks, total = [], 0
-    size = max(_BLOCK // file.channels, 1)
-    while len(block := file.read(size, dtype="float32", always_2d=True)):
-        blocks.append(block[:, 0] if block.shape[1] == 1 else block.mean(axis=1))
+    channels = decoder.channels
+    if channels == 1:
+        parts = [block[:, 0] for block in _bounded(decoder, most, name)]
+        return _joined(parts)
+
+    blocks, parts = [], []
+    moments = np.zeros((2, channels + 1))  # sums, and sums of squares, of the channels and the mean
+    weights = np.full(channels, 1 / channels, np.float32)
+    for block in _bounded(decoder, most, name):
+        parts.append(block @ weights)
+        for column in range(channels + 1):
+            values = block[:, column] if column < channels else parts[-1]
+            moments[:, column] += values.sum(), np.dot(values, values)
+        blocks = [block] if len(parts) == 1 else []  # one is kept, many are read again
+    wave = _joined(parts)
+    if not np.isfinite(moments).all():
+        return wave  # refused later, whichever channel is at fault
+
+    means, squares = moments / max(len(wave), 1)
+    variance = np.maximum(squares - means**2, 0)
+    *of_channels, of_mean = variance.tolist()
+    # Of equally loud ones the first, whatever noise they have.
+    loudest = int(np.argmax(np.greater_equal(of_channels, 0.99 * max(of_channels))))
+    if not of_channels[loudest]:
+        return wave
+    # Unrelated channels leave 1 / channels**2 of the sum of their variances, equal ones more.
+    if of_mean * channels**2 < _CANCELLED * sum(of_channels):
+        left = of_mean / of_channels[loudest]
+        notes.append(
+            (
+                "out of phase",
+                f"{channels} channels, whose mean has {left:.2%} of the power of channel "
+                f"{loudest + 1}, which was taken alone",
+            )
+        )
+        again = blocks or _bounded(decoder, most, name)
+        return _joined([np.ascontiguousarray(block[:, loudest]) for block in again])
+    silent = sum(value < _SILENT**2 * of_channels[loudest] for value in of_channels)
+    if silent:
+        notes.append(("silent channel", f"{silent} of {channels}, left out of the mean"))
+        wave *= channels / (channels - silent)
+    return wave
+
+
+def _bounded(decoder: Decoder, most: int, name: str) -> Iterator[np.ndarray]:
+    """Read blocks, and refuse a recording that is too long."""
+    total = 0
+    for block in decoder.blocks():
         total += len(block)
         if total > most:
             raise BadFileError(
-                f"{name}: longer than {most:,} samples, {most / file.samplerate:,.0f} s", "too long"
+                f"{name}: longer than {most:,} samples, {most / decoder.rate:,.0f} s", "too long"
             )
-    if not blocks:
+        yield block
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    if not parts:
         return np.zeros(0, np.float32)
-    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _check_whole(encoded: bytes, wave: np.ndarray, promised: int, name: str) -> None:
-    """Raise `BadFileError` for a recording that is cut off, empty or not finite."""
-    gone = _missing_bytes(encoded)
-    if gone:
+def _check_whole(
+    decoder: Decoder, stream: Stream, count: int, name: str, notes: list[Note]
+) -> None:
+    """Raise `BadFileError` for a recording of which a part that can be heard is missing."""
+    if decoder.surplus > max(INAUDIBLE_SHARE * count, INAUDIBLE_SECONDS * decoder.rate):
         raise BadFileError(
-            f"{name}: cut off, {gone:,} bytes that its header promises are missing", "truncated"
+            f"{name}: its header gives {count:,} samples, but {decoder.surplus:,} more follow",
+            "header too short",
         )
-    if len(wave) < promised:
-        raise BadFileError(f"{name}: cut off after {len(wave)} of {promised} samples", "truncated")
-    if len(wave) == 0:
-        raise BadFileError(f"{name}: the recording is empty", "zero length")
-    if not np.isfinite(wave).all():
+    missing: float = max((decoder.promised or 0) - count, 0)
+    if stream.missing:
+        known = count and stream.missing < 1
+        missing = max(missing, count * stream.missing / (1 - stream.missing)) if known else np.inf
+    if not missing:
+        return
+    seconds = missing / decoder.rate
+    if seconds <= INAUDIBLE_SECONDS or missing <= INAUDIBLE_SHARE * (count + missing):
+        detail = f"the last {1000 * seconds:.3g} ms that its header promises are missing"
+        notes.append(("incomplete", detail))
+        return
+
+    reason = f" ({decoder.error})" if decoder.error else ""
+    promised = f" of {count + missing:,.0f}" if missing < MOST_SAMPLES else ""
+    raise BadFileError(
+        f"{name}: cut off or damaged after {count:,}{promised} samples{reason}", "truncated"
+    )
+
+
+def _within_full_scale(wave: np.ndarray, name: str, notes: list[Note]) -> np.ndarray:
+    """Clip a few samples above full scale; scale a recording that is above it throughout."""
+    peak = max(float(wave.max()), -float(wave.min()))
+    if peak <= 1:
+        return wave
+    if not np.isfinite(peak):
         raise BadFileError(
             f"{name}: the recording holds samples that are not numbers", "not numbers"
         )
-
-
-def _missing_bytes(encoded: bytes) -> int:
-    """Count the bytes that are missing at the end of a file.
-
-    libsndfile does not report them in WAV, AIFF and Ogg.
-    """
-    # A chunk is a name of four bytes, its size, and as many bytes, padded to an even number.
-    if encoded[:4] in (b"RIFF", b"FORM"):
-        order = "<I" if encoded[:4] == b"RIFF" else ">I"
-        place = 12
-        while place + 8 <= len(encoded):
-            size = struct.unpack_from(order, encoded, place + 4)[0]
-            if encoded[place : place + 4] in (b"data", b"SSND"):
-                if size >= STREAMED_SIZE:
-                    return 0
-                return max(place + 8 + size - len(encoded), 0)
-            place += 8 + size + size % 2
-    elif encoded[:4] == b"OggS":
-        # The header of the last page says how many segments follow, and how long each is.
-        page = encoded.rfind(b"OggS")
-        segments = encoded[page + 26] if page + 26 < len(encoded) else 0
-        table = encoded[page + 27 : page + 27 + segments]
-        return max(page + 27 + segments + sum(table) - len(encoded), 0)
-    return 0
+    level = float(np.quantile(np.abs(wave), 1 - _FEW))
+    scale = 1.0
+    if level > _FULL_SCALES[-1]:
+        raise BadFileError(f"{name}: samples up to {peak:.1e} are no sound", "not numbers")
+    if level > _LOUD:
+        scale = next(full for full in _FULL_SCALES if level <= full)
+    elif level > _OVERSHOOT:
+        scale = min(peak, _LOUD)
+    if scale > 1:
+        notes.append(("scaled", f"peak {peak:,.4g} of full scale, divided by {scale:,.4g}"))
+        wave = wave / np.float32(scale)
+    count = np.count_nonzero(np.abs(wave) > 1)
+    if scale == 1 and (peak > _OVERSHOOT or count > _FEW * len(wave)):
+        notes.append(("clipped", f"{count:,} samples above full scale, up to {peak:,.4g}"))
+    return np.clip(wave, -1, 1)
 
 
 def read_bytes(path: str) -> bytes:
@@ -196,10 +304,3 @@ def _read_local(path: str) -> bytes:
         )
     with open(path, "rb") as file:
         return file.read()
-
-
-def _unreadable(name: str, error: Exception) -> BadFileError:
-    reason = getattr(error, "error_string", None) or str(error)
-    return BadFileError(
-        f"{name}: not readable audio ({reason}); use WAV, FLAC, Ogg or MP3", "unreadable"
-    )

@@ -2,11 +2,10 @@
 
 import dataclasses
 import hashlib
-import io
 
 import numpy as np
 
-from c2f_jax.data.audio import decode_audio, read_bytes
+from c2f_jax.data.audio import read_bytes, read_recording
 from c2f_jax.data.images import open_rgb, resize_box
 from c2f_jax.data.source import MIN_SAMPLES, SAMPLE_RATE, PairSource
 from c2f_jax.data_check.findings import VERY_SHORT
@@ -69,12 +68,11 @@ def recording_facts(source: PairSource, index: int, max_seconds: float) -> Facts
     Returns:
       What is known about it.
     """
-    import soundfile
-
     try:
         audio = source.recording(index)["audio"]
         encoded = audio if isinstance(audio, bytes) else read_bytes(audio)
-        wave = decode_audio(encoded, name=source.recording_name(index))
+        recording = read_recording(encoded, name=source.recording_name(index))
+        wave = recording.samples
         if len(wave) < MIN_SAMPLES:
             raise BadFileError(
                 f"{len(wave)} samples at 16 kHz; {MIN_SAMPLES} are needed", "too short"
@@ -83,12 +81,12 @@ def recording_facts(source: PairSource, index: int, max_seconds: float) -> Facts
         return _unusable(e, source.recording_name(index))
 
     # Oddities that do not keep the recording from being used.
-    about, problems = soundfile.info(io.BytesIO(encoded)), []
+    problems = list(recording.notes)
     seconds, peak = len(wave) / SAMPLE_RATE, np.abs(wave).max()
-    if about.samplerate != SAMPLE_RATE:
-        problems.append(("other sample rate", f"{about.samplerate:,} Hz"))
-    if about.channels != 1:
-        problems.append(("stereo", f"{about.channels} channels"))
+    if recording.rate != SAMPLE_RATE:
+        problems.append(("other sample rate", f"{recording.rate:,} Hz"))
+    if recording.channels != 1:
+        problems.append(("stereo", f"{recording.channels} channels"))
     if peak < SILENCE:
         problems.append(("silence", f"peak {peak:.1e} of full scale"))
     if seconds < VERY_SHORT:

@@ -1,0 +1,233 @@
+"""Recordings as people have them: whatever the container, the codec and the header, what is decoded
+is what a player plays, or an error that says what is wrong."""
+
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from helpers import audio_forms
+from helpers.audio_forms import RATE, patched, speech, stored
+from helpers.audio_table import judge
+
+from c2f_jax.data import audio_decoders
+from c2f_jax.data.audio import decode_audio, read_recording
+from c2f_jax.errors import BadFileError
+
+WAVE = speech()
+
+
+def kinds(data):
+    return [kind for kind, _ in read_recording(data).notes]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        audio_forms.plain_forms,
+        audio_forms.wav_forms,
+        audio_forms.other_header_forms,
+        audio_forms.flac_forms,
+        audio_forms.ogg_forms,
+        audio_forms.mp3_forms,
+        audio_forms.channel_forms,
+        audio_forms.gain_forms,
+        lambda wave: audio_forms.rate_forms(),
+    ],
+)
+def test_forms_made_by_hand(make):
+    wrong, count = [], 0
+    for form in make(WAVE):
+        count += 1
+        said, complaint = judge(form)
+        if complaint:
+            wrong.append(f"{form.container} {form.codec} {form.quirk}: {said}, {complaint}")
+    assert count >= 7 and not wrong
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="ffmpeg is not installed")
+def test_forms_made_by_programs(tmp_path):
+    pytest.importorskip("av", reason="the extra av is not installed")
+    forms = list(audio_forms.tool_forms(WAVE, tmp_path))
+    wrong = [(form.container, form.codec, form.quirk, *judge(form)) for form in forms]
+    assert len(forms) > 20 and not [line for line in wrong if line[-1]]
+
+
+def test_lossless_forms_give_the_same_samples():
+    samples = np.round(WAVE * 32767).astype(np.int16)
+    expected = samples * np.float32(1 / 32768)
+    wav = stored(samples)
+    size = wav.index(b"data") + 4
+    flac = stored(samples, container="FLAC")
+    unknown = flac[:21] + bytes([flac[21] & 0xF0]) + bytes(4) + flac[26:]
+    for data in (
+        flac,
+        unknown,
+        patched(wav, size, "<I", 0),
+        patched(wav, size, "<I", 2**32 - 1),
+        *(stored(samples, container=kind) for kind in ("AIFF", "AU", "CAF", "W64", "RF64", "NIST")),
+    ):
+        np.testing.assert_array_equal(decode_audio(data), expected)
+
+
+def test_joined_files_give_both_one_after_the_other():
+    first, second = WAVE, speech(2.0, seed=1)
+    for kind in ("WAV", "FLAC", "AU", "AIFF"):
+        data = stored(first, container=kind) + stored(second, container=kind)
+        both = np.concatenate([first, second])
+        np.testing.assert_allclose(decode_audio(data), both, atol=1e-4)
+        assert kinds(data) == ["several streams"]
+
+
+def test_the_mean_of_channels_is_taken_unless_it_cancels_them():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 0.02, (len(WAVE), 2)).astype(np.float32)
+    for right in (WAVE, 0.3 * WAVE, -0.1 * WAVE):
+        stereo = np.stack([WAVE, right], 1)
+        data = stored(stereo, subtype="FLOAT")
+        np.testing.assert_allclose(decode_audio(data), stereo.mean(1), atol=1e-6)
+        assert kinds(data) == []
+    # The speech is opposite and louder than the noise, which is not.
+    for right, taken in ((-WAVE, 0), (-0.8 * WAVE, 0), (-1.5 * WAVE, 1)):
+        stereo = np.stack([WAVE, right], 1) + noise
+        data = stored(stereo, subtype="FLOAT")
+        np.testing.assert_allclose(decode_audio(data), stereo[:, taken], atol=1e-6)
+        assert kinds(data) == ["out of phase"]
+
+
+def test_one_channel_is_taken_of_a_file_of_several_blocks(monkeypatch):
+    monkeypatch.setattr(audio_decoders, "_BLOCK", 4096)
+    stereo = np.stack([0.5 * WAVE, -WAVE], 1)
+    np.testing.assert_allclose(decode_audio(stored(stereo)), -WAVE, atol=1e-4)
+
+
+def test_a_silent_channel_does_not_halve_the_others():
+    data = stored(np.stack([np.zeros_like(WAVE), WAVE], 1), subtype="FLOAT")
+    np.testing.assert_allclose(decode_audio(data), WAVE, atol=1e-6)
+    assert kinds(data) == ["silent channel"]
+
+
+@pytest.mark.parametrize("scale", [2.0**15, 2.0**23, 2.0**31])
+def test_integers_stored_as_floats_keep_their_level(scale):
+    data = stored(WAVE.astype(float) * scale, subtype="DOUBLE")
+    np.testing.assert_allclose(decode_audio(data), WAVE, atol=1e-6)
+    assert kinds(data) == ["scaled"]
+
+
+def test_what_is_above_full_scale_is_scaled_or_clipped_and_said():
+    shape = WAVE / abs(WAVE).max()
+    loud = stored(6 * shape, subtype="FLOAT")
+    np.testing.assert_allclose(decode_audio(loud), shape, atol=1e-6)
+    click = shape.copy()
+    click[500] = -1e6
+    clicked = stored(click, subtype="FLOAT")
+    found = decode_audio(clicked)
+    assert found[500] == -1 and kinds(clicked) == ["clipped"]
+    np.testing.assert_allclose(np.delete(found, 500), np.delete(shape, 500), atol=1e-6)
+    for bad in (np.inf, -np.inf, np.nan):
+        click[500] = bad
+        with pytest.raises(BadFileError, match="not numbers"):
+            decode_audio(stored(click, subtype="FLOAT"))
+    with pytest.raises(BadFileError, match="no sound"):
+        decode_audio(stored(WAVE.astype(float) * 1e30, subtype="DOUBLE"))
+
+
+@pytest.mark.parametrize("kind", ["WAV", "AIFF", "AU", "W64", "RF64", "CAF", "FLAC"])
+def test_a_cut_is_an_error_once_it_can_be_heard(kind):
+    data = stored(WAVE, container=kind)
+    for share in (0.3, 0.9, 0.98):
+        with pytest.raises(BadFileError, match="cut off"):
+            decode_audio(data[: int(share * len(data))], name="a file")
+    if kind != "FLAC":  # a frame of FLAC is a quarter of a second
+        assert kinds(data[: -len(data) // 500]) == ["incomplete"]
+
+
+def test_a_header_that_ends_too_early_is_named():
+    data = stored(WAVE)
+    with pytest.raises(BadFileError, match="a.wav: its header says .* bytes follow") as caught:
+        decode_audio(patched(data, data.index(b"data") + 4, "<I", 32_000), name="a.wav")
+    assert caught.value.kind == "header too short"
+
+
+def test_mp3_without_a_header_is_read_to_its_end():
+    # The number of frames is not in the file, and their sizes differ.
+    loud = np.concatenate([np.zeros(RATE, np.float32), WAVE, np.zeros(3 * RATE, np.float32)])
+    bare = audio_forms.without_header(stored(loud, container="MP3"))
+    assert 7.0 <= len(decode_audio(bare)) / RATE < 7.15
+    assert 14.0 <= len(decode_audio(bare + bare)) / RATE < 14.3
+
+
+def test_mp3_with_damaged_frames_is_named():
+    bare = audio_forms.without_header(stored(WAVE, container="MP3"))
+    third = len(bare) // 3
+    assert kinds(bare[:third] + b"\1" * 30 + bare[third:]) == ["incomplete"]
+    with pytest.raises(BadFileError, match="damaged"):
+        decode_audio(bare[:third] + b"\1" * 3000 + bare[third:])
+
+
+def test_random_bytes_and_texts_are_no_audio():
+    rng = np.random.default_rng(0)
+    for data in (rng.bytes(50_000), b"<!DOCTYPE html><html>" + b"x" * 5000, b"ID3" + bytes(2000)):
+        with pytest.raises(BadFileError, match="not readable audio"):
+            decode_audio(data)
+
+
+def test_the_extra_is_named_where_it_is_needed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(BadFileError, match=r"b.m4a: .*pip install 'c2f_jax\[av\]'"):
+        decode_audio(b"\0\0\0\x1cftypM4A " + bytes(500), name="b.m4a")
+
+
+def with_av(file, container, codec, rate=RATE, **options):
+    """Encode by the FFmpeg of PyAV."""
+    av = pytest.importorskip("av", reason="the extra av is not installed")
+    with av.open(str(file), "w", format=container, options=options) as output:
+        stream = output.add_stream(codec, rate=rate, layout="mono")
+        if codec == "wmav2":
+            stream.bit_rate = 64_000
+        frame = av.AudioFrame.from_ndarray(WAVE[None], "fltp", "mono")
+        frame.sample_rate = RATE
+        fitted = av.AudioResampler(stream.format.name, "mono", rate).resample(frame)
+        for part in [*fitted, None]:
+            output.mux(stream.encode(part))
+    return file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "container, codec, rate",
+    [
+        ("mp4", "aac", RATE),
+        ("webm", "libopus", 48_000),
+        ("matroska", "pcm_s16le", RATE),
+        ("adts", "aac", 44_100),
+        ("asf", "wmav2", 44_100),
+        ("amr", "libopencore_amrnb", 8_000),
+        ("3gp", "libopencore_amrnb", 8_000),
+        ("mpegts", "aac", 48_000),
+    ],
+)
+def test_what_libsndfile_does_not_read_is_read_by_ffmpeg(container, codec, rate, tmp_path):
+    data = with_av(tmp_path / "a", container, codec, rate)
+    form = audio_forms.Form(container, codec, "", data, slack=0.15)
+    assert judge(form)[1] is None
+
+
+def test_a_cut_mp4_and_a_codec_that_is_not_known_are_named(tmp_path):
+    data = with_av(tmp_path / "a.mp4", "mp4", "aac", movflags="faststart")
+    with pytest.raises(BadFileError, match="cut off"):
+        decode_audio(data[: len(data) // 2])
+    other = with_av(tmp_path / "a.mka", "matroska", "aac").replace(b"A_AAC", b"A_ABC")
+    with pytest.raises(BadFileError, match="not readable audio"):
+        decode_audio(other)
+
+
+def test_playlists_do_not_open_other_files(tmp_path):
+    pytest.importorskip("av", reason="the extra av is not installed")
+    (tmp_path / "a.wav").write_bytes(stored(WAVE))
+    for text in (
+        f"#EXTM3U\n#EXTINF:3,\n{tmp_path}/a.wav\n",
+        f"ffconcat version 1.0\nfile {tmp_path}/a.wav\n",
+    ):
+        with pytest.raises(BadFileError, match="not readable audio"):
+            decode_audio(text.encode())
