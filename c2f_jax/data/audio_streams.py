@@ -212,6 +212,8 @@ def _end_of_samples(
             if _are_chunks(encoded, place, layout):
                 return place
     if any(_are_tags(encoded, place) for place in places):
+        if not layout:  # some players take what follows for samples
+            notes.append(("bytes left out", f"{len(encoded) - end:,} bytes after the samples"))
         return end
 
     more = len(encoded) - end

@@ -61,20 +61,32 @@ def _judge_samples(form, found: Recording):
 
 
 def table(rows):
-    """Format (form, what came of it) as a table; forms that differ only in codec share a line."""
+    """Format (form, what came of it) as a table.
+
+    Containers share a line where they have the same quirk and the same came of it; plain files
+    share one by container.
+    """
     lines = {}
     for form, said in rows:
-        expected = f"error: {form.seconds}"
-        if not isinstance(form.seconds, str):
-            expected = f"{form.seconds:.3f}" + (
-                f" to {form.seconds + form.slack:.2f}" if form.slack >= 0.01 else ""
-            )
-        key = (form.container, form.quirk, expected, said, form.note)
-        lines.setdefault(key, []).append(form.codec)
-    yield "| container | codec | header, or how it was made | expected, s | decoded, s | said |"
-    yield "|---|---|---|---|---|---|"
-    for (container, quirk, expected, said, note), codecs in lines.items():
-        yield f"| {container} | {', '.join(codecs)} | {quirk} | {expected} | {said} | {note} |"
+        place = (form.quirk or form.container, form.seconds, form.note)
+        lines.setdefault(place, []).append((form, said))
+    yield "| header, or how it was made | container and codec | expected, s | decoded, s | said |"
+    yield "|---|---|---|---|---|"
+    for (quirk, expected, note), found in lines.items():
+        slack = max(form.slack for form, _ in found)
+        files: dict[str, list[str]] = {}
+        for form, _ in found:
+            files.setdefault(form.container, []).append(form.codec)
+        if not found[0][0].quirk:
+            quirk, note = "plain", "" if len(found) == 1 else f"{len(found)} files"
+        names = "; ".join(f"{name} {', '.join(codecs)}" for name, codecs in files.items())
+        if isinstance(expected, str):
+            expected = f"error: {expected}"
+        else:
+            expected = f"{expected:.3f}" + (f" ± {slack:.2f}" if slack >= 0.01 else "")
+        decoded = sorted({said for _, said in found})
+        decoded = decoded[0] if len(decoded) == 1 else f"{decoded[0]} to {decoded[-1]}"
+        yield f"| {quirk} | {names} | {expected} | {decoded} | {note} |"
 
 
 def main():

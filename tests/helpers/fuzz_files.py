@@ -251,7 +251,7 @@ def complaint(medium, data, expected, whole):
     if expected in (SAME, REFUSED):
         # A cut that takes nothing but padding at the end leaves the same content.
         same = whole is not None and np.array_equal(result, decode(medium, whole))
-        # Nor does one that takes what cannot be heard, or that nothing in the file tells; it is said.
+        # Nor does one that takes what cannot be heard, or that nothing in the file tells: noted.
         if medium == "audio" and not same and expected == REFUSED:
             same = bool(read_recording(data, name="the file").notes)
         return (None if same else "accepted, but not what the whole file holds"), True
