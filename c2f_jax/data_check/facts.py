@@ -6,7 +6,7 @@ import hashlib
 import numpy as np
 
 from c2f_jax.data.audio import read_bytes, read_recording
-from c2f_jax.data.images import open_rgb, resize_box
+from c2f_jax.data.images import read_image, resize_box
 from c2f_jax.data.source import MIN_SAMPLES, SAMPLE_RATE, PairSource
 from c2f_jax.data_check.findings import VERY_SHORT
 from c2f_jax.errors import BadFileError
@@ -119,11 +119,11 @@ def image_facts(source: PairSource, row: int, image_size: int = 0) -> Facts:
     try:
         image = source.image(row)
         encoded = image if isinstance(image, bytes) else read_bytes(image)
-        rgb = open_rgb(encoded, max(2 * LOOK_SIDE, image_size), name=source.image_name(row))
+        decoded = read_image(encoded, max(2 * LOOK_SIDE, image_size), name=source.image_name(row))
     except BadFileError as e:
         return _unusable(e, source.image_name(row))
 
-    problems = []
+    rgb, problems = decoded.rgb, list(decoded.notes)
     if min(rgb.size) < LOOK_SIDE:
         problems.append(("tiny image", f"{rgb.width} x {rgb.height}"))
     elif min(rgb.size) < image_size:
