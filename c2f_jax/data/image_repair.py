@@ -31,12 +31,16 @@ def repairs(encoded: bytes) -> Iterator[tuple[bytes, Note]]:
     Yields:
       The content of another file with the same pixels, and the kind and detail of what is odd.
     """
+    ignored = ("odd metadata", "metadata that cannot be read are ignored")
     bare = _without_metadata(encoded)
-    if bare != encoded:
-        yield bare, ("odd metadata", "metadata that cannot be read are ignored")
-    whole = _with_end(bare) if bare[:2] == b"\xff\xd8" else None
+    whole = _with_end(encoded)
     if whole is not None:
         yield whole, ("last bytes missing", "the JPEG has no end")
+    if bare != encoded:
+        yield bare, ignored
+        whole = _with_end(bare)
+        if whole is not None:
+            yield whole, ignored
 
 
 def _without_metadata(encoded: bytes) -> bytes:
@@ -109,6 +113,8 @@ def _webp_chunks(encoded: bytes) -> Iterator[bytes]:
 
 def _with_end(encoded: bytes) -> bytes | None:
     """Give a JPEG its end, unless more than a hundredth of its pixels is missing."""
+    if encoded[:2] != b"\xff\xd8":
+        return None
     # Interrupted downloads are filled with zeros.
     body = encoded.rstrip(b"\0").removesuffix(b"\xff")
     block_rows = _block_rows(body)

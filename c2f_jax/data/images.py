@@ -213,6 +213,11 @@ def _read(encoded: bytes, side: int | None, name: str) -> DecodedImage:
             notes.append(("several images", "the first is used"))
         if image.format == "PNG" and encoded.rfind(b"IEND") < 0:
             notes.append(("last bytes missing", "the PNG has no end, but all pixels"))
+        # An interrupted download may be filled with zeros, which these decode without complaint.
+        if content in ("WEBP", "AVIF", "HEIF"):
+            zeros = len(encoded) - len(encoded.rstrip(b"\0"))
+            if zeros > max(16, len(encoded) / 100):
+                notes.append(("zeros at the end", f"{zeros:,} bytes"))
 
         # JPEG decodes at a half, a quarter or an eighth of its size for less time.
         if side is not None:

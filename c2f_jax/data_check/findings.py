@@ -44,11 +44,13 @@ KINDS = {
     "misspelled column": (WARNING, "the column is not read"),
     "splits alike": (WARNING, "names that differ in case or spaces are different splits"),
     "other length": (WARNING, "not as listed: the recording may be padded or cropped too much"),
+    "zeros at the end": (WARNING, "perhaps an interrupted download: a part may look wrong"),
     "duplicate recording": (NOTE, "the same sound twice in a split"),
     "repeated image": (
         NOTE,
         "the same image twice under one image_id: each is correct for the other",
     ),
+    "clipped": (NOTE, "samples at full scale: louder ones are lost"),
     "very short": (NOTE, f"under {VERY_SHORT} s: hardly a word"),
     "number of captions": (NOTE, "not that of most images"),
     "other sample rate": (NOTE, "converted to 16 kHz while loading"),

@@ -3,9 +3,11 @@ errors that name them."""
 
 import struct
 import zlib
+from pathlib import PurePath
 
 import numpy as np
 import pytest
+import soundfile
 from helpers.memory_source import png
 from helpers.odd_images import (
     PHOTO,
@@ -23,6 +25,9 @@ from helpers.odd_images import (
 from PIL import Image, PngImagePlugin
 
 from c2f_jax.data.images import decode_image, read_image
+from c2f_jax.data.items import load_image
+from c2f_jax.data.manifest import load_manifest
+from c2f_jax.data_check.check import check_data
 from c2f_jax.errors import BadFileError, UserError
 
 
@@ -418,6 +423,12 @@ def test_a_jpeg_may_lack_its_last_bytes_and_no_more(kind):
         pixels, notes = read(encoded[:-cut])
         assert (abs(pixels - whole).max(axis=-1) > 2).mean() < 0.012
         assert cut == 2 or notes == ["last bytes missing"]
+    # What its metadata say counts as before.
+    profiled = png(image, "JPEG", quality=90, exif=exif(6), icc_profile=ROTATED, **options)
+    if image.mode == "RGB":
+        pixels, notes = read(profiled[:-3])
+        assert abs(pixels - read(profiled)[0]).mean() < 1 and pixels.shape == (640, 480, 3)
+        assert notes == ["last bytes missing", "color profile"]
     # Interrupted downloads are filled with zeros.
     for filling in (b"", bytes(5000)):
         for share in (0.2, 0.5, 0.9):
@@ -451,3 +462,86 @@ def test_bombs_are_refused_by_their_headers():
         with pytest.raises(BadFileError, match="photo 3: ") as caught:
             decode_image(bomb, 8, name="photo 3")
         assert caught.value.kind == "too large" or side == 2**31 - 1
+
+
+def test_the_data_check_names_what_is_odd_and_training_reads_the_same(tmp_path):
+    wave = 0.1 * np.sin(np.arange(8000))
+    files = {
+        "usual.png": (png(PHOTO), None),
+        "frames.gif": (gif(), "several images"),
+        "deep.png": (png_16(PIXELS.astype(np.uint16) * 16), "deep image"),
+        "clear.png": (png(PHOTO.convert("RGBA")), "transparency"),
+        "print.jpg": (cmyk_jpeg()[0], "print colors"),
+        "profile.png": (png(PHOTO, icc_profile=ROTATED), "color profile"),
+        "turned.png": (png(PHOTO, exif=exif(99)), "odd metadata"),
+        "end.jpg": (png(LARGE, "JPEG")[:-6], "last bytes missing"),
+        "other.png": (png(PHOTO, "JPEG"), "wrong suffix"),
+        "raw.tif": (tiff(PIXELS, [(254, 4, 1, 1)]), "unreadable"),
+        "half.jpg": (png(LARGE, "JPEG")[:5000], "truncated"),
+    }
+    rows = ""
+    for number, (name, (content, _)) in enumerate(files.items()):
+        (tmp_path / name).write_bytes(content)
+        soundfile.write(tmp_path / f"{number}.wav", (1 + number / 99) * wave, 16_000)
+        rows += f'{{"image": "{name}", "audio": "{number}.wav", "split": "train"}}\n'
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text(rows)
+
+    report = check_data(str(manifest), progress=False)
+    found = {}
+    for finding in report.findings:
+        if finding.item and finding.item[0] == "image" and "duplicate" not in finding.kind:
+            found.setdefault(PurePath(finding.name).name, []).append(finding.kind)
+    assert found == {name: [kind] for name, (_, kind) in files.items() if kind}
+    assert [line for line in report.text().splitlines() if "left out" in line]
+
+    source = load_manifest(str(manifest), "train", max_bad_share=1.0)
+    images = [load_image(source, row, 16) for row in range(source.num_images)]
+    unusable = {PurePath(name).name for name in source.bad_items.reasons}
+    assert unusable == {"raw.tif", "half.jpg"} and sum(i is None for i in images) == 2
+
+
+def damaged(rng, encoded):
+    """What becomes of a file on bad media, and whether it is cut off."""
+    cut = int(len(encoded) * rng.uniform(0.01, 0.999))
+    how = rng.choice(["cut", "zeros", "flipped", "header"])
+    if how == "cut":
+        return encoded[:cut], True
+    if how == "zeros":
+        return encoded[:cut] + bytes(len(encoded) - cut), True
+    values = np.frombuffer(encoded, np.uint8).copy()
+    count = 2 ** rng.integers(0, 6)
+    places = rng.integers(0, len(values) if how == "flipped" else min(200, len(values)), count)
+    values[places] ^= (1 << rng.integers(0, 8, count)).astype(np.uint8)
+    return values.tobytes(), False
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(6000, marks=pytest.mark.slow)])
+def test_damaged_files_are_refused_by_name_or_said_to_lack_their_end(count):
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    image = PHOTO.resize((160, 120), Image.Resampling.BICUBIC)
+    deep = np.asarray(image).astype(np.uint16) * 16
+    wholes = [png(image, kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "HEIF", "MPO")]
+    wholes += [png(image, "JPEG", progressive=True), png(image, "WEBP", lossless=True)]
+    wholes += [png(image, "JPEG", icc_profile=ROTATED, exif=exif(6)), cmyk_jpeg(True)[0]]
+    wholes += [png_16(deep), png(image, "TIFF", compression="tiff_lzw"), tiff(deep)]
+    pixels = [read(whole)[0] for whole in wholes]
+
+    rng = np.random.default_rng(count)
+    accepted = 0
+    for number in range(count):
+        which = number % len(wholes)
+        content, lost = damaged(rng, wholes[which])
+        try:
+            decoded = read_image(content, 1000, name="photo 3")
+        except BadFileError as error:
+            assert str(error).startswith("photo 3: ")
+            continue
+        accepted += 1
+        # Uncompressed pixels may be zero.
+        if not lost or which == len(wholes) - 1:
+            continue
+        kinds = {kind for kind, _ in decoded.notes}
+        wrong = abs(np.asarray(decoded.rgb).astype(int) - pixels[which]).max(axis=-1) > 2
+        assert wrong.mean() < 0.02 or "zeros at the end" in kinds, which
+    assert accepted > 0.1 * count
