@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import io
 import logging
 import os
 import platform
@@ -30,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [word for word in rest if word not in args.overrides or "config" not in args]
     if unknown:
         args.parser.error(f"unknown argument {unknown[0]}; see {args.parser.prog} --help")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # names of files hold any characters
     _quiet_libraries()
     _keep_compiled_programs()
     try:

@@ -1,8 +1,10 @@
 """Search a gallery: images by voice, recordings by an image."""
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import io
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import PurePath
@@ -13,23 +15,29 @@ from etils import epath
 
 from c2f_jax.config.experiment import Experiment
 from c2f_jax.data.audio import decode_audio
-from c2f_jax.data.images import decode_image
-from c2f_jax.data.source import SAMPLE_RATE
+from c2f_jax.data.image_modes import Note
+from c2f_jax.data.images import make_square, read_image
+from c2f_jax.data.source import MIN_SAMPLES, SAMPLE_RATE
+from c2f_jax.data_check.facts import SILENCE
+from c2f_jax.data_check.findings import KINDS
 from c2f_jax.datasets.registry import is_data_set, load_pairs
-from c2f_jax.errors import UserError
+from c2f_jax.errors import BadFileError, UserError
 from c2f_jax.inference import LENGTH_BUCKETS, TrainedModel
 from c2f_jax.models.c2f import Encoded
 from c2f_jax.reports.examples import Example
 from c2f_jax.reports.figures import results_png
 from c2f_jax.reports.html import Media, image_media, speech_media
 from c2f_jax.reports.results_page import write_search_page
-from c2f_jax.retrieval.index import AUDIO_SUFFIXES, IMAGE_SUFFIXES, GalleryIndex, list_media
+from c2f_jax.retrieval.index import GalleryIndex
+from c2f_jax.retrieval.media import count_suffixes, list_media, printable, shortlist
 from c2f_jax.retrieval.ranking import coarse_top_k
 from c2f_jax.retrieval.reranking import fine_scores, match_candidates, rerank
 from c2f_jax.training.distributed import first_process_first, say, share_work
 from c2f_jax.training.parallel import round_up_rows
 
 ANSWER_SIDE = 128  # pixels of an image on the page
+AUDIBLE = 1 / 32768  # of full scale: one step of 16 bits
+CLIPPED = 0.005  # share of samples at full scale; speech rarely gets there
 
 File = str | bytes  # path or content
 
@@ -75,6 +83,9 @@ class Query:
                 raise UserError(f"--{name}={value}: must be at least 1")
         if self.output is not None and epath.Path(self.output).suffix != ".html":
             raise UserError(f"--output={self.output}: must be a file that ends in .html")
+        for text in self.say:
+            if not any(letter.isalnum() for letter in text):
+                raise UserError(f"--say {text!r} has no words: give a sentence in English")
         if self.index and (self.gallery or self.split):
             raise UserError("--index replaces the gallery: leave out --gallery and --split")
 
@@ -104,8 +115,9 @@ def build_index(
 ) -> GalleryIndex:
     """Encode a gallery with a trained model.
 
-    Files that cannot be read are named on standard output and left out. Several processes, all of
-    which must call this, divide the gallery between them.
+    Files that cannot be read are named on standard output and left out, and oddities of the others
+    are counted there. Several processes, all of which must call this, divide the gallery between
+    them.
 
     Args:
       model: the model.
@@ -125,14 +137,12 @@ def build_index(
 
     def encode_share(process: int, processes: int) -> list[_Block]:
         share = blocks[process::processes]
-        return [_encode_block(model, kind, [read(row) for row in rows], size) for rows in share]
+        return [_encode_block(model, kind, map(read, rows), size) for rows in share]
 
     # Blocks are dealt out like cards; each goes back to its place.
     shares = share_work(encode_share)
     done = [shares[number % len(shares)][number // len(shares)] for number in range(len(blocks))]
-    for block in done:
-        for name, reason in block.left_out:
-            say(f"left out: {name}: {reason}")
+    _say_what_is_odd(done)
 
     encoded = [block.encoded for block in done if block.encoded is not None]
     if not encoded:
@@ -151,30 +161,72 @@ def build_index(
 
 
 @dataclass(frozen=True)
+class _Item:
+    """One recording or image.
+
+    Attributes:
+      array: what the model is given: (side, side, 3) uint8, or (S,) float32, cut if too long.
+      media: a small file that shows or plays it.
+      notes: kind and detail of each oddity.
+    """
+
+    array: np.ndarray
+    media: bytes
+    notes: Sequence[Note]
+
+
+@dataclass(frozen=True)
 class _Block:
     """A part of a gallery, encoded."""
 
     names: list[str]  # of what could be read, as are media and encoded
     media: list[bytes]
     encoded: Encoded | None  # None if nothing could be read
-    left_out: list[tuple[str, str]]  # name and what is wrong
+    notes: list[tuple[str, Note]]  # name and oddity
+    left_out: list[tuple[str, Note]]  # name and what is wrong
 
 
 def _encode_block(
-    model: TrainedModel, kind: str, files: Sequence[tuple[str, File]], batch_size: int
+    model: TrainedModel, kind: str, files: Iterable[tuple[str, File]], batch_size: int
 ) -> _Block:
-    """Decode and encode some files, given with their names."""
-    decoded, names, media, left_out = [], [], [], []
+    """Decode and encode some files, given with their names, one after another."""
+    block = _Block([], [], None, [], [])
+    decoded = []
     for name, file in files:
+        label = printable(name)
         try:
-            decoded.append(_decode(model.experiment, kind, file))
-        except UserError as error:
-            left_out.append((name, str(error)))
+            item = _read_item(model.experiment, kind, file, name)
+        except BadFileError as error:
+            reason = printable(str(error).removeprefix(f"{name}: "))
+            block.left_out.append((label, (error.kind, reason)))
             continue
-        names.append(name)
-        media.append(file if isinstance(file, bytes) else epath.Path(file).read_bytes())
-    encoded = model.encode_items(kind, decoded, batch_size) if decoded else None
-    return _Block(names, media, encoded, left_out)
+        decoded.append(item.array)
+        block.names.append(label)
+        block.media.append(item.media)
+        block.notes.extend((label, note) for note in item.notes)
+    if not decoded:
+        return block
+    return dataclasses.replace(block, encoded=model.encode_items(kind, decoded, batch_size))
+
+
+def _say_what_is_odd(blocks: Sequence[_Block]) -> None:
+    """Print which files are left out, and how many are read in an odd way."""
+    missing: dict[str, list[str]] = collections.defaultdict(list)
+    for name, (kind, reason) in (each for block in blocks for each in block.left_out):
+        # A type that needs an extra is a matter of many files.
+        if kind == "needs an extra":
+            missing[reason].append(PurePath(name).suffix.lower())
+        else:
+            say(f"left out: {name}: {reason}")
+    for reason, suffixes in missing.items():
+        types = count_suffixes(suffixes)
+        say(f"left out: {len(suffixes):,} files of types that cannot be read: {types}; {reason}")
+
+    odd: dict[str, list[str]] = collections.defaultdict(list)
+    for name, (kind, detail) in (each for block in blocks for each in block.notes):
+        odd[kind].append(f"{name} ({detail})")
+    for kind, names in odd.items():
+        say(f"note: {kind}, {len(names):,}, {KINDS[kind][1]}: {shortlist(names)}")
 
 
 def search(model: TrainedModel, query: Query) -> epath.Path:
@@ -192,25 +244,32 @@ def search(model: TrainedModel, query: Query) -> epath.Path:
     """
     page = epath.Path(query.output or epath.Path(model.workdir) / "search.html")
     # Queries first: reading them is quick, encoding a gallery is not.
-    decoded = [_decode(model.experiment, query.kind, file) for file in query.files()]
+    asked = [
+        _read_query(model.experiment, query, name, file)
+        for name, file in zip(query.names, query.files(), strict=True)
+    ]
     items = _open_gallery(model, query)
-    encoded = model.encode_items(query.kind, decoded)
+    encoded = model.encode_items(query.kind, [item.array for item in asked])
     coarse, fine = _rank(model, query, encoded, items)
 
     # An item that answers several queries is encoded once for the page.
     show = functools.cache(lambda row: _media(items.kind, items.media[row], items.names[row]))
     unknown = [False] * min(query.top, len(items.names))  # the correct answers are unknown
     examples = []
-    for row, name in enumerate(query.names):
-        asked = _media(query.kind, decoded[row], name)
+    for row, name in enumerate(map(printable, query.names)):
+        print(f"\n{name}")
+        notes = [f"{kind}: {detail}" for kind, detail in asked[row].notes]
+        for note in notes:
+            print(f"  note: {note}")
+        caption = "; ".join([PurePath(name).name if not query.say else name, *notes])
+        shown = _media(query.kind, asked[row].media, caption)
+
         best = coarse[row, : query.top].tolist()
-        example = Example(asked, list(map(show, best)), unknown)
+        example = Example(shown, list(map(show, best)), unknown)
         if fine is not None:
             best = fine[row, : query.top].tolist()
             example = dataclasses.replace(example, fine=list(map(show, best)), fine_hits=unknown)
         examples.append(example)
-
-        print(f"\n{name}")
         for place, item in enumerate(best, 1):
             print(f"  {place}. {items.names[item]}")
 
@@ -218,12 +277,38 @@ def search(model: TrainedModel, query: Query) -> epath.Path:
     return page
 
 
+def _read_query(experiment: Experiment, query: Query, name: str, file: File) -> _Item:
+    """Decode a query; raise UserError if it cannot be used, saying what to do."""
+    try:
+        item = _read_item(experiment, query.kind, file, name)
+        if query.kind == "speech" and _peak(item.array) < AUDIBLE:
+            raise BadFileError(f"{name}: silent: nothing can be heard", "silence")
+        return item
+    except BadFileError as error:
+        problem = error
+    if query.say:
+        raise UserError(f"--say {name!r}: {problem}: give a longer sentence in English")
+    if problem.kind in ("too short", "silence"):
+        raise UserError(f"{problem}: check the microphone and record the query again")
+
+    # The wrong option is a usual mistake.
+    other, option = ("image", "--image") if query.kind == "speech" else ("speech", "--audio")
+    try:
+        _read_item(experiment, other, file, name)
+    except BadFileError:
+        raise problem from None
+    what = {"speech": "a recording", "image": "an image"}
+    raise UserError(f"{name} is {what[other]}, not {what[query.kind]}: ask with {option}")
+
+
 def _write_answers(
     page: epath.Path, examples: Sequence[Example], items: GalleryIndex, query: Query, own: str
 ) -> None:
     """Write the page of answers and, for spoken queries, the figure."""
     what = {"image": "images", "speech": "recordings"}[items.kind]
-    searched = f"{len(items.names):,} {what} of {query.index or query.gallery or own}"
+    searched = (
+        f"{len(items.names):,} {what} of {printable(str(query.index or query.gallery or own))}"
+    )
     direction = "s2i" if items.kind == "image" else "i2s"
     write_search_page(page, examples, direction=direction, gallery=searched)
     if items.kind == "image":
@@ -289,8 +374,10 @@ def _open_files(
 ) -> tuple[int, Callable[[int], tuple[str, File]]]:
     """Return the number of files of a gallery, and a function that reads one and its name."""
     if gallery is not None and not is_data_set(gallery):
-        paths = list_media(gallery, IMAGE_SUFFIXES if kind == "image" else AUDIO_SUFFIXES)
-        return len(paths), lambda row: (paths[row], paths[row])
+        folder = list_media(gallery, kind)
+        for line in folder.left_out:
+            say(line)
+        return len(folder.paths), lambda row: (folder.paths[row], folder.paths[row])
 
     # A gallery is shown and played, so it is opened without feature caches.
     data = experiment.data
@@ -313,14 +400,51 @@ def _open_files(
     return len(source), read_recording
 
 
-def _decode(experiment: Experiment, kind: str, file: File) -> np.ndarray:
-    """Decode an image to (side, side, 3) uint8, or a recording to (S,) float32, cut if too long."""
+def _read_item(experiment: Experiment, kind: str, file: File, name: str) -> _Item:
+    """Decode an image or a recording; raise BadFileError if the model cannot use it."""
     data = experiment.data
-    if kind == "image":
-        return decode_image(
-            file, data.image_size, resize=data.image_resize, resize_side=data.image_resize_side
+    if kind == "speech":
+        return _read_recording(file, name, data.max_seconds)
+
+    # Published networks are given images that are decoded at full scale.
+    square = data.image_resize == "square"
+    image = read_image(file, data.image_size, reduce=square, name=name)
+    array = make_square(
+        image.rgb, data.image_size, resize=data.image_resize, resize_side=data.image_resize_side
+    )
+    return _Item(array, image_media(make_square(image.rgb, ANSWER_SIDE)).data, image.notes)
+
+
+def _read_recording(file: File, name: str, max_seconds: float) -> _Item:
+    """Decode a recording, cut where the model stops to hear it."""
+    import soundfile
+
+    wave = decode_audio(file, name=name)
+    if len(wave) < MIN_SAMPLES:
+        raise BadFileError(
+            f"{name}: too short: {len(wave)} samples at 16 kHz; {MIN_SAMPLES} are needed",
+            "too short",
         )
-    return decode_audio(file)[: round(data.max_seconds * SAMPLE_RATE)]
+    heard = wave[: round(max_seconds * SAMPLE_RATE)]
+
+    peak, notes = _peak(heard), []
+    if peak < SILENCE:
+        decibels = 20 * np.log10(max(peak, 1e-9))
+        notes.append(("silence", f"nothing louder than {decibels:.0f} dB"))
+    clipped = float((np.abs(heard) >= 0.999).mean())
+    if clipped > CLIPPED:
+        notes.append(("clipped", f"{100 * clipped:.1f} % of the samples are at full scale"))
+    if len(wave) > len(heard):
+        seconds = len(wave) / SAMPLE_RATE
+        notes.append(("over-long", f"{seconds:.1f} s; the first {max_seconds:g} s are heard"))
+    small = io.BytesIO()
+    soundfile.write(small, np.clip(heard, -1, 1), SAMPLE_RATE, format="FLAC")
+    return _Item(heard, small.getvalue(), notes)
+
+
+def _peak(wave: np.ndarray) -> float:
+    """Return the largest deviation from the mean, since a constant cannot be heard."""
+    return float(np.abs(wave - wave.mean()).max())
 
 
 def _speak(text: str) -> bytes:
@@ -338,11 +462,10 @@ def _speak(text: str) -> bytes:
         ) from error
 
 
-def _media(kind: str, item: File | np.ndarray, name: str) -> Media:
-    """Return what a page shows of an item: a file, or what ``_decode`` returned."""
+def _media(kind: str, data: bytes, name: str) -> Media:
+    """Return what a page shows of an item of an index."""
     label = PurePath(name).name
     if kind == "image":
-        image = item if isinstance(item, np.ndarray) else decode_image(item, ANSWER_SIDE)
-        return image_media(image, label)
-    waveform = item if isinstance(item, np.ndarray) else decode_audio(item)
-    return speech_media(waveform, caption=label)
+        mime = "image/png" if data.startswith(b"\x89PNG") else "image/jpeg"
+        return Media(data, mime, label)
+    return speech_media(decode_audio(data), caption=label)

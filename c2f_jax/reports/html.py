@@ -87,12 +87,14 @@ def write_page(path: str | PathLike[str], title: str, body: str) -> None:
     style = resources.files("c2f_jax.reports").joinpath("style.css").read_text(encoding="utf-8")
     file = epath.Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(
+    page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>\n{style}</style></head>\n"
         f"<body><main>{body}</main></body></html>\n"
     )
+    # Names of files may hold what UTF-8 cannot.
+    file.write_bytes(page.encode(errors="replace"))
 
 
 def data_uri(media: Media) -> str:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from typing import Self
 
@@ -10,9 +10,6 @@ import numpy as np
 from etils import epath
 
 from c2f_jax.errors import UserError
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -24,7 +21,7 @@ class GalleryIndex:
       model: the run and step that encoded it, for messages.
       fingerprint: of the model, which must be that of the queries; see ``TrainedModel``.
       names: (G,) str, path or caption of each item.
-      media: G encoded files (bytes), to show and play the answers.
+      media: G small files (bytes), to show and play the answers.
       embeddings: (G, D) float32, L2-normalized.
       tokens: (G, T, W) token sequences for the fine stage.
       lengths: (G,) int32 valid tokens.
@@ -110,30 +107,3 @@ class GalleryIndex:
 
     def __repr__(self) -> str:
         return f"GalleryIndex({len(self.names):,} {self.kind} items, encoded by {self.model})"
-
-
-def list_media(folder: str | PathLike[str], suffixes: Sequence[str]) -> list[str]:
-    """List the files below ``folder`` with one of the suffixes.
-
-    Returns:
-      Their paths, sorted.
-
-    Raises:
-      UserError: there is no such folder, or no such file in it.
-    """
-    root = epath.Path(folder)
-    if not root.is_dir():
-        raise UserError(f"{root} is not a folder")
-    found = sorted(str(path) for path in _files(root) if path.suffix.lower() in suffixes)
-    if not found:
-        raise UserError(f"{root} contains no file that ends in {', '.join(suffixes)}")
-    return found
-
-
-def _files(folder: epath.Path) -> Iterator[epath.Path]:
-    """Yield all files below a folder; epath has no recursive glob."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            yield from _files(path)
-        else:
-            yield path
