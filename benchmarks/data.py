@@ -37,9 +37,9 @@ import soundfile
 from PIL import Image
 
 from c2f_jax.data import batch_plan, loader
-from c2f_jax.data.audio import decode_audio
-from c2f_jax.data.images import decode_image
 from c2f_jax.datasets.registry import load_pairs
+from c2f_jax.decoding.audio import decode_audio
+from c2f_jax.decoding.images import decode_image
 
 RATE = 16_000
 

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from c2f_jax.data.audio import decode_audio
 from c2f_jax.data.files import content_hash
-from c2f_jax.data.images import decode_image
 from c2f_jax.data.manifest import is_manifest
 from c2f_jax.data.source import PairSource
+from c2f_jax.decoding.audio import decode_audio
+from c2f_jax.decoding.images import decode_image
 from c2f_jax.inference import LENGTH_BUCKETS, TrainedModel
 from c2f_jax.reports.examples import Example, make_examples, random_queries, worst_queries
 from c2f_jax.reports.figures import learning_curves_png, results_png

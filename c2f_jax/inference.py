@@ -19,7 +19,8 @@ from c2f_jax.config.caches import check_features
 from c2f_jax.config.experiment import Experiment, create_experiment, example_batch
 from c2f_jax.config.files import load_saved_config
 from c2f_jax.data import loader
-from c2f_jax.data.source import SAMPLE_RATE, PairSource
+from c2f_jax.data.source import PairSource
+from c2f_jax.decoding.audio import SAMPLE_RATE
 from c2f_jax.errors import UserError
 from c2f_jax.models.c2f import Encoded, image_input, speech_input
 from c2f_jax.models.parameters import merge_params, split_params

@@ -14,13 +14,18 @@ import numpy as np
 from etils import epath
 
 from c2f_jax.config.experiment import Experiment
-from c2f_jax.data.audio import decode_audio
-from c2f_jax.data.image_modes import Note
-from c2f_jax.data.images import make_square, read_image
-from c2f_jax.data.source import MIN_SAMPLES, SAMPLE_RATE
-from c2f_jax.data_check.facts import SILENCE
+from c2f_jax.data.source import MIN_SAMPLES
 from c2f_jax.data_check.findings import KINDS
 from c2f_jax.datasets.registry import is_data_set, load_pairs
+from c2f_jax.decoding.audio import (
+    SAMPLE_RATE,
+    decode_audio,
+    level_notes,
+    peak_level,
+    read_recording,
+)
+from c2f_jax.decoding.image_modes import Note
+from c2f_jax.decoding.images import make_square, read_image
 from c2f_jax.errors import BadFileError, UserError
 from c2f_jax.inference import LENGTH_BUCKETS, TrainedModel
 from c2f_jax.models.c2f import Encoded
@@ -37,7 +42,6 @@ from c2f_jax.training.parallel import round_up_rows
 
 ANSWER_SIDE = 128  # pixels of an image on the page
 AUDIBLE = 1 / 32768  # of full scale: one step of 16 bits
-CLIPPED = 0.005  # share of samples at full scale; speech rarely gets there
 
 File = str | bytes  # path or content
 
@@ -281,7 +285,7 @@ def _read_query(experiment: Experiment, query: Query, name: str, file: File) -> 
     """Decode a query; raise UserError if it cannot be used, saying what to do."""
     try:
         item = _read_item(experiment, query.kind, file, name)
-        if query.kind == "speech" and _peak(item.array) < AUDIBLE:
+        if query.kind == "speech" and peak_level(item.array) < AUDIBLE:
             raise BadFileError(f"{name}: silent: nothing can be heard", "silence")
         return item
     except BadFileError as error:
@@ -419,7 +423,8 @@ def _read_recording(file: File, name: str, max_seconds: float) -> _Item:
     """Decode a recording, cut where the model stops to hear it."""
     import soundfile
 
-    wave = decode_audio(file, name=name)
+    recording = read_recording(file, name=name)
+    wave = recording.samples
     if len(wave) < MIN_SAMPLES:
         raise BadFileError(
             f"{name}: too short: {len(wave)} samples at 16 kHz; {MIN_SAMPLES} are needed",
@@ -427,24 +432,13 @@ def _read_recording(file: File, name: str, max_seconds: float) -> _Item:
         )
     heard = wave[: round(max_seconds * SAMPLE_RATE)]
 
-    peak, notes = _peak(heard), []
-    if peak < SILENCE:
-        decibels = 20 * np.log10(max(peak, 1e-9))
-        notes.append(("silence", f"nothing louder than {decibels:.0f} dB"))
-    clipped = float((np.abs(heard) >= 0.999).mean())
-    if clipped > CLIPPED:
-        notes.append(("clipped", f"{100 * clipped:.1f} % of the samples are at full scale"))
+    notes = [*recording.notes, *level_notes(heard)]
     if len(wave) > len(heard):
         seconds = len(wave) / SAMPLE_RATE
         notes.append(("over-long", f"{seconds:.1f} s; the first {max_seconds:g} s are heard"))
     small = io.BytesIO()
     soundfile.write(small, np.clip(heard, -1, 1), SAMPLE_RATE, format="FLAC")
     return _Item(heard, small.getvalue(), notes)
-
-
-def _peak(wave: np.ndarray) -> float:
-    """Return the largest deviation from the mean, since a constant cannot be heard."""
-    return float(np.abs(wave - wave.mean()).max())
 
 
 def _speak(text: str) -> bytes:

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "c2f_jax"
 # A room may import those after it, and nothing else.
 ROOMS = (
     "main commands compile ablate train evaluate search inference config data_check reports "
-    "pretrained training retrieval datasets models data objectives hardware errors"
+    "pretrained training retrieval datasets models data decoding objectives hardware errors"
 ).split()
 
 

@@ -16,8 +16,8 @@ from c2f_jax.config import consistency, fields
 from c2f_jax.config.options import ENCODERS, RunOptions, sections
 from c2f_jax.data.augment import AugmentConfig
 from c2f_jax.data.feature_cache import open_features
-from c2f_jax.data.source import SAMPLE_RATE
 from c2f_jax.datasets.config import DataConfig
+from c2f_jax.decoding.audio import SAMPLE_RATE
 from c2f_jax.errors import UserError
 from c2f_jax.models.c2f import C2FModel
 from c2f_jax.models.factory import create_model

@@ -7,8 +7,9 @@ from dataclasses import field
 import numpy as np
 from PIL import Image
 
-from c2f_jax.data.images import Box, center_square, resize_box
-from c2f_jax.data.source import MIN_SAMPLES, SAMPLE_RATE
+from c2f_jax.data.source import MIN_SAMPLES
+from c2f_jax.decoding.audio import SAMPLE_RATE
+from c2f_jax.decoding.images import Box, center_square, resize_box
 from c2f_jax.errors import UserError
 
 # After these the center square is taken: in a long strip no crop may fit.

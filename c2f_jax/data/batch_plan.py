@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from c2f_jax.data.source import MIN_SAMPLES, SAMPLE_RATE
+from c2f_jax.data.source import MIN_SAMPLES
+from c2f_jax.decoding.audio import SAMPLE_RATE
 from c2f_jax.errors import UserError
 from c2f_jax.objectives.keys import Stream, host_rng
 

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from c2f_jax.data.audio import decode_audio
 from c2f_jax.data.feature_cache import FeatureCache
 from c2f_jax.data.files import Stamp
-from c2f_jax.data.images import decode_image, open_rgb
 from c2f_jax.data.source import MIN_SAMPLES, PairSource
+from c2f_jax.decoding.audio import decode_audio
+from c2f_jax.decoding.images import decode_image, open_rgb
 from c2f_jax.errors import UserError
 
 

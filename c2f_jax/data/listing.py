@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from c2f_jax.data.files import FileNames
 from c2f_jax.data.rows import COLUMNS, REQUIRED, plain_name, read_rows
-from c2f_jax.data.source import SAMPLE_RATE
+from c2f_jax.decoding.audio import SAMPLE_RATE
 from c2f_jax.errors import UserError
 
 MOST_SECONDS = 1e5  # a day; a larger number is a mistake

@@ -15,7 +15,8 @@ import numpy as np
 from c2f_jax.data import batch_plan
 from c2f_jax.data.augment import AugmentConfig, augment_image, augment_wave, mentions_sides
 from c2f_jax.data.items import load_image_input, load_speech_input, load_whole_image
-from c2f_jax.data.source import MIN_SAMPLES, SAMPLE_RATE, PairSource
+from c2f_jax.data.source import MIN_SAMPLES, PairSource
+from c2f_jax.decoding.audio import SAMPLE_RATE
 from c2f_jax.errors import UserError
 from c2f_jax.objectives.keys import Stream, host_rng
 

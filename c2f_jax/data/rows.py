@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from c2f_jax.data.audio import read_bytes
+from c2f_jax.decoding.audio import read_bytes
 from c2f_jax.errors import UserError
 
 REQUIRED = ("image", "audio", "split")

@@ -15,7 +15,6 @@ from c2f_jax.data.feature_cache import FeatureCache
 from c2f_jax.data.files import Stamp, content_hash
 from c2f_jax.errors import UserError
 
-SAMPLE_RATE = 16_000
 MIN_SAMPLES = 400  # HuBERT's first frame needs this many
 MOST_SHOWN = 5  # bad items that an error lists
 

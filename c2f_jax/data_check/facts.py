@@ -5,14 +5,13 @@ import hashlib
 
 import numpy as np
 
-from c2f_jax.data.audio import read_bytes, read_recording
-from c2f_jax.data.images import read_image, resize_box
-from c2f_jax.data.source import MIN_SAMPLES, SAMPLE_RATE, PairSource
+from c2f_jax.data.source import MIN_SAMPLES, PairSource
 from c2f_jax.data_check.findings import VERY_SHORT
+from c2f_jax.decoding.audio import SAMPLE_RATE, level_notes, read_bytes, read_recording
+from c2f_jax.decoding.images import read_image, resize_box
 from c2f_jax.errors import BadFileError
 
 LOOK_SIDE = 16  # pixels of the small copy that images are compared by
-SILENCE = 1e-3  # of full scale
 MOST_DIFFERENCE = 12  # of 255, between two pixels of small copies that look the same
 
 
@@ -81,14 +80,12 @@ def recording_facts(source: PairSource, index: int, max_seconds: float) -> Facts
         return _unusable(e, source.recording_name(index))
 
     # Oddities that do not keep the recording from being used.
-    problems = list(recording.notes)
-    seconds, peak = len(wave) / SAMPLE_RATE, np.abs(wave).max()
+    problems = [*recording.notes, *level_notes(wave)]
+    seconds = len(wave) / SAMPLE_RATE
     if recording.rate != SAMPLE_RATE:
         problems.append(("other sample rate", f"{recording.rate:,} Hz"))
     if recording.channels != 1:
         problems.append(("stereo", f"{recording.channels} channels"))
-    if peak < SILENCE:
-        problems.append(("silence", f"peak {peak:.1e} of full scale"))
     if seconds < VERY_SHORT:
         problems.append(("very short", f"{seconds:.2f} s"))
     if seconds > max_seconds:

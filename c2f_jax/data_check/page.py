@@ -5,9 +5,7 @@ from html import escape
 
 import numpy as np
 
-from c2f_jax.data.audio import decode_audio
-from c2f_jax.data.images import open_rgb
-from c2f_jax.data.source import SAMPLE_RATE, PairSource
+from c2f_jax.data.source import PairSource
 from c2f_jax.data_check.findings import (
     ERROR,
     KINDS,
@@ -17,6 +15,8 @@ from c2f_jax.data_check.findings import (
     Report,
     captions_of,
 )
+from c2f_jax.decoding.audio import SAMPLE_RATE, decode_audio
+from c2f_jax.decoding.images import open_rgb
 from c2f_jax.errors import BadFileError
 from c2f_jax.objectives.keys import Stream, host_rng
 from c2f_jax.reports.figures import histogram_png

@@ -19,13 +19,13 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from tqdm import tqdm
 
-from c2f_jax.data.audio import decode_audio, read_bytes
 from c2f_jax.data.files import content_hash, file_state
-from c2f_jax.data.images import decode_image
 from c2f_jax.data.listing import Listing, read_listing
 from c2f_jax.data.prepared import MADE_FROM, pair_features
 from c2f_jax.data.source import MIN_SAMPLES, BadItems
 from c2f_jax.datasets.layout import Layout
+from c2f_jax.decoding.audio import decode_audio, read_bytes
+from c2f_jax.decoding.images import decode_image
 from c2f_jax.errors import UserError
 
 # What is lost when a preparation is interrupted, for each thread.

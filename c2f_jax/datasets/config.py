@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from c2f_jax.data import batch_plan
 from c2f_jax.data.augment import AugmentConfig
 from c2f_jax.data.feature_cache import open_features
-from c2f_jax.data.images import RESIZE
 from c2f_jax.data.loader import BatchOptions
-from c2f_jax.data.source import MIN_SAMPLES, SAMPLE_RATE, ModelInputs, PairSource
+from c2f_jax.data.source import MIN_SAMPLES, ModelInputs, PairSource
 from c2f_jax.datasets.registry import load_pairs
+from c2f_jax.decoding.audio import SAMPLE_RATE
+from c2f_jax.decoding.images import RESIZE
 
 
 @dataclass(frozen=True)

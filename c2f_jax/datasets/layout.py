@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from etils import epath
 
-from c2f_jax.data.audio import read_bytes
 from c2f_jax.data.listing import Listing
+from c2f_jax.decoding.audio import read_bytes
 from c2f_jax.errors import UserError
 
 PathLike = str | os.PathLike

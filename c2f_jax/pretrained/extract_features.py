@@ -25,7 +25,8 @@ from c2f_jax.data.feature_cache import (
 )
 from c2f_jax.data.files import Stamp
 from c2f_jax.data.items import load_image, load_wave
-from c2f_jax.data.source import MIN_SAMPLES, SAMPLE_RATE, PairSource
+from c2f_jax.data.source import MIN_SAMPLES, PairSource
+from c2f_jax.decoding.audio import SAMPLE_RATE
 from c2f_jax.errors import UserError
 from c2f_jax.models.encoder import NetworkOutput
 from c2f_jax.models.factory import IMAGE_TOWERS, create_tower

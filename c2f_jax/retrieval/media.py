@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from c2f_jax.data.images import SUFFIXES
+from c2f_jax.decoding.images import SUFFIXES
 from c2f_jax.errors import UserError
 
 # What each kind of item is stored in. The content decides whether a file can be read.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from c2f_jax.data.audio import decode_audio
+from c2f_jax.decoding.audio import decode_audio
 from c2f_jax.errors import UserError
 
 

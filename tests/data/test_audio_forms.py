@@ -10,8 +10,8 @@ from helpers import audio_forms
 from helpers.audio_forms import RATE, patched, speech, stored
 from helpers.audio_table import judge
 
-from c2f_jax.data import audio_decoders
-from c2f_jax.data.audio import decode_audio, read_recording
+from c2f_jax.decoding import audio_decoders
+from c2f_jax.decoding.audio import decode_audio, read_recording
 from c2f_jax.errors import BadFileError
 
 WAVE = speech()

@@ -24,10 +24,10 @@ from helpers.odd_images import (
 )
 from PIL import Image, PngImagePlugin
 
-from c2f_jax.data.images import decode_image, read_image
 from c2f_jax.data.items import load_image
 from c2f_jax.data.manifest import load_manifest
 from c2f_jax.data_check.check import check_data
+from c2f_jax.decoding.images import decode_image, read_image
 from c2f_jax.errors import BadFileError, UserError
 
 
@@ -135,7 +135,7 @@ def test_broken_images_name_the_item(tmp_path, monkeypatch):
     path.write_bytes(whole[:100])
     with pytest.raises(UserError, match="bad.png: not a readable image"):
         decode_image(str(path), 8)
-    monkeypatch.setattr("c2f_jax.data.images.MOST_PIXELS", 1000)
+    monkeypatch.setattr("c2f_jax.decoding.images.MOST_PIXELS", 1000)
     with pytest.raises(UserError, match="photo 3: 64 x 64 pixels"):
         decode_image(whole, 8, name="photo 3")
 

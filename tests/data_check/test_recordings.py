@@ -7,11 +7,11 @@ import numpy as np
 from helpers.audio_forms import forms_by_hand, speech, stored
 from PIL import Image
 
-from c2f_jax.data.audio import decode_audio
 from c2f_jax.data.loader import load_speech_input
 from c2f_jax.data_check.check import check_data
 from c2f_jax.data_check.findings import KINDS
 from c2f_jax.datasets.registry import load_pairs
+from c2f_jax.decoding.audio import decode_audio
 
 
 def check(folder, forms):

@@ -12,10 +12,10 @@ from helpers.paths import ROOT
 from helpers.published_sets import jpeg, put, wav
 
 import c2f_jax.datasets
-from c2f_jax.data.source import SAMPLE_RATE
 from c2f_jax.datasets import registry
 from c2f_jax.datasets.prepare import dry_run, prepare
 from c2f_jax.datasets.spoken_scenes import speech
+from c2f_jax.decoding.audio import SAMPLE_RATE
 from c2f_jax.errors import UserError
 
 

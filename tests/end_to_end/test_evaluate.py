@@ -15,9 +15,9 @@ from PIL import Image
 
 from c2f_jax.config.experiment import create_experiment, example_batch
 from c2f_jax.config.files import load_config
-from c2f_jax.data.images import decode_image
 from c2f_jax.data.items import load_wave
 from c2f_jax.datasets.registry import load_pairs
+from c2f_jax.decoding.images import decode_image
 from c2f_jax.errors import UserError
 from c2f_jax.evaluate import evaluate_encoded, evaluate_source
 from c2f_jax.inference import TrainedModel, encode_speech

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 from helpers.audio_forms import RATE, all_forms, speech
 
-from c2f_jax.data.audio import Recording, read_recording
+from c2f_jax.decoding.audio import Recording, read_recording
 from c2f_jax.errors import BadFileError
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from helpers.audio_forms import RATE, forms_by_hand, speech
 
-from c2f_jax.data.audio import read_recording
+from c2f_jax.decoding.audio import read_recording
 from c2f_jax.errors import BadFileError
 
 SHARE = 0.99

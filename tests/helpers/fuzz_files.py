@@ -21,9 +21,9 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from c2f_jax.data.audio import decode_audio, read_recording
-from c2f_jax.data.images import decode_image
 from c2f_jax.data.manifest import read_listing
+from c2f_jax.decoding.audio import decode_audio, read_recording
+from c2f_jax.decoding.images import decode_image
 from c2f_jax.errors import UserError
 
 AUDIO = (

@@ -8,8 +8,8 @@ import pytest
 import soundfile
 from PIL import Image
 
-from c2f_jax.data.audio import decode_audio
-from c2f_jax.data.images import decode_image
+from c2f_jax.decoding.audio import decode_audio
+from c2f_jax.decoding.images import decode_image
 from c2f_jax.models.networks.wav2vec2 import normalize_waveform
 from c2f_jax.pretrained.families import blip2, clip, dinov2, siglip
 from c2f_jax.pretrained.published_files import describe

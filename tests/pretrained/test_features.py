@@ -23,10 +23,10 @@ from c2f_jax.config.files import load_config
 from c2f_jax.data import items, loader
 from c2f_jax.data.augment import AugmentConfig, augment_wave
 from c2f_jax.data.feature_cache import has_card, open_features, write_shard
-from c2f_jax.data.images import decode_image
 from c2f_jax.data.source import ModelInputs
 from c2f_jax.datasets.config import DataConfig
 from c2f_jax.datasets.registry import load_pairs
+from c2f_jax.decoding.images import decode_image
 from c2f_jax.errors import UserError
 from c2f_jax.main import main
 from c2f_jax.models.factory import create_model, create_tower

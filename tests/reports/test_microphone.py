@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from c2f_jax.data.audio import decode_audio
 from c2f_jax.datasets.spoken_scenes.speech import draw_voice, speak
+from c2f_jax.decoding.audio import decode_audio
 from c2f_jax.errors import UserError
 from c2f_jax.reports import microphone
 from c2f_jax.reports.microphone import Recording, record

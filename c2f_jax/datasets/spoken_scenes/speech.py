@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-SAMPLE_RATE = 16_000  # as in data/source.py, which a worker does not import
+SAMPLE_RATE = 16_000  # as in decoding/audio.py, which a worker does not import
 # Longer sentences are spoken faster; what is still longer is cut.
 WANTED_SECONDS, MOST_SECONDS = 4.5, 5.0
 # Each accent with each variant is a voice.

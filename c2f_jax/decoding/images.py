@@ -7,9 +7,9 @@ from pathlib import PurePath
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from c2f_jax.data.audio import read_bytes
-from c2f_jax.data.image_modes import Note, load_rgb
-from c2f_jax.data.image_repair import repairs
+from c2f_jax.decoding.audio import read_bytes
+from c2f_jax.decoding.image_modes import Note, load_rgb
+from c2f_jax.decoding.image_repair import repairs
 from c2f_jax.errors import BadFileError, missing_extra
 
 MOST_PIXELS = 100_000_000  # larger images are treated as decompression bombs

@@ -9,21 +9,24 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from c2f_jax.data.audio_decoders import Decoder, open_audio
-from c2f_jax.data.audio_streams import (
+from c2f_jax.decoding.audio_decoders import Decoder, open_audio
+from c2f_jax.decoding.audio_streams import (
     INAUDIBLE_SECONDS,
     INAUDIBLE_SHARE,
     Note,
     Stream,
     audio_streams,
 )
-from c2f_jax.data.source import SAMPLE_RATE
 from c2f_jax.errors import BadFileError
 
+SAMPLE_RATE = 16_000  # Hz, of all samples that a model hears
 # Before and after conversion: 400 MB, 100 minutes at 16 kHz. More is treated as a bomb.
 MOST_SAMPLES = 100_000_000
 MOST_BYTES = 2**30
 RATES = (4_000, 768_000)  # Hz; below there is no speech, above no recorder
+SILENCE = 1e-3  # of full scale; no speech is as quiet
+_AT_FULL_SCALE = 0.999
+_CLIPPED = 0.005  # share of samples at full scale; speech rarely gets there
 _SILENT = 1e-3  # of the loudest channel: a channel without sound
 _CANCELLED = 0.5  # of the variance that unrelated channels leave in their sum
 _FEW = 1e-3  # share of samples above full scale that are clipped, as any player does
@@ -261,6 +264,31 @@ def _within_full_scale(wave: np.ndarray, name: str, notes: list[Note]) -> np.nda
     if scale == 1 and (peak > _OVERSHOOT or count > _FEW * len(wave)):
         notes.append(("clipped", f"{count:,} samples above full scale, up to {peak:,.4g}"))
     return np.clip(wave, -1, 1)
+
+
+def peak_level(wave: np.ndarray) -> float:
+    """Return the largest deviation from the mean, since a constant cannot be heard."""
+    return float(np.abs(wave - wave.mean()).max())
+
+
+def level_notes(wave: np.ndarray) -> list[Note]:
+    """Say whether a decoded recording is silent or clipped.
+
+    Args:
+      wave: float32 (samples,), -1 to 1, not empty.
+
+    Returns:
+      (kind, detail) as in `Recording`.
+    """
+    notes = []
+    peak = peak_level(wave)
+    if peak < SILENCE:
+        decibels = 20 * np.log10(max(peak, 1e-9))
+        notes.append(("silence", f"nothing louder than {decibels:.0f} dB"))
+    clipped = np.count_nonzero(np.abs(wave) >= _AT_FULL_SCALE) / len(wave)
+    if clipped > _CLIPPED:
+        notes.append(("clipped", f"{100 * clipped:.1f} % of the samples are at full scale"))
+    return notes
 
 
 def read_bytes(path: str) -> bytes:

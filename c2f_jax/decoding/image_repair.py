@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from PIL import Image, ImageChops
 
-from c2f_jax.data.image_modes import Note
+from c2f_jax.decoding.image_modes import Note
 
 MOST_MISSING = 0.01  # of the pixels of a JPEG
 

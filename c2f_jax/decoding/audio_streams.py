@@ -10,7 +10,7 @@ import re
 import struct
 from typing import NamedTuple
 
-from c2f_jax.data.mpeg_frames import is_mpeg, mpeg_streams, tag_bytes
+from c2f_jax.decoding.mpeg_frames import is_mpeg, mpeg_streams, tag_bytes
 from c2f_jax.errors import BadFileError
 
 Note = tuple[str, str]  # a kind of `data_check.findings.KINDS`, and the detail
