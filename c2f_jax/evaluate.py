@@ -129,7 +129,11 @@ def evaluate_by_voice(model: TrainedModel, source: PairSource) -> dict[str, Eval
     train = data.load(data.train_split)
     heard = {train.recording(row)["speaker"] for row in range(len(train))}
     groups = split_voices(model.encode_split(source, progress=True), source, heard)
-    results = {name: evaluate_encoded(model, encoded) for name, encoded in groups.items()}
+    known = {"model": model.fingerprint, "data": source.identity()}
+    results = {
+        name: dataclasses.replace(evaluate_encoded(model, encoded), **known)
+        for name, encoded in groups.items()
+    }
 
     def write() -> None:
         values = {name: result.to_json() for name, result in results.items()}
