@@ -99,8 +99,9 @@ def read_recording(
       The samples, and what was found.
 
     Raises:
-      BadFileError: the file is missing, unreadable, cut off, empty, not finite, has a rate outside
-        of 4 to 768 kHz, or is longer than 100 million samples.
+      BadFileError: the file is missing, unreadable, cut off, empty, not finite, has a header that
+        ends before its samples do or a rate outside of 4 to 768 kHz, or is longer than 100 million
+        samples.
     """
     name = name or (data if isinstance(data, str) else "audio")
     encoded = data if isinstance(data, bytes) else read_bytes(data)

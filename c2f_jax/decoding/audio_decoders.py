@@ -174,7 +174,14 @@ class FfmpegDecoder:
                         "ffmpeg -i FILE OUTPUT.wav",
                         "unreadable",
                     )
-                for part in to_float.resample(frame):
+                try:
+                    parts = to_float.resample(frame)
+                except (av.FFmpegError, ValueError) as error:
+                    raise BadFileError(
+                        f"{self._name}: damaged, its samples cannot be converted ({error})",
+                        "unreadable",
+                    ) from error
+                for part in parts:
                     yield part.to_ndarray().T
 
     def _open(self) -> tuple[Any, Any]:
@@ -194,16 +201,25 @@ class FfmpegDecoder:
         """Decode; leave out packets that are damaged, as players do."""
         import av
 
-        packets = damaged = 0
-        for packet in container.demux(stream):
-            packets += 1
+        count = damaged = 0
+        packets = container.demux(stream)
+        while True:
+            try:
+                packet = next(packets, None)
+            except av.FFmpegError as error:
+                raise BadFileError(
+                    f"{self._name}: damaged after {count} packets ({error})", "unreadable"
+                ) from error
+            if packet is None:
+                return
+            count += 1
             try:
                 yield from packet.decode()
             except av.FFmpegError as error:
                 damaged, self.error = damaged + 1, error
-                if damaged > 3 and damaged > 0.01 * packets:
+                if damaged > 3 and damaged > 0.01 * count:
                     raise BadFileError(
-                        f"{self._name}: damaged, {damaged} of {packets} packets cannot be decoded",
+                        f"{self._name}: damaged, {damaged} of {count} packets cannot be decoded",
                         "unreadable",
                     ) from error
 

@@ -29,7 +29,6 @@ _FLAC_RATES = (
     *(0, 88_200, 176_400, 192_000, 8_000, 16_000),
     *(22_050, 24_000, 32_000, 44_100, 48_000, 96_000),
 )
-_LONGEST_FLAC_FRAMES = 2**21  # bytes at the end that the last frame is sought in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +62,10 @@ def audio_streams(encoded: bytes, name: str) -> tuple[list[Stream], list[Note]]:
     start = 0
     while encoded[start : start + 3] == b"ID3" and (size := tag_bytes(encoded, start)):
         start += size
-    if start and not is_mpeg(encoded, start):
-        encoded = encoded[start:]
-
     notes: list[Note] = []
-    magic = encoded[:4]
+    magic = encoded[start : start + 4]
+    if magic in (*_LAYOUTS, b".snd", b"dns.", b"OggS", b"fLaC"):
+        encoded = encoded[start:]
     if magic in _LAYOUTS:
         streams = _chunked(encoded, name, notes)
     elif magic in (b".snd", b"dns."):
@@ -75,8 +73,8 @@ def audio_streams(encoded: bytes, name: str) -> tuple[list[Stream], list[Note]]:
     elif magic == b"OggS":
         streams = _ogg(encoded, notes)
     elif magic == b"fLaC":
-        streams = _flac(encoded, notes)
-    elif is_mpeg(encoded, start) or is_mpeg(encoded, tag_bytes(encoded, 0)):
+        streams = _flac(encoded, name, notes)
+    elif start or is_mpeg(encoded, tag_bytes(encoded, 0)):
         streams = _mpeg(encoded, name, notes)
     else:
         streams = [Stream(encoded)]
@@ -324,7 +322,7 @@ def _ogg_stream(encoded: bytes, pages: list[_Page], serial: int, notes: list[Not
     return Stream(data, missing=(last.granule - before) / last.granule if known else 1.0)
 
 
-def _flac(encoded: bytes, notes: list[Note]) -> list[Stream]:
+def _flac(encoded: bytes, name: str, notes: list[Note]) -> list[Stream]:
     """Separate FLAC files that follow one another; correct the number of samples."""
     starts = [match.start() for match in re.finditer(rb"fLaC[\x00\x80]\0\0\x22", encoded)]
     if not starts or starts[0] != 0:
@@ -336,7 +334,7 @@ def _flac(encoded: bytes, notes: list[Note]) -> list[Stream]:
             streams.append(Stream(data, missing=1.0))
             continue
         total = (data[21] & 15) << 32 | struct.unpack_from(">I", data, 22)[0]
-        found = _last_flac_sample(data)
+        found = _last_flac_sample(data, name)
         if found > total:
             if total:
                 notes.append(("wrong length", f"{total:,} samples in its header, {found:,} follow"))
@@ -346,19 +344,22 @@ def _flac(encoded: bytes, notes: list[Note]) -> list[Stream]:
     return streams
 
 
-def _last_flac_sample(data: bytes) -> int:
-    """Return the number of samples up to the end of the last frame, or 0 if none is found."""
+def _last_flac_sample(data: bytes, name: str) -> int:
+    """Return the number of samples up to the end of the last frame, or 0 if there are no frames."""
     place, last = 4, False
     while not last and place + 4 <= len(data):
         last = data[place] >= 128
         place += 4 + int.from_bytes(data[place + 1 : place + 4], "big")
     first = place
     sync = data[first : first + 2]  # all frames begin with the same
-    if sync not in (b"\xff\xf8", b"\xff\xf9"):
+    if first + 16 > len(data):
         return 0
+    if sync not in (b"\xff\xf8", b"\xff\xf9") or not _flac_frame_end(data, first):
+        raise BadFileError(
+            f"{name}: damaged, the frames of this FLAC are not as its header says", "unreadable"
+        )
     place = len(data)
-    lowest = max(first, place - _LONGEST_FLAC_FRAMES)
-    while (place := data.rfind(sync, lowest, place)) >= 0:
+    while (place := data.rfind(sync, first, place)) >= 0:
         if end := _flac_frame_end(data, place):
             return end
     return 0
@@ -408,7 +409,7 @@ def _mpeg(encoded: bytes, name: str, notes: list[Note]) -> list[Stream]:
     """Separate MPEG streams, with the number of frames that the file has."""
     found, between, outside = mpeg_streams(encoded)
     if not found:
-        return [Stream(encoded)]
+        return [Stream(encoded[tag_bytes(encoded, 0) :])]
     if between > INAUDIBLE_SHARE * len(encoded):
         raise BadFileError(
             f"{name}: damaged, {between:,} bytes between its frames are none", "unreadable"

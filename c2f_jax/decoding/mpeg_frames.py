@@ -31,13 +31,13 @@ class _Kind:
     """What a frame header says.
 
     Attributes:
-      key: version, layer and rate; one stream has one.
+      key: version, layer, rate, and whether it is of free format; one stream has one.
       size: bytes of the frame; 0 in free format, where no header says it.
       padding: bytes more in free format.
       samples: samples a channel.
     """
 
-    key: tuple[int, int, int]
+    key: tuple[int, int, int, bool]
     size: int
     padding: int
     samples: int
@@ -76,7 +76,7 @@ def _kind(second: int, third: int) -> _Kind | None:
     if index:
         bits = _KILOBITS[first, layer][index - 1] * 1000
         size = samples // 8 * bits // hertz // slot * slot + padding
-    return _Kind((version, layer, hertz), size, padding, samples)
+    return _Kind((version, layer, hertz, not index), size, padding, samples)
 
 
 class _Frames:
@@ -114,8 +114,11 @@ class _Frames:
         promised = _promised(self.header)
         if promised and self.count <= promised:
             missing = (promised - self.count) / promised
-            # The decoder trims the encoder's delay from a stream that says how long it is.
-            return MpegStream(self.header + data, None, missing, False)
+            # The decoder takes a frame for one of numbers only if zeros precede them, and trims the
+            # encoder's delay then.
+            place = 36 if self.header[36:40] == b"VBRI" else _number_place(self.header)
+            header = self.header[:4] + bytes(place - 4) + self.header[place:]
+            return MpegStream(header + data, None, missing, False)
         frames: int | None = self.count * self.kind.samples
         if self.kind.key[1] == 3 and self.kind.size:
             data, frames = _number_frame(data[:4], self.count) + data, None
@@ -204,7 +207,7 @@ def _free_size(encoded: bytes, place: int, kind: _Kind) -> int:
     for match in re.finditer(head, encoded[place + 4 : place + _LONGEST]):
         following = place + 4 + match.start()
         other = _at(encoded, following)
-        if other and other.key == kind.key and not other.size:
+        if other and other.key == kind.key:
             return following - place
     return _LONGEST
 

@@ -166,6 +166,17 @@ def test_mp3_with_damaged_frames_is_named():
         decode_audio(bare[:third] + b"\1" * 3000 + bare[third:])
 
 
+def test_frames_that_turn_to_free_format_end():
+    bare = audio_forms.without_header(stored(WAVE, container="MP3"))
+    size = bare.index(bare[:2], 4)
+    odd = bytes([bare[0], bare[1], bare[2] & 0x0F, bare[3]]) + bare[4:size]
+    for data in (bare + odd, bare + odd * 5, bare[: 9 * size] + odd * 3 + bare):
+        try:
+            assert len(decode_audio(data)) > 0
+        except BadFileError:
+            pass
+
+
 def test_random_bytes_and_texts_are_no_audio():
     rng = np.random.default_rng(0)
     for data in (rng.bytes(50_000), b"<!DOCTYPE html><html>" + b"x" * 5000, b"ID3" + bytes(2000)):

@@ -25,6 +25,7 @@ FLAGS = (
     *("--config.log_every=100", "--config.eval_every=300", "--config.checkpoint_every=300"),
     *("--config.data.bucket_seconds=1.5,", "--config.data.max_seconds=2.0", "--config.eval.k=4"),
     *("--config.method.warm_up_steps=300", "--config.data.validation_split=test"),
+    *("--config.data.augment.noise_db=5,40", "--config.data.augment.gain_db=6"),
 )
 
 
