@@ -129,11 +129,11 @@ def evaluate_by_voice(model: TrainedModel, source: PairSource) -> dict[str, Eval
     train = data.load(data.train_split)
     heard = {train.recording(row)["speaker"] for row in range(len(train))}
     groups = split_voices(model.encode_split(source, progress=True), source, heard)
-    known = {"model": model.fingerprint, "data": source.identity()}
-    results = {
-        name: dataclasses.replace(evaluate_encoded(model, encoded), **known)
-        for name, encoded in groups.items()
-    }
+    identity = source.identity()
+    results = {}
+    for name, encoded in groups.items():
+        result = evaluate_encoded(model, encoded)
+        results[name] = dataclasses.replace(result, model=model.fingerprint, data=identity)
 
     def write() -> None:
         values = {name: result.to_json() for name, result in results.items()}
