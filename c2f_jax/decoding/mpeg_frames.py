@@ -120,7 +120,7 @@ class _Frames:
             header = self.header[:4] + bytes(place - 4) + self.header[place:]
             return MpegStream(header + data, None, missing, False)
         frames: int | None = self.count * self.kind.samples
-        if self.kind.key[1] == 3 and self.kind.size:
+        if data and self.kind.key[1] == 3 and self.kind.size:
             data, frames = _number_frame(data[:4], self.count) + data, None
         return MpegStream(data, frames, 0.0, bool(promised))
 

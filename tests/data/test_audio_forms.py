@@ -166,6 +166,16 @@ def test_mp3_with_damaged_frames_is_named():
         decode_audio(bare[:third] + b"\1" * 3000 + bare[third:])
 
 
+def test_mp3_cut_anywhere_is_read_or_named():
+    data = stored(WAVE[:3200], container="MP3")
+    for whole in (data, audio_forms.without_header(data)):
+        for size in range(1, len(whole)):
+            try:
+                assert len(decode_audio(whole[:size])) <= 3200 + 2000
+            except BadFileError:
+                pass
+
+
 def test_frames_that_turn_to_free_format_end():
     bare = audio_forms.without_header(stored(WAVE, container="MP3"))
     size = bare.index(bare[:2], 4)
