@@ -110,17 +110,20 @@ def read_recording(
 
     streams, notes = audio_streams(encoded, name)
     del encoded, data
-    waves = []
+    waves, within = [], True
     room = MOST_SAMPLES
     for stream in streams:
         wave, decoder = _decode_stream(stream, sample_rate, room, name, notes)
         waves.append(wave)
+        # Of one channel of integers; conversion of the rate and the mean may exceed full scale.
+        within &= decoder.integers and decoder.channels == 1 and decoder.rate == sample_rate
         room -= len(wave)
 
     wave = waves[0] if len(waves) == 1 else np.concatenate(waves)
     if len(wave) == 0:
         raise BadFileError(f"{name}: the recording is empty", "zero length")
-    wave = _within_full_scale(wave, name, notes)
+    if not within:
+        wave = _within_full_scale(wave, name, notes)
     wave = np.ascontiguousarray(wave, np.float32)
     return Recording(wave, decoder.rate, decoder.channels, tuple(notes))
 

@@ -40,6 +40,7 @@ class SndfileDecoder:
       channels: their number.
       promised: samples a channel that are in the file, as far as is known; None if they are not.
       surplus: samples a channel that the file has beyond them.
+      integers: whether the samples were integers, which are within full scale.
       error: what stopped reading, if anything did.
     """
 
@@ -48,6 +49,7 @@ class SndfileDecoder:
         self._file: soundfile.SoundFile | None = _sound_file()(_Bytes(data))
         self.rate, self.channels = self._file.samplerate, self._file.channels
         self.promised = _promised(self._file, data) if frames is None else frames
+        self.integers = self._file.subtype.startswith("PCM_")
         self.surplus = 0
         if self._file.format in _LOGGED and self.promised is not None:
             self.surplus = max(self._file.frames - self.promised, 0)
@@ -145,6 +147,7 @@ class FfmpegDecoder:
     def __init__(self, data: bytes, name: str) -> None:
         self._data, self._name = data, name
         self.promised: int | None = None
+        self.integers = False
         self.surplus = 0
         self.error: Exception | None = None
         container, stream = self._open()

@@ -10,6 +10,8 @@ import re
 import struct
 from typing import NamedTuple
 
+import numpy as np
+
 from c2f_jax.decoding.mpeg_frames import is_mpeg, mpeg_streams, tag_bytes
 from c2f_jax.errors import BadFileError
 
@@ -18,6 +20,7 @@ INAUDIBLE_SHARE = 0.01
 INAUDIBLE_SECONDS = 0.02
 # Recorders that cannot go back to write the length write this or more.
 STREAMED_SIZE = 2**31 - 2**16
+_STEP = 2**18  # bytes searched at a time
 _INAUDIBLE_BYTES = 640  # 20 ms of 16 bits at 16 kHz
 _MPEG_IN_WAV = (0x50, 0x55)  # format tags
 # Chunks that follow samples; of others only whole ones are known to be chunks.
@@ -324,7 +327,7 @@ def _ogg_stream(encoded: bytes, pages: list[_Page], serial: int, notes: list[Not
 
 def _flac(encoded: bytes, name: str, notes: list[Note]) -> list[Stream]:
     """Separate FLAC files that follow one another; correct the number of samples."""
-    starts = [match.start() for match in re.finditer(rb"fLaC[\x00\x80]\0\0\x22", encoded)]
+    starts = [place for place in _places_of(b"fLaC", encoded) if _is_flac(encoded, place)]
     if not starts or starts[0] != 0:
         return [Stream(encoded)]
     streams = []
@@ -342,6 +345,24 @@ def _flac(encoded: bytes, name: str, notes: list[Note]) -> list[Stream]:
             data, total = data[:21] + number + data[26:], found
         streams.append(Stream(data, frames=total or None))
     return streams
+
+
+def _places_of(name: bytes, encoded: bytes) -> list[int]:
+    """Find a name of four bytes, of which most files have one, several times as fast as `re`."""
+    values = np.frombuffer(encoded, np.uint8)
+    for start in range(1, len(encoded) - 3, _STEP):
+        part = values[start : start + _STEP + 2]
+        alike = part[:-2] == name[0]
+        alike &= part[1:-1] == name[1]
+        alike &= part[2:] == name[2]
+        if alike.any():
+            return [match.start() for match in re.finditer(re.escape(name), encoded)]
+    return [0] if encoded.startswith(name) else []
+
+
+def _is_flac(encoded: bytes, place: int) -> bool:
+    """Return whether the first block of a FLAC file follows its name."""
+    return encoded[place + 4 : place + 8] in (b"\0\0\0\x22", b"\x80\0\0\x22")
 
 
 def _last_flac_sample(data: bytes, name: str) -> int:
@@ -396,12 +417,22 @@ def _flac_frame_end(data: bytes, place: int) -> int:
     return (number if head[1] & 1 else number * smallest) + size
 
 
+def _crc8_table() -> bytes:
+    table = bytearray()
+    for value in range(256):
+        for _ in range(8):
+            value = value << 1 ^ (0x107 if value & 0x80 else 0)
+        table.append(value)
+    return bytes(table)
+
+
+_CRC8 = _crc8_table()
+
+
 def _crc8(data: bytes) -> int:
     value = 0
     for byte in data:
-        value ^= byte
-        for _ in range(8):
-            value = value << 1 ^ (0x107 if value & 0x80 else 0)
+        value = _CRC8[value ^ byte]
     return value
 
 
