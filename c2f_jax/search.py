@@ -23,6 +23,7 @@ from c2f_jax.decoding.audio import (
     level_notes,
     peak_level,
     read_recording,
+    to_pcm16,
 )
 from c2f_jax.decoding.image_modes import Note
 from c2f_jax.decoding.images import make_square, read_image
@@ -430,14 +431,15 @@ def _read_recording(file: File, name: str, max_seconds: float) -> _Item:
             f"{name}: too short: {len(wave)} samples at 16 kHz; {MIN_SAMPLES} are needed",
             "too short",
         )
-    heard = wave[: round(max_seconds * SAMPLE_RATE)]
+    samples = to_pcm16(wave[: round(max_seconds * SAMPLE_RATE)])
+    heard = samples * np.float32(1 / 32768)
 
     notes = [*recording.notes, *level_notes(heard)]
     if len(wave) > len(heard):
         seconds = len(wave) / SAMPLE_RATE
         notes.append(("over-long", f"{seconds:.1f} s; the first {max_seconds:g} s are heard"))
     small = io.BytesIO()
-    soundfile.write(small, np.clip(heard, -1, 1), SAMPLE_RATE, format="FLAC")
+    soundfile.write(small, samples, SAMPLE_RATE, format="FLAC")
     return _Item(heard, small.getvalue(), notes)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from c2f_jax.data.source import MIN_SAMPLES
-from c2f_jax.decoding.audio import SAMPLE_RATE
+from c2f_jax.decoding.audio import SAMPLE_RATE, to_pcm16
 from c2f_jax.decoding.images import Box, center_square, resize_box
 from c2f_jax.errors import UserError
 
@@ -191,7 +191,7 @@ def augment_wave(wave: np.ndarray, options: AugmentConfig, rng: np.random.Genera
     peak = float(np.abs(values).max(initial=0.0))
     if peak > 1:
         values = values / peak
-    return np.clip(np.round(values * 32768), -32768, 32767).astype(np.int16)
+    return to_pcm16(values)
 
 
 def _change_speed(values: np.ndarray, factor: float) -> np.ndarray:

@@ -8,7 +8,7 @@ from PIL import Image
 from c2f_jax.data.feature_cache import FeatureCache
 from c2f_jax.data.files import Stamp
 from c2f_jax.data.source import MIN_SAMPLES, PairSource
-from c2f_jax.decoding.audio import decode_audio
+from c2f_jax.decoding.audio import decode_audio, to_pcm16
 from c2f_jax.decoding.images import decode_image, open_rgb
 from c2f_jax.errors import UserError
 
@@ -31,7 +31,7 @@ def load_wave(source: PairSource, index: int) -> np.ndarray | None:
     try:
         wave = decode_audio(source.recording(index)["audio"])
         if len(wave) >= MIN_SAMPLES:
-            return np.clip(np.round(wave * 32768), -32768, 32767).astype(np.int16)
+            return to_pcm16(wave)
         reason = f"only {len(wave)} samples at 16 kHz; {MIN_SAMPLES} are needed"
     except UserError as e:
         reason = str(e)
@@ -50,7 +50,7 @@ def load_image(
       source: pairs.
       row: number of the image in the gallery.
       size: side of the result in pixels.
-      resize: how it becomes a square, see `data.images.decode_image`.
+      resize: how it becomes a square, see `decoding.images.decode_image`.
       side: length of the short side for "short_side"; 0 for size.
 
     Returns:

@@ -32,7 +32,7 @@ class ModelInputs:
     """What the model is given of each item: waveform and pixels, or tokens of a frozen network.
 
     Attributes:
-      image_resize: how an image becomes a square, see `data.images.decode_image`.
+      image_resize: how an image becomes a square, see `decoding.images.decode_image`.
       image_resize_side: length of the short side before the crop of "short_side"; 0 for the image
         size.
       speech_features: tokens to read instead of recordings; None for recordings.

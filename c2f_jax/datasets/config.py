@@ -23,8 +23,8 @@ class DataConfig:
       validation_split: split that chooses the best checkpoint.
       test_split: split of the final evaluation.
       image_size: side of an image in pixels.
-      image_resize: how an image becomes a square, see `data.images.decode_image`; a published image
-        network brings its own.
+      image_resize: how an image becomes a square, see `decoding.images.decode_image`; a published
+        image network brings its own.
       image_resize_side: length of the short side before the crop of "short_side"; 0 for image_size.
       speech_features: feature cache (a folder of `c2f features`, made in training if the
         configuration names the network's weights) or file of tokens (.npz) to read instead of

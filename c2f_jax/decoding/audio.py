@@ -270,6 +270,18 @@ def _within_full_scale(wave: np.ndarray, name: str, notes: list[Note]) -> np.nda
     return np.clip(wave, -1, 1)
 
 
+def to_pcm16(wave: np.ndarray) -> np.ndarray:
+    """Round samples to 16 bits, as a model hears all of them.
+
+    Args:
+      wave: float32 (samples,), -1 to 1.
+
+    Returns:
+      int16 (samples,), wave * 32768.
+    """
+    return np.clip(np.round(wave * 32768), -32768, 32767).astype(np.int16)
+
+
 def peak_level(wave: np.ndarray) -> float:
     """Return the largest deviation from the mean, since a constant cannot be heard."""
     return float(np.abs(wave - wave.mean()).max())
