@@ -83,7 +83,13 @@ def test_a_run_does_not_go_on_with_other_data_or_beside_another_run(tmp_path, ca
 @pytest.mark.parametrize(
     "plan, processes, steps",
     [
-        ([("data", "SIGKILL"), ("training", "SIGTERM"), ("save", "SIGSTOP, SIGKILL")], 1, 40),
+        ([("training", "SIGTERM"), ("save", "SIGSTOP, SIGKILL")], 1, 16),
+        pytest.param(
+            [("data", "SIGKILL"), ("training", "SIGTERM"), ("save", "SIGSTOP, SIGKILL")],
+            1,
+            40,
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             [("save", "SIGKILL"), ("evaluation", "SIGTERM"), ("training", "SIGKILL")],
             2,
