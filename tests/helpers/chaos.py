@@ -71,6 +71,8 @@ class Run:
             words = [str(ROOT / "launch" / "supervise.sh"), *words]
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
+            # One device: tests force four.
+            "XLA_FLAGS": os.environ.get("XLA_FLAGS", "").replace("count=4", "count=1"),
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             "MAX_FAILURES": "1000",
             "PAUSE": "0",
