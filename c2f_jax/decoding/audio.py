@@ -230,6 +230,8 @@ def _check_whole(
         known = count and stream.missing < 1
         missing = max(missing, count * stream.missing / (1 - stream.missing)) if known else np.inf
     if not missing:
+        if decoder.error:
+            notes.append(("incomplete", f"what is damaged is left out ({decoder.error})"))
         return
     seconds = missing / decoder.rate
     if seconds <= INAUDIBLE_SECONDS or missing <= INAUDIBLE_SHARE * (count + missing):

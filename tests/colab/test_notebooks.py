@@ -19,6 +19,7 @@ from helpers.paths import ROOT
 from PIL import Image
 
 NAMES = sorted(path.stem for path in (ROOT / "colab").glob("*.ipynb"))
+LONGEST = ("published_encoders", "search_your_photos")  # half a minute each
 MOST_BYTES = {"image/png": 300_000, "image/jpeg": 300_000, "file": 3_000_000}
 OF_A_MACHINE = re.compile(
     r"(?<![\w.:/])/(home|root|tmp|usr|opt|work|workspace|content|Users)/|site-packages"
@@ -71,7 +72,10 @@ def test_saved_outputs(name):
             assert len(content) * 3 / 4 < MOST_BYTES.get(kind, MOST_BYTES["file"]), kind
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in LONGEST else ()) for name in NAMES],
+)
 def test_short_form_runs(name, run_short):
     notebook, folder = run_short(name)
     assert any(cell.get("outputs") for cell in notebook.cells)

@@ -94,6 +94,7 @@ def test_differences_are_paired_by_seed():
     )
 
 
+@pytest.mark.slow
 def test_runs_are_kept_and_taken_again(config, tmp_path, monkeypatch):
     table = ablate(config, tmp_path, seeds=2, rows=["in-batch contrastive"])
     assert table.count("in-batch contrastive") == 1 and (tmp_path / "table.json").exists()

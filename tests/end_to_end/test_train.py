@@ -111,12 +111,15 @@ def test_cadences_and_files(unbroken):
     ("method", "best", "ranked_fine"),
     [
         (["--config.method.warm_up_steps=1"], 2, [2]),  # what SIC alone ranks is no candidate
-        (["--config.method.warm_up_steps=9"], 2, []),  # nothing else is there: the latest
-        (
+        # Nothing else is there: the latest.
+        pytest.param(["--config.method.warm_up_steps=9"], 2, [], marks=pytest.mark.slow),
+        # All are of one kind.
+        pytest.param(
             ["--config.method.warm_up_steps=1", "--config.method.sim_weight=0.0"],
             1,
             [],
-        ),  # all are of one kind
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_best_checkpoint_is_chosen_among_scores_of_one_kind(

@@ -41,11 +41,12 @@ OPTIONS = [
 
 @dataclasses.dataclass
 class Run:
-    """A run in a folder of its own, with its own data set."""
+    """A run in a folder of its own, with its own data set unless one is given."""
 
     folder: Path
     steps: int
     processes: int = 1
+    data_dir: Path | str | None = None
 
     @property
     def workdir(self):
@@ -54,7 +55,7 @@ class Run:
     def command(self):
         """The words that start it."""
         options = [*OPTIONS, f"--config.steps={self.steps}", f"--workdir={self.workdir}"]
-        options.append(f"--config.data.data_dir={self.folder / 'data'}")
+        options.append(f"--config.data.data_dir={self.data_dir or self.folder / 'data'}")
         if self.processes == 1:
             return [sys.executable, "-m", "c2f_jax.main", "train", *options]
         program = self.folder / "c2f"
@@ -231,16 +232,18 @@ def differences(found, expected):
     return names
 
 
-def chaos(folder, plan, *, seed=0, steps=200, processes=1, undisturbed=None):
-    """Run undisturbed and with kills: the kills by moment and signal, and the differences."""
-    if undisturbed is None:
-        undisturbed = Run(folder / "undisturbed", steps, processes)
-        undisturbed.folder.mkdir(parents=True)
-        log = undisturbed.folder / "log"
-        status = undisturbed.start(log, supervised=False).wait()
-        assert status == 0, log.read_text()[-3000:]
+def chaos(folder, plan, *, seed=0, **options):
+    """Run undisturbed and with kills: the kills by moment and signal, and the differences.
 
-    killer = Killer(Run(folder / "killed", steps, processes), seed)
+    ``options`` are those of ``Run``.
+    """
+    undisturbed = Run(folder / "undisturbed", **options)
+    undisturbed.folder.mkdir(parents=True)
+    log = undisturbed.folder / "log"
+    status = undisturbed.start(log, supervised=False).wait()
+    assert status == 0, log.read_text()[-3000:]
+
+    killer = Killer(Run(folder / "killed", **options), seed)
     try:
         for moment, how in tqdm(plan, unit="kill", disable=None):
             while not killer.kill(moment, how) and not killer.is_over():

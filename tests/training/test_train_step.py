@@ -170,12 +170,12 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     "case, mode, devices",
     [
-        ("queue", "pmap", 2),
         ("queue", "shard_map", 4),
         ("global", "pmap", 4),
         ("blocks", "shard_map", 4),
         # The others, with global on two devices under shard_map in the test of rematerialisation.
         pytest.param("queue", "pmap", 1, marks=slow),
+        pytest.param("queue", "pmap", 2, marks=slow),
         pytest.param("queue", "pmap", 4, marks=slow),
         pytest.param("branches", "pmap", 2, marks=slow),
         pytest.param("queue", "shard_map", 1, marks=slow),
