@@ -208,6 +208,26 @@ class TrainedModel:
             parts.append(jax.tree.map(lambda x, n=count: np.asarray(x)[:n], encoded))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
+    def token_shape(self, kind: str) -> tuple[int, int]:
+        """Return the most tokens that an item has, and the entries of a token.
+
+        Args:
+          kind: "speech" or "image".
+        """
+        data, model = self.experiment.data, self.experiment.model
+        if kind == "speech":
+            samples = round(data.max_seconds * SAMPLE_RATE)
+            wave = jax.ShapeDtypeStruct((1, samples), jnp.float32)
+            lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+            shapes = jax.eval_shape(
+                functools.partial(encode_speech, model), self.params, wave, lengths
+            )
+        else:
+            side = data.image_size
+            image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8)
+            shapes = jax.eval_shape(functools.partial(encode_image, model), self.params, image)
+        return shapes.tokens.shape[1:]
+
     def match(
         self, speech_tokens: np.ndarray, speech_lengths: np.ndarray, image_tokens: np.ndarray
     ) -> jax.Array:

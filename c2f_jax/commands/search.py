@@ -8,7 +8,10 @@ SUMMARY = "Find images by voice, or recordings by an image."
 EXAMPLES = """\
   c2f search --workdir=runs/scenes --say "a small red circle" "a big yellow star"
   c2f search --workdir=runs/scenes --gallery=path/to/images --audio question.wav
-  c2f search --workdir=runs/scenes --image photo.jpg"""
+  c2f search --workdir=runs/scenes --image photo.jpg
+  c2f search --workdir=runs/scenes --gallery=photos --audio question.wav --where "date > '2025'"
+
+The index of a gallery is kept in the workdir: the next search reads what has changed."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -25,17 +28,28 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--image", nargs="+", metavar="FILE", help="images whose spoken descriptions to find"
     )
     arguments.add_gallery(parser)
-    parser.add_argument("--index", help="file written by `c2f index`, instead of --gallery")
+    parser.add_argument("--index", help="folder written by `c2f index`, instead of --gallery")
+    parser.add_argument(
+        "--where",
+        metavar="SQL",
+        help="search only items that meet a condition on name, date, modified, size, width, "
+        "height, seconds, caption or speaker",
+    )
     parser.add_argument(
         "--top", type=int, default=5, help="answers to show for each query (default: %(default)s)"
     )
     parser.add_argument(
-        "--k", type=int, help="candidates that SIM reranks (default: the run's eval.k)"
+        "--rerank",
+        type=int,
+        metavar="K",
+        help="candidates that SIM reranks, 0 for none (default: the run's eval.k)",
     )
     parser.add_argument(
         "--output",
-        help="page of answers (.html), with a .png beside it (default: <workdir>/search.html)",
+        help="page of answers (.html), with a .png beside it (default: <workdir>/search.html; "
+        "with --json, none)",
     )
+    parser.add_argument("--json", action="store_true", help="print a line of JSON for each query")
 
 
 def run(args: Namespace) -> int:
@@ -50,10 +64,13 @@ def run(args: Namespace) -> int:
         gallery=args.gallery,
         split=args.split,
         index=args.index,
-        k=args.k,
+        rerank=args.rerank,
+        where=args.where,
         top=args.top,
         output=args.output,
+        as_json=args.json,
     )
     page = search(TrainedModel.load(args.workdir, args.step), query)
-    print(f"\nanswers: {page}")
+    if page is not None and not args.json:
+        print(f"answers: {page}")
     return 0

@@ -1,6 +1,7 @@
 """Encoded images to square RGB arrays."""
 
 import dataclasses
+import datetime
 import io
 from pathlib import PurePath
 
@@ -31,7 +32,8 @@ RESIZE = ("square", "short_side", "squash")
 
 Box = tuple[float, float, float, float]  # left, top, width, height
 
-_ORIENTATION = 274  # a tag of EXIF and of TIFF
+_ORIENTATION = 274  # a tag of EXIF and of TIFF, as are the next
+_EXIF, _TAKEN, _CHANGED = 0x8769, 36867, 306
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -51,10 +53,14 @@ class DecodedImage:
     Attributes:
       rgb: the image, RGB.
       notes: kind and detail of each oddity, see `data_check.findings.KINDS`.
+      size: width and height of all its pixels; those of rgb may be fewer.
+      date: when it was taken, as "2026-05-31 17:45:00"; None if its EXIF does not say.
     """
 
     rgb: Image.Image
     notes: tuple[Note, ...]
+    size: tuple[int, int]
+    date: str | None
 
 
 def decode_image(
@@ -177,7 +183,7 @@ def read_image(
             raise
         except Exception:
             continue
-        return DecodedImage(image.rgb, (note, *image.notes))
+        return dataclasses.replace(image, notes=(note, *image.notes))
 
     if isinstance(problem, UnidentifiedImageError):
         message = f"{name}: not a readable image; use {', '.join(FORMATS)} or HEIC"
@@ -219,6 +225,7 @@ def _read(encoded: bytes, side: int | None, name: str) -> DecodedImage:
             if zeros > max(16, len(encoded) / 100):
                 notes.append(("zeros at the end", f"{zeros:,} bytes"))
 
+        size = image.size
         # JPEG decodes at a half, a quarter or an eighth of its size for less time.
         if side is not None:
             image.draft(image.mode, (side, side))
@@ -227,7 +234,9 @@ def _read(encoded: bytes, side: int | None, name: str) -> DecodedImage:
         turn = _orientation(image, notes)
         if turn in _TURNS:
             rgb = rgb.transpose(_TURNS[turn])
-        return DecodedImage(rgb, (*notes, *odd))
+        if (rgb.width > rgb.height) != (size[0] > size[1]):  # turned by a quarter
+            size = size[::-1]
+        return DecodedImage(rgb, (*notes, *odd), size, _date(image))
 
 
 def _formats(encoded: bytes, name: str) -> tuple[str, ...]:
@@ -267,6 +276,17 @@ def _orientation(image: Image.Image, notes: list[Note]) -> int:
         pass
     notes.append(("odd metadata", "the orientation cannot be read"))
     return 1
+
+
+def _date(image: Image.Image) -> str | None:
+    """Return when an image was taken, as its EXIF says."""
+    try:
+        exif = image.getexif()
+        text = str(exif.get_ifd(_EXIF).get(_TAKEN) or exif.get(_CHANGED) or "")
+        # Local time of the camera: EXIF's zone is rarely there.
+        return str(datetime.datetime.strptime(text.strip("\0 "), "%Y:%m:%d %H:%M:%S"))
+    except Exception:  # damaged EXIF raises nearly anything
+        return None
 
 
 def resize_box(rgb: Image.Image, box: Box, size: int) -> np.ndarray:

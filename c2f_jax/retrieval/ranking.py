@@ -4,7 +4,7 @@ Memory is bounded: a chunk of queries meets a chunk of the gallery at a time. Ti
 scores the item that comes first in the gallery ranks first.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from c2f_jax.retrieval.checks import check_finite, check_rank
 
 QUERY_CHUNK = 512
 GALLERY_CHUNK = 8192
+MOST_SCORES = 1 << 23  # that `top_k_of_blocks` holds at once
 
 
 def coarse_top_k(
@@ -65,6 +66,47 @@ def coarse_top_k(
     scores = np.concatenate([np.asarray(part) for part, _ in best])
     rows = np.concatenate([np.asarray(part) for _, part in best])
     return scores[: len(queries)], rows[: len(queries)]
+
+
+def top_k_of_blocks(
+    queries: ArrayLike, blocks: Iterable[tuple[int, np.ndarray, np.ndarray]], k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find the k items nearest to each query by inner product, in a gallery that comes in blocks.
+
+    Args:
+      queries: (Q, D), L2-normalized.
+      blocks: first row, embeddings (n, D) and which of them are wanted (n,) bool; rows rise.
+      k: items per query, at most the number of wanted ones.
+
+    Returns:
+      Scores (Q, k) float32 and rows (Q, k) int64, best first.
+    """
+    queries = np.ascontiguousarray(queries, np.float32)
+    best = [(np.empty(0, np.float32), np.empty(0, np.int64))] * len(queries)
+    worst = np.full((len(queries), 1), -np.inf, np.float32)  # that may enter each list
+    on_host = jax.default_backend() == "cpu"  # where jax would copy the block
+    for start, embeddings, wanted in blocks:
+        # Small pieces first: once k items are known, few of the others are looked at.
+        begin, size = 0, GALLERY_CHUNK
+        while begin < len(embeddings) and k:
+            piece = np.asarray(embeddings[begin : begin + size], np.float32)
+            # (Q, D) . (D, n) -> (Q, n)
+            if on_host:
+                scores = queries @ piece.T
+            else:
+                scores = np.asarray(_inner_products(jnp.asarray(queries), jnp.asarray(piece)))
+            enters = (scores > worst) & wanted[begin : begin + size]
+            for query in np.flatnonzero(enters.any(1)):
+                places = np.flatnonzero(enters[query])
+                found = np.concatenate([best[query][0], scores[query, places]])
+                rows = np.concatenate([best[query][1], start + begin + places])
+                # Stable: of equal scores the first row stays first.
+                order = np.argsort(-found, kind="stable")[:k]
+                best[query] = found[order], rows[order]
+                if len(order) == k:
+                    worst[query] = found[order[-1]]
+            begin, size = begin + size, min(2 * size, MOST_SCORES // len(queries) + 1)
+    return np.stack([scores for scores, _ in best]), np.stack([rows for _, rows in best])
 
 
 def first_relevant_rank(

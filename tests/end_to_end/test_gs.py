@@ -109,9 +109,9 @@ def test_a_run_in_a_bucket_equals_one_on_a_disk(bucket, tiny_data_dir, tmp_path)
     assert ("bucket", "run/checkpoints/4/commit_success.txt") in bucket[0].storage.objects
     told = run(bucket, "evaluate", "--workdir=gs://bucket/run", "--split=validation")
     assert "results page: gs://bucket/run/eval/spoken_scenes-tiny-validation.html" in told
-    run(bucket, "index", "--workdir=gs://bucket/run", "--output=gs://bucket/gallery.npz")
+    run(bucket, "index", "--workdir=gs://bucket/run", "--output=gs://bucket/gallery.index")
     told = run(
-        bucket, "search", "--workdir=gs://bucket/run", "--index=gs://bucket/gallery.npz",
+        bucket, "search", "--workdir=gs://bucket/run", "--index=gs://bucket/gallery.index",
         "--say", "a red circle", "--output=gs://bucket/answers.html",
     )  # fmt: skip
     assert "  5. test-" in told

@@ -16,12 +16,12 @@ from helpers.memory_source import png
 from helpers.paths import CONFIGS
 from PIL import Image
 
-from c2f_jax import search
+from c2f_jax import index as indexing
 from c2f_jax.config.experiment import create_experiment, example_batch
 from c2f_jax.config.files import load_config
+from c2f_jax.galleries.index_folder import IndexFolder
 from c2f_jax.inference import TrainedModel
 from c2f_jax.main import main
-from c2f_jax.retrieval.index import GalleryIndex
 from c2f_jax.training.parallel import replicate
 
 FLAGS = ["--config.eval.batch_size=4", "--config.data.max_seconds=1.0"]
@@ -74,8 +74,12 @@ def question(tmp_path):
     return wav(tmp_path / "question.wav", SPEECH)
 
 
+def listed(path):
+    return sorted(item.name for _, item in IndexFolder.open(path).items())
+
+
 def names(path):
-    return [os.path.basename(name) for name in GalleryIndex.load(path).names]
+    return [os.path.basename(name) for name in listed(path)]
 
 
 def test_every_type_is_indexed_or_counted(c2f, gallery, tmp_path):
@@ -83,12 +87,12 @@ def test_every_type_is_indexed_or_counted(c2f, gallery, tmp_path):
         (gallery / name).write_bytes(JPEG)
     for name in ("h.mov", "i.mov", "j.cr2", "k.svg", "noend", "l.txt"):
         (gallery / name).write_bytes(b"something else")
-    status, out, _ = c2f("index", f"--gallery={gallery}", f"--output={tmp_path / 'i.npz'}")
+    status, out, _ = c2f("index", f"--gallery={gallery}", f"--output={tmp_path / 'i.index'}")
     assert status == 0 and "7 items indexed" in out
     types = "2 .mov, 1 .cr2, 1 .svg, 1 .txt, 1 without a suffix"
     assert f"left out: 6 files of other types: {types}\n" in out
     assert "note: wrong suffix, 2" in out and "e.avif" in out and "g.heic" in out
-    assert names(tmp_path / "i.npz") == sorted(
+    assert names(tmp_path / "i.index") == sorted(
         ["a.jpg", "b.JPG", "c.jfif", "d.jpe", "e.avif", "f.mpo", "g.heic"]
     )
 
@@ -97,15 +101,20 @@ def test_types_whose_extra_is_missing_are_counted_in_one_line(c2f, gallery, tmp_
     pytest.importorskip("pillow_heif").register_heif_opener()
     for name in ("c.heic", "d.HEIC", "e.hif"):
         (gallery / name).write_bytes(png(PHOTO, "HEIF"))
-    output = f"--output={tmp_path / 'i.npz'}"
+    output = f"--output={tmp_path / 'i.index'}"
     status, out, _ = c2f("index", f"--gallery={gallery}", output)
     assert status == 0 and "5 items indexed" in out and "left out" not in out
-    monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    status, out, _ = c2f("index", f"--gallery={gallery}", output)
+    output = f"--output={tmp_path / 'without.index'}"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pillow_heif", None)
+        status, out, _ = c2f("index", f"--gallery={gallery}", output)
     assert status == 0 and "2 items indexed" in out
     assert out.count("left out") == 1
     assert "3 files of types that cannot be read: 2 .heic, 1 .hif; HEIC needs the extra" in out
     assert "pip install 'c2f_jax[heif]'" in out
+    # The same command takes them when the extra is there.
+    status, out, _ = c2f("index", f"--gallery={gallery}", output)
+    assert status == 0 and "5 items indexed" in out and "3 read" in out
 
 
 def test_damaged_files_are_named_one_by_one(c2f, gallery, tmp_path):
@@ -114,7 +123,7 @@ def test_damaged_files_are_named_one_by_one(c2f, gallery, tmp_path):
     (gallery / "e.jpg").write_bytes(JPEG[:-400])
     (gallery / "f.jpg").symlink_to(gallery / "nowhere.jpg")
     os.mkfifo(gallery / "g.jpg")
-    status, out, _ = c2f("index", f"--gallery={gallery}", f"--output={tmp_path / 'i.npz'}")
+    status, out, _ = c2f("index", f"--gallery={gallery}", f"--output={tmp_path / 'i.index'}")
     assert status == 0 and "2 items indexed" in out
     for name, reason in (
         ("c.png", "not a readable image"),
@@ -147,9 +156,9 @@ def test_links_hidden_files_and_closed_folders(c2f, gallery, tmp_path, monkeypat
         return iterdir(path)
 
     monkeypatch.setattr(type(closed), "iterdir", refuse)  # the superuser may open any folder
-    status, out, _ = c2f("index", f"--gallery={gallery}", f"--output={tmp_path / 'i.npz'}")
+    status, out, _ = c2f("index", f"--gallery={gallery}", f"--output={tmp_path / 'i.index'}")
     assert status == 0 and "3 items indexed" in out
-    assert names(tmp_path / "i.npz") == ["a.jpg", "b.JPG", "c.png"]
+    assert names(tmp_path / "i.index") == ["a.jpg", "b.JPG", "c.png"]
     assert "left out: 2 more links to one file: again.jpg, same.jpg" in out
     assert "left out: 2 hidden files and folders: ._a.jpg, .thumbnails" in out
     assert "left out: 2 links to folders that are listed anyway" in out and "loop" in out
@@ -161,9 +170,9 @@ def test_a_link_to_a_folder_or_file_elsewhere_is_followed(c2f, gallery, tmp_path
     album.mkdir()
     (album / "c.jpg").symlink_to(gallery / "a.jpg")
     (album / "d").symlink_to(gallery)
-    status, out, _ = c2f("index", f"--gallery={album}", f"--output={tmp_path / 'i.npz'}")
+    status, out, _ = c2f("index", f"--gallery={album}", f"--output={tmp_path / 'i.index'}")
     assert status == 0 and "2 items indexed" in out
-    assert names(tmp_path / "i.npz") == ["a.jpg", "b.JPG"]  # by the names of the files
+    assert names(tmp_path / "i.index") == ["a.jpg", "b.JPG"]  # by the names of the files
     assert "left out: 1 more links to one file: c.jpg" in out
 
 
@@ -172,11 +181,11 @@ def test_a_folder_without_images_says_what_it_holds(c2f, tmp_path):
     folder.mkdir()
     (folder / "a.mov").write_bytes(b"film")
     (folder / ".b.jpg").write_bytes(JPEG)
-    status, _, errors = c2f("index", f"--gallery={folder}", f"--output={tmp_path / 'i.npz'}")
+    status, _, errors = c2f("index", f"--gallery={folder}", f"--output={tmp_path / 'i.index'}")
     assert status == 2 and "contains no image that can be read" in errors
     assert "1 .mov" in errors and ".b.jpg" in errors
     (folder / "c.jpg").write_bytes(b"nothing")
-    status, out, errors = c2f("index", f"--gallery={folder}", f"--output={tmp_path / 'i.npz'}")
+    status, out, errors = c2f("index", f"--gallery={folder}", f"--output={tmp_path / 'i.index'}")
     assert status == 2 and "none of the 1 files can be read" in errors and "c.jpg" in out
 
 
@@ -203,10 +212,10 @@ def test_any_name_can_be_searched_and_shown(c2f, tmp_path, question, kind, index
         file.write(b"damaged")
     where = [f"--gallery={folder}"]
     if indexed:
-        assert c2f("index", *where, f"--output={tmp_path / 'i.npz'}")[0] == 0
-        where = [f"--index={tmp_path / 'i.npz'}"]
+        assert c2f("index", *where, f"--output={tmp_path / 'i.index'}")[0] == 0
+        where = [f"--index={tmp_path / 'i.index'}"]
     status, out, errors = c2f("search", *where, "--audio", question)
-    assert (status, errors) == (0, "") and f"{shown}\n" in out
+    assert (status, errors) == (0, "") and f"{shown}  (cosine" in out
     assert indexed or re.search(f"left out: .*{re.escape(shown)}.jpg: not a readable image", out)
     assert shown in (tmp_path / "answers.html").read_text("utf-8")
 
@@ -246,14 +255,15 @@ def test_an_index_holds_small_copies_rather_than_files(c2f, tmp_path, question):
     for number in range(6):
         Image.fromarray(np.roll(noise, number, 1)).save(folder / f"{number}.png")
     files = sum(path.stat().st_size for path in folder.iterdir())
-    assert c2f("index", f"--gallery={folder}", f"--output={tmp_path / 'i.npz'}")[0] == 0
-    index = GalleryIndex.load(tmp_path / "i.npz")
-    assert sum(map(len, index.media)) < 0.05 * files
-    assert all(Image.open(io.BytesIO(data)).size == (128, 128) for data in index.media)
+    assert c2f("index", f"--gallery={folder}", f"--output={tmp_path / 'i.index'}")[0] == 0
+    index = IndexFolder.open(tmp_path / "i.index")
+    thumbnails = [index.thumbnail(row) for row, _ in index.items()]
+    assert sum(map(len, thumbnails)) < 0.05 * files
+    assert all(Image.open(io.BytesIO(data)).size == (128, 128) for data in thumbnails)
     # The files may be gone when the index is searched.
     for path in folder.iterdir():
         path.unlink()
-    status, out, _ = c2f("search", f"--index={tmp_path / 'i.npz'}", "--audio", question)
+    status, out, _ = c2f("search", f"--index={tmp_path / 'i.index'}", "--audio", question)
     assert status == 0 and "5. " in out
     assert (tmp_path / "answers.png").exists()
 
@@ -263,7 +273,7 @@ def test_files_are_decoded_and_dropped_one_by_one(c2f, gallery, tmp_path, monkey
     for number in range(20):
         (gallery / f"{number}.jpg").write_bytes(JPEG)
     seen, most = [], 0
-    read_item = search._read_item
+    read_item = indexing.read_item
 
     def read(*arguments):
         nonlocal most
@@ -272,8 +282,8 @@ def test_files_are_decoded_and_dropped_one_by_one(c2f, gallery, tmp_path, monkey
         most = max(most, sum(array() is not None for array in seen))
         return item
 
-    monkeypatch.setattr(search, "_read_item", read)
-    assert c2f("index", f"--gallery={gallery}", f"--output={tmp_path / 'i.npz'}")[0] == 0
+    monkeypatch.setattr(indexing, "read_item", read)
+    assert c2f("index", f"--gallery={gallery}", f"--output={tmp_path / 'i.index'}")[0] == 0
     assert len(seen) == 22 and most <= 5
 
 
@@ -349,7 +359,7 @@ def test_recordings_are_indexed_by_the_same_rules(c2f, tmp_path):
     wav(folder / "c.wav", np.tile(SPEECH, 3))
     wav(folder / "d.wav", np.zeros(8000))
     soundfile.write(folder / "e.aiff", SPEECH, 16_000)
-    output = f"--output={tmp_path / 'i.npz'}"
+    output = f"--output={tmp_path / 'i.index'}"
     status, out, _ = c2f("index", "--kind=speech", f"--gallery={folder}", output)
     assert status == 0 and "4 items indexed" in out
     assert re.search("left out: .*b.wav: too short: 80 samples at 16 kHz; 400 are needed", out)
@@ -358,6 +368,6 @@ def test_recordings_are_indexed_by_the_same_rules(c2f, tmp_path):
     assert re.search("note: silence, 1, .*d.wav", out)
     photo = tmp_path / "q.png"
     photo.write_bytes(png(PHOTO.convert("RGBA")))
-    status, out, _ = c2f("search", f"--index={tmp_path / 'i.npz'}", "--image", photo)
+    status, out, _ = c2f("search", f"--index={tmp_path / 'i.index'}", "--image", photo)
     assert status == 0 and "  4. " in out and "note: transparency: shown on white" in out
     assert (tmp_path / "answers.html").read_text().count("<audio") >= 4

@@ -6,6 +6,7 @@ Run as a program, this file is one of the processes.
 import contextlib
 import io
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -56,8 +57,8 @@ def commands(folder):
     return {
         "evaluate": ["evaluate", run],
         "by_voice": ["evaluate", run, "--by-voice"],
-        "images": [*index, f"--output={folder}/images.npz"],
-        "speech": [*index, "--kind=speech", f"--output={folder}/speech.npz"],
+        "images": [*index, f"--output={folder}/images.index"],
+        "speech": [*index, "--kind=speech", f"--output={folder}/speech.index"],
         "features": [
             "features",
             f"--weights={folder}/whisper",
@@ -95,9 +96,15 @@ def read_files(folder):
         results[path.name] = without_timings(json.loads(path.read_text()))
     for path in sorted((folder / "features").glob("*")):
         results[path.name] = path.read_bytes()
-    for name in ("images.npz", "speech.npz"):
-        results[name] = (folder / name).read_bytes()
+    for name in ("images.index", "speech.index"):
+        results[name] = index_files(folder / name)
     return results
+
+
+def index_files(folder):
+    """Content of the files of an index, but for the lock."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {name: content for name, content in files.items() if not name.endswith(".lock")}
 
 
 def without_timings(value):
@@ -168,6 +175,8 @@ def alone(folder):
     files = read_files(folder)
     for name in files:  # so that the processes have to make them again
         for place in (folder, folder / "features", folder / "run" / "eval"):
+            if (place / name).is_dir():
+                shutil.rmtree(place / name)
             (place / name).unlink(missing_ok=True)
     return outcomes, files
 
@@ -342,10 +351,10 @@ def test_programs_of_several_processes(folder, alone, tmp_path, count):
         assert main(["evaluate", f"--workdir={run}", *words]) == 0
         assert read_json(run / "eval" / f"{name}.json") == trained[f"{name}.json"]
 
-    words, output = commands(folder)["speech"][:-1], tmp_path / "speech.npz"
+    words, output = commands(folder)["speech"][:-1], tmp_path / "speech.index"
     ended = run_together([*program, *words, f"--output={output}"], count, tmp_path, 120)
     assert [one.code for one in ended] == [0] * count, ended[-1].err[-3000:]
-    assert output.read_bytes() == alone[1]["speech.npz"]
+    assert index_files(output) == alone[1]["speech.index"]
 
     # What one process alone finds ends all of them: a run that the last does not see, and
     # recordings that it cannot read.

@@ -291,7 +291,7 @@ def test_evaluate_and_search_commands(unbroken, tmp_path, capsys):
     stored = json.loads((unbroken[0] / "eval" / "spoken_scenes-tiny-validation.json").read_text())
     assert stored["k"] == 100 and stored["score"] == "sum"
 
-    index = tmp_path / "gallery.npz"
+    index = tmp_path / "gallery.index"
     assert main(["index", f"--workdir={workdir}", f"--output={index}"]) == 0
     capsys.readouterr()
     page = tmp_path / "answers.html"

@@ -1,6 +1,8 @@
 """Coarse and fine search against brute force: chunks that do not divide, ties, several right items,
 k at both ends."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -319,3 +321,21 @@ def bad_match(**changes):
 def test_bad_input_is_one_clear_error(call, message):
     with pytest.raises(UserError, match=message):
         call()
+
+
+@pytest.mark.parametrize("k", [1, 7, 60])
+def test_top_k_of_blocks_is_that_of_float64(monkeypatch, k):
+    """In pieces of any size, with ties and rows that are not wanted."""
+    monkeypatch.setattr(ranking, "GALLERY_CHUNK", 3)
+    rng = np.random.default_rng(k)
+    gallery = rng.integers(-2, 3, (60, 4)).astype(np.float32)  # many ties, exact products
+    queries, wanted = rng.integers(-2, 3, (5, 4)).astype(np.float32), rng.random(60) < 0.8
+    cuts = [0, 1, 14, 14, 40, 60]
+    blocks = [(a, gallery[a:b], wanted[a:b]) for a, b in itertools.pairwise(cuts)]
+    k = min(k, int(wanted.sum()))
+    scores, rows = ranking.top_k_of_blocks(queries, blocks, k)
+    exact = queries.astype(np.float64) @ gallery.astype(np.float64).T
+    exact[:, ~wanted] = -np.inf
+    expected = np.argsort(-exact, axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_array_equal(scores, np.take_along_axis(exact, expected, axis=1))

@@ -1,0 +1,1 @@
+"""Galleries to search: their files, and the index that is made of them."""

@@ -1,0 +1,215 @@
+"""Read the items of a gallery, and queries, as a model hears and sees them."""
+
+import datetime
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from c2f_jax.config.experiment import Experiment
+from c2f_jax.data.files import Stamp, file_stamp
+from c2f_jax.data.source import MIN_SAMPLES
+from c2f_jax.datasets.registry import is_data_set, load_pairs
+from c2f_jax.decoding.audio import SAMPLE_RATE, level_notes, read_recording, to_pcm16
+from c2f_jax.decoding.image_modes import Note
+from c2f_jax.decoding.images import make_square, read_image
+from c2f_jax.errors import BadFileError
+from c2f_jax.galleries.media import list_media
+from c2f_jax.reports.html import image_media
+from c2f_jax.training.distributed import first_process_first
+
+THUMBNAIL = 128  # side in pixels
+
+File = str | bytes  # path or content
+
+
+@dataclass(frozen=True)
+class DecodedItem:
+    """One recording or image.
+
+    Attributes:
+      array: what the model is given: (side, side, 3) uint8, or (S,) float32, cut if too long.
+      thumbnail: a small file that shows or plays it.
+      notes: kind and detail of each oddity.
+      metadata: what can be asked for in a search.
+    """
+
+    array: np.ndarray
+    thumbnail: bytes
+    notes: Sequence[Note]
+    metadata: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Items to encode, none of which has been read.
+
+    Attributes:
+      label: folder, data set or manifest, as messages name it.
+      root: absolute path of the folder that names are below; None for a data set.
+      names: path below root, or id in the data set, of each item.
+      stamp: row -> what tells whether its content has changed.
+      read: row -> path or content of its file.
+      metadata: row -> what is known of it without decoding.
+      left_out: lines that count and name what is passed over.
+    """
+
+    label: str
+    root: str | None
+    names: Sequence[str]
+    stamp: Callable[[int], Stamp]
+    read: Callable[[int], File]
+    metadata: Callable[[int], Mapping[str, Any]]
+    left_out: Sequence[str] = ()
+
+
+def open_gallery(
+    experiment: Experiment, gallery: str | None, kind: str, split: str | None
+) -> Gallery:
+    """List a gallery.
+
+    Args:
+      experiment: of the run, whose data set is the default.
+      gallery: folder of files, data set or manifest; None for the run's data set.
+      kind: "image" or "speech".
+      split: split of a data set or manifest; None for the run's test split.
+
+    Returns:
+      Its items.
+
+    Raises:
+      UserError: there is no such gallery, or nothing in it.
+    """
+    if gallery is not None and not is_data_set(gallery):
+        return _open_folder(gallery, kind)
+
+    # A gallery is shown and played, so it is opened without feature caches.
+    data = experiment.data
+    source = first_process_first(
+        lambda: load_pairs(
+            gallery or data.name,
+            split or data.test_split,
+            data.data_dir,
+            max_bad_share=data.max_bad_share,
+        )
+    )
+    label = f"{source.name}, {source.split}"
+    if kind == "image":
+        names = [source.image_id(row) for row in range(source.num_images)]
+        stamp = lambda row: source.stamp("image", row)  # noqa: E731
+        return Gallery(label, None, names, stamp, source.image, lambda row: {})
+
+    def about(row: int) -> Mapping[str, Any]:
+        recording = source.recording(row)
+        found = {name: recording[name] for name in ("caption", "speaker")}
+        return {name: value for name, value in found.items() if value}
+
+    return Gallery(
+        label,
+        None,
+        [f"recording {row}" for row in range(len(source))],
+        lambda row: source.stamp("speech", row),
+        lambda row: source.recording(row)["audio"],
+        about,
+    )
+
+
+def _open_folder(folder: str, kind: str) -> Gallery:
+    """List the files of a folder."""
+    found = list_media(folder, kind)
+    root = folder if "://" in folder else os.path.abspath(folder)
+    below = [path[len(str(folder).rstrip("/")) :].lstrip("/") for path in found.paths]
+
+    def about(row: int) -> Mapping[str, Any]:
+        path = found.paths[row]
+        if "://" in path:  # asking a bucket for each file would take too long
+            return {}
+        try:
+            state = os.stat(path)
+        except OSError:  # reading it says so
+            return {}
+        date = datetime.datetime.fromtimestamp(int(state.st_mtime))
+        return {"size": state.st_size, "modified": str(date)}
+
+    return Gallery(
+        str(folder),
+        root,
+        below,
+        lambda row: file_stamp(found.paths[row]),
+        lambda row: found.paths[row],
+        about,
+        found.left_out,
+    )
+
+
+def read_item(experiment: Experiment, kind: str, file: File, name: str) -> DecodedItem:
+    """Decode an image or a recording.
+
+    Args:
+      experiment: of the run, which says how items are prepared.
+      kind: "image" or "speech".
+      file: path or content.
+      name: what messages call it.
+
+    Returns:
+      The item.
+
+    Raises:
+      BadFileError: the model cannot use it.
+    """
+    data = experiment.data
+    if kind == "speech":
+        recording = read_recording(file, name=name)
+        return hear(recording.samples, name, data.max_seconds, recording.notes)
+
+    # Published networks are given images that are decoded at full scale.
+    square = data.image_resize == "square"
+    image = read_image(file, data.image_size, reduce=square, name=name)
+    array = make_square(
+        image.rgb, data.image_size, resize=data.image_resize, resize_side=data.image_resize_side
+    )
+    about: dict[str, Any] = {"width": image.size[0], "height": image.size[1]}
+    if image.date:
+        about["date"] = image.date
+    return DecodedItem(
+        array, image_media(make_square(image.rgb, THUMBNAIL)).data, image.notes, about
+    )
+
+
+def hear(
+    wave: np.ndarray, name: str, max_seconds: float, notes: Sequence[Note] = ()
+) -> DecodedItem:
+    """Prepare a waveform as training does: 16 bits, cut where the model stops to hear it.
+
+    Args:
+      wave: (S,) float32 in [-1, 1] at 16 kHz.
+      name: what messages call it.
+      max_seconds: seconds that the model hears.
+      notes: oddities that were found before.
+
+    Returns:
+      The item.
+
+    Raises:
+      BadFileError: it is too short.
+    """
+    import soundfile
+
+    if len(wave) < MIN_SAMPLES:
+        raise BadFileError(
+            f"{name}: too short: {len(wave)} samples at 16 kHz; {MIN_SAMPLES} are needed",
+            "too short",
+        )
+    samples = to_pcm16(wave[: round(max_seconds * SAMPLE_RATE)])
+    heard = samples * np.float32(1 / 32768)
+
+    seconds = len(wave) / SAMPLE_RATE
+    found = [*notes, *level_notes(heard)]
+    if len(wave) > len(heard):
+        found.append(("over-long", f"{seconds:.1f} s; the first {max_seconds:g} s are heard"))
+    small = io.BytesIO()
+    soundfile.write(small, samples, SAMPLE_RATE, format="FLAC")
+    return DecodedItem(heard, small.getvalue(), found, {"seconds": round(seconds, 2)})

@@ -1,0 +1,408 @@
+"""Search a gallery by voice or by image, from a program."""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from c2f_jax.data.files import content_hash
+from c2f_jax.decoding.audio import SAMPLE_RATE, peak_level
+from c2f_jax.errors import BadFileError, UserError
+from c2f_jax.galleries.index_folder import IndexFolder
+from c2f_jax.index import build_index, check_fingerprint
+from c2f_jax.inference import LENGTH_BUCKETS, TrainedModel
+from c2f_jax.items import DecodedItem, hear, read_item
+from c2f_jax.models.c2f import Encoded
+from c2f_jax.retrieval.reranking import fine_order, fine_scores, match_candidates
+from c2f_jax.training.distributed import say
+from c2f_jax.training.parallel import round_up_rows
+
+AUDIBLE = 1 / 32768  # of full scale: one step of 16 bits
+MOST_TOKEN_BYTES = 1 << 28  # of candidates that are matched at once
+INDEXES = "indexes"  # folder of a workdir
+
+Question = str | PathLike[str] | bytes | np.ndarray
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An item that answers a query.
+
+    Attributes:
+      path: its file; its id if it comes from a data set.
+      row: its row in the index.
+      cosine: of its embedding and that of the query.
+      match_logit: log-odds of a match by SIM; None if SIM did not look at it.
+      coarse_place: its place by cosine, from 1.
+      metadata: what the index knows of it.
+    """
+
+    path: str
+    row: int
+    cosine: float
+    match_logit: float | None
+    coarse_place: int
+    metadata: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Answers(Sequence[Answer]):
+    """The answers to one query, best first.
+
+    Attributes:
+      answers: after both stages.
+      coarse: by cosine alone.
+      query: the query as the model heard or saw it.
+      searched: number of items that were searched.
+      seconds: time of "read", "encode", "coarse" and "fine", of all queries of the call together.
+    """
+
+    answers: list[Answer]
+    coarse: list[Answer]
+    query: DecodedItem = field(repr=False)
+    searched: int
+    seconds: Mapping[str, float] = field(repr=False)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.answers[place]
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    @property
+    def notes(self) -> list[str]:
+        """What is odd about the query: "over-long: 31.2 s; the first 16 s are heard", ..."""
+        return [f"{kind}: {detail}" for kind, detail in self.query.notes]
+
+
+class Retriever:
+    """A trained model and a gallery.
+
+    >>> retriever = Retriever.load("runs/scenes")  # doctest: +SKIP
+    >>> retriever.index("photos")  # doctest: +SKIP
+    >>> retriever.search("question.wav")[0].path  # doctest: +SKIP
+    'photos/red_door.jpg'
+
+    Attributes:
+      model: the model.
+      gallery: the index that is searched; None before ``index`` or ``open``.
+    """
+
+    def __init__(self, model: TrainedModel, gallery: IndexFolder | None = None) -> None:
+        self.model, self.gallery = model, gallery
+        if gallery is not None:
+            check_fingerprint(gallery, model.fingerprint, model.name)
+
+    @classmethod
+    def load(cls, workdir: str | PathLike[str], step: str | int = "best") -> Retriever:
+        """Load a run of ``c2f train``.
+
+        Args:
+          workdir: directory of the run.
+          step: "best", "latest" or the number of a checkpoint.
+
+        Raises:
+          UserError: there is no such run or checkpoint.
+        """
+        return cls(TrainedModel.load(workdir, step))
+
+    def index(
+        self,
+        gallery: str | PathLike[str] | None = None,
+        output: str | PathLike[str] | None = None,
+        *,
+        kind: str = "image",
+        split: str | None = None,
+        progress: bool = True,
+    ) -> IndexFolder:
+        """Encode a gallery, or bring its index up to date, and search it from here on.
+
+        Args:
+          gallery: folder of files, data set or manifest; None for the run's data set.
+          output: folder of the index; None for one of the run's workdir, made anew when the
+            parameters are others.
+          kind: "image" or "speech".
+          split: split of a data set or manifest; None for the run's test split.
+          progress: whether to show progress bars.
+
+        Returns:
+          The index.
+
+        Raises:
+          UserError: as ``build_index``.
+        """
+        name = None if gallery is None else os.fspath(gallery)
+        place = output or self._place(name, kind, split)
+        if not output and IndexFolder.exists(place):
+            # It belongs to the run, and can be made again.
+            if IndexFolder.open(place).about.fingerprint != self.model.fingerprint:
+                epath.Path(place).rmtree()
+        self.gallery = build_index(
+            self.model, place, name, kind=kind, split=split, progress=progress
+        )
+        return self.gallery
+
+    def open(self, index: str | PathLike[str]) -> IndexFolder:
+        """Search an index that was made before.
+
+        Args:
+          index: its folder.
+
+        Raises:
+          UserError: there is no such index, or another model encoded it.
+        """
+        found = IndexFolder.open(index)
+        check_fingerprint(found, self.model.fingerprint, self.model.name)
+        self.gallery = found
+        return found
+
+    def search(
+        self,
+        question: Question,
+        *,
+        top: int = 5,
+        rerank: int | None = None,
+        where: str | None = None,
+    ) -> Answers:
+        """Find the items that match a recording (in a gallery of images) or an image.
+
+        Args:
+          question: path or content of a file; or (S,) float samples at 16 kHz; or (H, W, 3) uint8.
+          top: answers to return.
+          rerank: candidates that SIM orders anew; 0 for none, None for the run's eval.k.
+          where: SQL condition on the metadata, such as ``date > '2025'``.
+
+        Returns:
+          The answers, best first.
+
+        Raises:
+          UserError: the query cannot be used, or the condition not understood.
+        """
+        return self.search_all([question], top=top, rerank=rerank, where=where)[0]
+
+    def search_all(
+        self,
+        questions: Sequence[Question],
+        *,
+        top: int = 5,
+        rerank: int | None = None,
+        where: str | None = None,
+    ) -> list[Answers]:
+        """Answer several queries at once; see ``search``."""
+        began = time.perf_counter()
+        items = [self.read(question) for question in questions]
+        return self.answer(
+            items, top=top, rerank=rerank, where=where, read_seconds=time.perf_counter() - began
+        )
+
+    def read(self, question: Question, name: str | None = None) -> DecodedItem:
+        """Decode a query as the model hears or sees it.
+
+        Args:
+          question: see ``search``.
+          name: what messages call it.
+
+        Raises:
+          UserError: it cannot be used; the message says why and what to do.
+        """
+        kind = "speech" if self._gallery.about.kind == "image" else "image"
+        return read_question(self.model, kind, question, name)
+
+    def answer(
+        self,
+        items: Sequence[DecodedItem],
+        *,
+        top: int = 5,
+        rerank: int | None = None,
+        where: str | None = None,
+        read_seconds: float = 0.0,
+    ) -> list[Answers]:
+        """Answer queries that are decoded; see ``search``.
+
+        Args:
+          items: results of ``read``.
+          top: answers to return for each.
+          rerank: candidates that SIM orders anew.
+          where: SQL condition on the metadata.
+          read_seconds: what decoding took.
+        """
+        gallery = self._gallery
+        if top < 1:
+            raise UserError(f"top must be at least 1, the number of answers; got {top}")
+        kind = "speech" if gallery.about.kind == "image" else "image"
+        k = self.model.experiment.eval.k if rerank is None else rerank
+        if k < 0:
+            raise UserError(f"rerank must be 0 or more, the number of candidates; got {rerank}")
+        if not self.model.has_sim:
+            k = 0
+        times = [time.perf_counter()]
+        queries = self.model.encode_items(kind, [item.array for item in items])
+        times.append(time.perf_counter())
+        cosine, rows = gallery.search(np.asarray(queries.embedding), max(k, top), where)
+        times.append(time.perf_counter())
+        logits = np.zeros((len(items), 0))
+        order = np.tile(np.arange(rows.shape[1]), (len(items), 1))
+        if k and rows.size:
+            logits = self._match(queries, rows[:, :k])
+            scores = fine_scores(cosine[:, :k], logits, self.model.tau)
+            order[:, :k] = fine_order(scores[self.model.experiment.eval.score])
+        times.append(time.perf_counter())
+
+        steps = dict(zip(("encode", "coarse", "fine"), np.diff(times).tolist(), strict=True))
+        found = []
+        for number, item in enumerate(items):
+            coarse = [
+                self._answer(rows[number, place], cosine[number, place], logits[number], place)
+                for place in range(rows.shape[1])
+            ]
+            found.append(
+                Answers(
+                    [coarse[place] for place in order[number, :top]],
+                    coarse[:top],
+                    item,
+                    len(gallery),
+                    {"read": read_seconds, **steps},
+                )
+            )
+        return found
+
+    @property
+    def _gallery(self) -> IndexFolder:
+        if self.gallery is None:
+            raise UserError("nothing to search: call index(folder) or open(index) first")
+        return self.gallery
+
+    def _answer(self, row: int, cosine: float, logits: np.ndarray, place: int) -> Answer:
+        item = self._gallery.item(row)
+        root = self._gallery.about.root
+        return Answer(
+            path=item.name if root is None else f"{root}/{item.name}",
+            row=int(row),
+            cosine=float(cosine),
+            match_logit=float(logits[place]) if place < len(logits) else None,
+            coarse_place=place + 1,
+            metadata=item.metadata,
+        )
+
+    def _match(self, queries: Encoded, candidates: np.ndarray) -> np.ndarray:
+        """Return the match logits (Q, k) of queries and candidates (Q, k), rows of the index."""
+        gallery = self._gallery
+        about = gallery.about
+        count, k = candidates.shape
+        direction = "s2i" if about.kind == "image" else "i2s"
+        # All candidates of a query are matched at once, many queries in batches of one shape.
+        pairs = self.model.pair_batch_size
+        if count * k < pairs:
+            pairs = round_up_rows(self.model.params, count * k)
+
+        item_bytes = 4 * about.max_tokens * about.token_width
+        together = max(1, MOST_TOKEN_BYTES // (item_bytes * k))
+        found = []
+        for start in range(0, count, together):
+            stop = start + together
+            rows, places = np.unique(candidates[start:stop], return_inverse=True)
+            tokens, lengths = gallery.tokens(rows)
+            if direction == "s2i":
+                lengths = np.asarray(queries.lengths)[start:stop]
+            found.append(
+                match_candidates(
+                    self.model.match,
+                    np.asarray(queries.tokens)[start:stop],
+                    tokens.astype(np.float32),
+                    places.reshape(-1, k),
+                    direction=direction,
+                    speech_lengths=lengths,
+                    pair_chunk=pairs,
+                    length_buckets=LENGTH_BUCKETS,
+                )
+            )
+        return np.concatenate(found)
+
+    def _place(self, gallery: str | None, kind: str, split: str | None) -> str:
+        """Return the folder for the index of a gallery, in the workdir or a temporary one."""
+        workdir = str(self.model.workdir)
+        if "://" not in workdir and not os.access(workdir, os.W_OK):
+            workdir = tempfile.mkdtemp(prefix="c2f-")
+            say(f"{self.model.workdir} cannot be written: the index is in {workdir} and not kept")
+        what = gallery
+        if gallery is not None and os.path.exists(gallery):
+            what = os.path.realpath(gallery)
+        told = content_hash(repr((what, kind, split)).encode())[:16]
+        return os.path.join(workdir, INDEXES, told)
+
+
+def read_question(
+    model: TrainedModel, kind: str, question: Question, name: str | None = None
+) -> DecodedItem:
+    """Decode a query.
+
+    Args:
+      model: the model that will encode it.
+      kind: what it must be: "speech" or "image".
+      question: path or content of a file; or (S,) float samples at 16 kHz; or (H, W, 3) uint8.
+      name: what messages call it; by default the path.
+
+    Returns:
+      The query, with what is odd about it.
+
+    Raises:
+      UserError: it cannot be used; the message says why and what to do.
+    """
+    experiment = model.experiment
+    if isinstance(question, np.ndarray):
+        return _from_array(model, kind, question, name or "the query")
+    file = question if isinstance(question, bytes) else os.fspath(question)
+    name = name or (file if isinstance(file, str) else "the query")
+    try:
+        item = read_item(experiment, kind, file, name)
+        return _checked(item, kind, name)
+    except BadFileError as error:
+        problem = error
+    if problem.kind in ("too short", "silence"):
+        raise UserError(f"{problem}: check the microphone and record the query again")
+
+    # The wrong kind is a usual mistake.
+    other = "image" if kind == "speech" else "speech"
+    try:
+        read_item(experiment, other, file, name)
+    except BadFileError:
+        raise problem from None
+    what = {"speech": "a recording", "image": "an image"}
+    option = {"speech": "--audio", "image": "--image"}[other]
+    raise UserError(f"{name} is {what[other]}, not {what[kind]}: ask with {option}")
+
+
+def _checked(item: DecodedItem, kind: str, name: str) -> DecodedItem:
+    if kind == "speech" and peak_level(item.array) < AUDIBLE:
+        raise BadFileError(f"{name}: silent: nothing can be heard", "silence")
+    return item
+
+
+def _from_array(model: TrainedModel, kind: str, array: np.ndarray, name: str) -> DecodedItem:
+    """Take samples or pixels that a program has."""
+    from PIL import Image
+
+    if kind == "image":
+        if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+            raise UserError(f"{name} must be (H, W, 3) uint8; got {array.shape} {array.dtype}")
+        file = io.BytesIO()
+        Image.fromarray(array).save(file, "PNG")
+        return read_item(model.experiment, kind, file.getvalue(), name)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.floating):
+        raise UserError(
+            f"{name} must be (S,) floats in [-1, 1] at {SAMPLE_RATE} Hz, one channel; got "
+            f"{array.shape} {array.dtype}"
+        )
+    if not np.isfinite(array).all():
+        raise UserError(f"{name} has samples that are not finite")
+    heard = hear(array.astype(np.float32), name, model.experiment.data.max_seconds)
+    return _checked(heard, kind, name)

@@ -1,0 +1,418 @@
+"""The index of a gallery: brought up to date without decoding again, stopped at any moment,
+damaged, filtered; what is not its gallery or its model is refused."""
+
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from helpers.memory_source import png
+from helpers.paths import CONFIGS, ROOT
+from PIL import Image
+
+from c2f_jax import index as indexing
+from c2f_jax.config.experiment import create_experiment, example_batch
+from c2f_jax.config.files import load_config
+from c2f_jax.errors import UserError
+from c2f_jax.galleries import chunk, index_folder
+from c2f_jax.galleries.index_folder import IndexFolder
+from c2f_jax.index import build_index
+from c2f_jax.inference import TrainedModel
+from c2f_jax.retriever import Retriever
+from c2f_jax.training.parallel import replicate
+
+CHUNK = 4  # items, so that there are several chunks
+FLAGS = ["--config.eval.batch_size=4", "--config.data.max_seconds=1.0", "--config.eval.k=3"]
+QUESTION = 0.3 * np.sin(np.arange(12_000) / 8.5)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """An untrained model: its answers are by chance, which is all that these tests need."""
+    experiment = create_experiment(load_config(f"{CONFIGS}/spoken_scenes.py:runlocal", FLAGS))
+    params = jax.jit(experiment.model.init)(jax.random.key(3), example_batch(experiment.data))
+    workdir = tmp_path_factory.mktemp("run")
+    return TrainedModel(experiment, replicate(params["params"]), 10, workdir, {})
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(indexing, "MOST_ROWS", CHUNK)
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Names of the files that were decoded, since it was last cleared."""
+    names, read_item = [], indexing.read_item
+
+    def record(experiment, kind, file, name):
+        names.append(os.path.basename(name))
+        return read_item(experiment, kind, file, name)
+
+    monkeypatch.setattr(indexing, "read_item", record)
+    return names
+
+
+def picture(number, size=(40, 30)):
+    pixels = np.random.default_rng(number).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    return png(Image.fromarray(pixels))
+
+
+def make_gallery(folder, count=11):
+    folder.mkdir()
+    for number in range(count):
+        (folder / f"{number:02d}.png").write_bytes(picture(number))
+    (folder / "03.png").write_bytes(b"damaged")
+    return folder
+
+
+@pytest.fixture
+def gallery(tmp_path):
+    return make_gallery(tmp_path / "gallery")
+
+
+def names(index):
+    return sorted(item.name for _, item in index.items())
+
+
+def content(index):
+    """Name -> all that is stored of an item, but for the times of its file."""
+    found = {}
+    for row, item in index.items():
+        rows = index.encoded([row])
+        parts = rows.embeddings.tobytes(), rows.tokens.tobytes(), rows.thumbnails[0]
+        about = {name: v for name, v in item.metadata.items() if name not in ("date", "modified")}
+        found[item.name] = *parts, item.content, about, item.notes
+    return found
+
+
+def files(folder):
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith(".lock")
+    }
+
+
+def test_what_has_not_changed_is_not_decoded_again(model, gallery, tmp_path, read, capsys):
+    output = tmp_path / "index"
+    index = build_index(model, output, gallery)
+    assert index.complete and len(index) == 10 and len(read) == 11
+    read.clear()
+    before = files(output)
+    build_index(model, output, gallery)
+    assert read == [] and files(output).keys() == before.keys()
+    assert "03.png: not a readable image" in capsys.readouterr().out, "named each time"
+
+    (gallery / "11.png").write_bytes(picture(11))  # added
+    (gallery / "04.png").write_bytes(picture(99))  # changed
+    (gallery / "05.png").rename(gallery / "five.png")  # moved
+    os.utime(gallery / "06.png")  # touched
+    (gallery / "07.png").unlink()  # removed
+    (gallery / "03.png").write_bytes(picture(3))  # repaired
+    shutil.copy(gallery / "08.png", gallery / "copy.png")
+    index = build_index(model, output, gallery)
+    assert sorted(read) == ["03.png", "04.png", "11.png"]
+    assert content(index) == content(build_index(model, tmp_path / "fresh", gallery))
+    assert not index.left_out()
+
+    # What was replaced takes no room.
+    for number in range(6):
+        (gallery / "04.png").write_bytes(picture(number))
+        index = build_index(model, output, gallery)
+    assert len(index.alive) - len(index) <= CHUNK and len(index.chunks) <= 5
+
+
+def test_a_moved_gallery_keeps_its_index_and_another_one_is_refused(model, gallery, tmp_path, read):
+    output = tmp_path / "index"
+    build_index(model, output, gallery)
+    moved = gallery.rename(tmp_path / "moved")
+    read.clear()
+    index = build_index(model, output, moved)
+    assert read == [] and index.about.root == str(moved)
+
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "x.png").write_bytes(picture(50))
+    before = files(output)
+    with pytest.raises(UserError, match="is an index of .*moved, and nothing of it is in .*other"):
+        build_index(model, output, other)
+    with pytest.raises(UserError, match="is an index of image items, not of speech items"):
+        build_index(model, output, "spoken_scenes/tiny", kind="speech")
+    assert files(output) == before
+    (tmp_path / "file").write_text("precious")
+    for path in (tmp_path / "file", other):
+        with pytest.raises(UserError, match="holds something else"):
+            build_index(model, path, moved)
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_one_process_changes_an_index_at_a_time(model, gallery, tmp_path):
+    output = tmp_path / "index"
+    index = build_index(model, output, gallery)
+    with (
+        index.locked(),
+        pytest.raises(UserError, match="is being changed by another process"),
+    ):
+        build_index(model, output, gallery)
+
+
+class Stopped(BaseException):
+    """A kill: nothing catches it."""
+
+
+def test_stopped_before_any_write_it_goes_on(model, gallery, tmp_path, monkeypatch, read):
+    """What was written before is used, and the index is that of an undisturbed call, bit for bit;
+    so it is when an index is brought up to date."""
+    updated = tmp_path / "updated"
+
+    def change(folder):
+        shutil.copytree(gallery, folder)
+        for number in (2, 8):
+            (folder / f"{number:02d}.png").write_bytes(picture(70 + number))
+        (folder / "01.png").unlink()
+        for number in range(20, 26):
+            (folder / f"{number}.png").write_bytes(picture(number))
+
+    change(updated)
+    writes = itertools.count()
+    write_bytes, write_text = type(index_folder.epath.Path()).write_bytes, None
+    limit = None
+
+    def counted(write):
+        def wrapper(self, *arguments, **options):
+            if limit is not None and next(writes) == limit:
+                # Half of a file may be there.
+                if isinstance(arguments[0], bytes):
+                    write(self, arguments[0][: len(arguments[0]) // 2])
+                raise Stopped
+            return write(self, *arguments, **options)
+
+        return wrapper
+
+    path_type = type(index_folder.epath.Path(tmp_path))
+    write_bytes, write_text = path_type.write_bytes, path_type.write_text
+    monkeypatch.setattr(path_type, "write_bytes", counted(write_bytes))
+    monkeypatch.setattr(path_type, "write_text", counted(write_text))
+
+    expected = build_index(model, tmp_path / "expected", gallery)
+    shutil.copytree(tmp_path / "expected", tmp_path / "expected-updated")
+    expected_update = build_index(model, tmp_path / "expected-updated", updated)
+    decoded = set()
+    for limit_now in itertools.count():
+        output, writes, limit = tmp_path / f"{limit_now}", itertools.count(), limit_now
+        try:
+            build_index(model, output, gallery)
+            break
+        except Stopped:
+            pass
+        limit = None
+        if output.exists() and not (output / "index.json").exists():
+            shutil.rmtree(output)  # nothing was begun
+        read.clear()
+        index = build_index(model, output, gallery)
+        decoded.add(len(read))
+        assert content(index) == content(expected) and index.complete
+        shutil.rmtree(output)
+    assert limit_now > 10 and {0, 3, 7, 11} <= decoded
+
+    for limit_now in itertools.count():
+        output, limit = tmp_path / f"update-{limit_now}", None
+        shutil.copytree(tmp_path / "expected", output)
+        writes, limit = itertools.count(), limit_now
+        try:
+            build_index(model, output, updated)
+            break
+        except Stopped:
+            pass
+        # Meanwhile it can be searched.
+        Retriever(model, IndexFolder.open(output)).search(QUESTION)
+        limit = None
+        assert content(build_index(model, output, updated)) == content(expected_update)
+        shutil.rmtree(output)
+    assert limit_now > 8
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_equals_an_undisturbed_one(model, tmp_path, tiny_data_dir):
+    gallery = make_gallery(tmp_path / "gallery", count=400)
+    train = ["train", "--config=spoken_scenes:runlocal", f"--workdir={tmp_path / 'run'}"]
+    train += [f"--config.data.data_dir={tiny_data_dir}", "--config.steps=1"]
+    program = (
+        "import sys; from c2f_jax import index, main; index.MOST_ROWS = 20;"
+        "sys.exit(main.main(sys.argv[1:]))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def start(*words):
+        command = [sys.executable, "-c", program, *words]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+
+    assert start(*train).wait() == 0
+    command = ["index", f"--workdir={tmp_path / 'run'}", f"--gallery={gallery}"]
+    assert start(*command, f"--output={tmp_path / 'expected'}").wait() == 0
+    rng, output, kills = random.Random(0), tmp_path / "killed", 0
+    while kills < 30:
+        process = start(*command, f"--output={output}")
+        while not output.exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 2))
+        process.send_signal(signal.SIGKILL)
+        if process.wait() == 0:
+            shutil.rmtree(output)
+        kills += 1
+    assert start(*command, f"--output={output}").wait() == 0
+    found, expected = IndexFolder.open(output), IndexFolder.open(tmp_path / "expected")
+    assert content(found) == content(expected) and found.complete
+
+
+def test_any_flipped_byte_is_found(model, gallery, tmp_path):
+    output = tmp_path / "index"
+    build_index(model, output, gallery)
+    for path in sorted(output.iterdir()):
+        if path.name.endswith(".lock"):
+            continue
+        whole = path.read_bytes()
+        step = max(1, len(whole) // 25)
+        for place in [*range(0, len(whole), step), len(whole) - 1]:
+            broken = bytearray(whole)
+            broken[place] ^= 1
+            path.write_bytes(broken)
+            with pytest.raises(UserError, match="damaged|later c2f_jax"):
+                IndexFolder.open(output).verify()
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(UserError, match="damaged"):
+            IndexFolder.open(output).verify()
+        path.unlink()
+        with pytest.raises(UserError, match="is missing|is not an index"):
+            IndexFolder.open(output).verify()
+        path.write_bytes(whole)
+    IndexFolder.open(output).verify()
+
+
+def test_damage_is_found_by_the_search_that_meets_it(model, gallery, tmp_path):
+    output = tmp_path / "index"
+    answer = Retriever(model, build_index(model, output, gallery)).search(QUESTION)[0]
+    for path in output.glob("*.details.safetensors"):
+        data = bytearray(path.read_bytes())
+        start = 8 + int.from_bytes(data[:8], "little")
+        data[start : len(data) - 1 : 7] = bytes(len(range(start, len(data) - 1, 7)))
+        path.write_bytes(data)
+    assert answer.match_logit is not None
+    with pytest.raises(UserError, match="details.safetensors is damaged"):
+        Retriever(model, IndexFolder.open(output)).search(QUESTION)
+
+
+@pytest.mark.parametrize(
+    "where, expected",
+    [
+        ("name = '02.png'", ["02.png"]),
+        ("width > 100", ["wide.png"]),
+        ("date < '2021' and height = 30", ["00.png"]),
+        ("name in ('01.png', '02.png') or camera is not null", None),
+        ("1) union select row_of_index from items --", None),
+        ("name = readfile('x')", None),
+        ("", "all"),
+        ("width < 0", []),
+    ],
+)
+def test_a_condition_chooses_what_is_searched(model, gallery, tmp_path, where, expected):
+    (gallery / "wide.png").write_bytes(picture(7, size=(120, 20)))
+    os.utime(gallery / "00.png", (1.5e9, 1.5e9))
+    retriever = Retriever(model)
+    retriever.index(gallery, tmp_path / "index")
+    if expected is None:
+        with pytest.raises(UserError, match="Give a condition in SQL on name, date, height"):
+            retriever.search(QUESTION, where=where)
+        return
+    found = retriever.search(QUESTION, where=where, top=20)
+    answers = sorted(os.path.basename(answer.path) for answer in found)
+    assert answers == (names(retriever.gallery) if expected == "all" else expected)
+
+
+def test_three_lines_for_programs(model, gallery, tmp_path, capsys):
+    retriever = Retriever(model)
+    with pytest.raises(UserError, match="call index"):
+        retriever.search(QUESTION)
+    retriever.index(gallery)
+    found = retriever.search(QUESTION)
+    assert [answer.coarse_place for answer in found.coarse] == [1, 2, 3, 4, 5]
+    assert sorted(answer.coarse_place for answer in found[:3]) == [1, 2, 3], "k = 3 are reranked"
+    assert found[3].match_logit is None and os.path.exists(found[0].path)
+    assert found[0].metadata["width"] == 40 and found.searched == 10
+    assert found.seconds.keys() == {"read", "encode", "coarse", "fine"}
+
+    import soundfile
+
+    path = tmp_path / "question.wav"
+    soundfile.write(path, QUESTION, 16_000, subtype="FLOAT")
+    for question in (path, str(path), path.read_bytes(), QUESTION.astype(np.float32)):
+        assert list(retriever.search(question)) == list(found)
+    coarse = retriever.search(QUESTION, rerank=0)
+    assert [a.path for a in coarse] == [a.path for a in found.coarse]
+    assert len(retriever.search(QUESTION, top=100)) == 10
+    both = retriever.search_all([QUESTION, path])
+    assert [[a.path for a in answers] for answers in both] == [[a.path for a in found]] * 2
+
+    # Kept in the workdir, by the content of the gallery rather than by its spelling.
+    indexes = list((model.workdir / "indexes").iterdir())
+    link = tmp_path / "link"
+    link.symlink_to(gallery)
+    Retriever(model).index(link)
+    assert list((model.workdir / "indexes").iterdir()) == indexes
+
+
+@pytest.mark.parametrize(
+    "question, problem",
+    [
+        (np.zeros(8000), "silent"),
+        (QUESTION[:100], "too short: 100 samples"),
+        (np.stack([QUESTION] * 2), r"must be \(S,\) floats"),
+        (np.full(8000, np.nan), "not finite"),
+        ((QUESTION * 32767).astype(np.int16), r"must be \(S,\) floats"),
+        (b"", "empty|unreadable|not a"),
+        (picture(0), "is an image, not a recording"),
+    ],
+)
+def test_a_question_that_cannot_be_used_is_named(model, gallery, tmp_path, question, problem):
+    retriever = Retriever(model)
+    retriever.index(gallery, tmp_path / "index")
+    with pytest.raises(UserError, match=problem):
+        retriever.search(question)
+    with pytest.raises(UserError, match="top must be"):
+        retriever.search(QUESTION, top=0)
+
+
+def test_lines_of_json(model, gallery, tmp_path, capsys, monkeypatch):
+    import soundfile
+
+    from c2f_jax.main import main
+
+    monkeypatch.setattr(TrainedModel, "load", lambda *_: model)
+    path = tmp_path / "question.wav"
+    soundfile.write(path, QUESTION, 16_000)
+    words = ["search", "--workdir=run", f"--gallery={gallery}", "--audio", str(path), str(path)]
+    assert main([*words, "--json", "--where", "width = 40", "--rerank=2"]) == 0
+    captured = capsys.readouterr()
+    lines = [json.loads(line) for line in captured.out.splitlines()]
+    assert [line["query"] for line in lines] == [str(path)] * 2
+    assert len(lines[0]["answers"]) == 5 and lines[0]["answers"][0]["match_logit"] is not None
+    assert "03.png: not a readable image" in captured.err
+    assert main([*words, "--rerank=-1"]) == 2 and "--rerank=-1" in capsys.readouterr().err
+
+
+def test_a_later_format_is_refused(model, gallery, tmp_path, monkeypatch):
+    monkeypatch.setattr(index_folder, "VERSION", 2)
+    build_index(model, tmp_path / "index", gallery)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="written by a later c2f_jax .format 2, this one reads 1"):
+        IndexFolder.open(tmp_path / "index")
+    with pytest.raises(UserError, match="does not exist"):
+        IndexFolder.open(tmp_path / "nothing")
+    assert chunk.Chunk
