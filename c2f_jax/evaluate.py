@@ -33,7 +33,9 @@ THUMBNAIL = 96  # side in pixels
 log = logging.getLogger(__name__)
 
 
-def evaluate_encoded(model: TrainedModel, encoded: EncodedSplit) -> EvaluationResult:
+def evaluate_encoded(
+    model: TrainedModel, encoded: EncodedSplit, calibrate: bool = False
+) -> EvaluationResult:
     """Evaluate coarse and, if SIM is trained, fine retrieval of an encoded split.
 
     Several processes, all of which must call this, divide the matching between them.
@@ -41,6 +43,8 @@ def evaluate_encoded(model: TrainedModel, encoded: EncodedSplit) -> EvaluationRe
     Args:
       model: the model that encoded it.
       encoded: result of ``model.encode_split``.
+      calibrate: whether to fit what turns scores into probabilities; if not, the reliability of the
+        model's own is measured.
 
     Returns:
       The result, with the step of the model.
@@ -53,6 +57,8 @@ def evaluate_encoded(model: TrainedModel, encoded: EncodedSplit) -> EvaluationRe
         tau=model.tau,
         length_buckets=LENGTH_BUCKETS,
         share_work=share_work,
+        calibrate=calibrate,
+        calibrations=model.calibrations,
     )
     return dataclasses.replace(result, step=model.step)
 

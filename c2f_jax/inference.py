@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +26,7 @@ from c2f_jax.errors import UserError
 from c2f_jax.models.c2f import Encoded, image_input, speech_input
 from c2f_jax.models.parameters import merge_params, split_params
 from c2f_jax.pretrained.weights import check_weights, load_published
+from c2f_jax.retrieval.calibration import Calibration, read_calibrations
 from c2f_jax.retrieval.encoded import EncodedSplit
 from c2f_jax.training.checkpoints import Checkpoints
 from c2f_jax.training.distributed import share_work
@@ -45,6 +47,8 @@ class TrainedModel:
       step: step of the parameters.
       workdir: directory of the run.
       history: learning curves, metric name -> [[step, value], ...].
+      calibrations: "s2i" and "i2s" -> what turns scores into probabilities; empty if this step was
+        not evaluated on the validation split, or SIM was not trained.
     """
 
     experiment: Experiment
@@ -52,6 +56,7 @@ class TrainedModel:
     step: int
     workdir: str | PathLike[str]
     history: Mapping[str, Sequence]
+    calibrations: Mapping[str, Calibration] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def load(
@@ -97,7 +102,8 @@ class TrainedModel:
         check_features(experiment)
         _, frozen = split_params(load_published(model, experiment.weights, batch), model.frozen)
         params = replicate(merge_params(params, frozen))
-        return cls(experiment, params, number, workdir, progress["history"])
+        calibrations = read_calibrations(progress.get("calibrations", {}), number)
+        return cls(experiment, params, number, workdir, progress["history"], calibrations)
 
     @property
     def name(self) -> str:

@@ -42,6 +42,8 @@ class Answer:
       row: its row in the index.
       cosine: of its embedding and that of the query.
       match_logit: log-odds of a match by SIM; None if SIM did not look at it.
+      probability: that it matches, calibrated on the validation split (``retrieval.calibration``);
+        None if SIM did not look at it, or the step of the run was not calibrated.
       coarse_place: its place by cosine, from 1.
       metadata: what the index knows of it.
     """
@@ -50,6 +52,7 @@ class Answer:
     row: int
     cosine: float
     match_logit: float | None
+    probability: float | None
     coarse_place: int
     metadata: Mapping[str, Any]
 
@@ -82,6 +85,15 @@ class Answers(Sequence[Answer]):
     def notes(self) -> list[str]:
         """What is odd about the query: "over-long: 31.2 s; the first 16 s are heard", ..."""
         return [f"{kind}: {detail}" for kind, detail in self.query.notes]
+
+
+@dataclass(frozen=True)
+class _Fine:
+    """What SIM says of the candidates (Q, k) of each query."""
+
+    logits: np.ndarray  # (Q, k)
+    probability: np.ndarray | None  # (Q, k)
+    order: np.ndarray  # (Q, k) places, best first
 
 
 class Retriever:
@@ -172,6 +184,7 @@ class Retriever:
         top: int = 5,
         rerank: int | None = None,
         where: str | None = None,
+        min_probability: float | None = None,
     ) -> Answers:
         """Find the items that match a recording (in a gallery of images) or an image.
 
@@ -180,6 +193,7 @@ class Retriever:
           top: answers to return.
           rerank: candidates that SIM orders anew; 0 for none, None for the run's eval.k.
           where: SQL condition on the metadata, such as ``date > '2025'``.
+          min_probability: answers below it are left out; there may be none.
 
         Returns:
           The answers, best first.
@@ -187,7 +201,9 @@ class Retriever:
         Raises:
           UserError: the query cannot be used, or the condition not understood.
         """
-        return self.search_all([question], top=top, rerank=rerank, where=where)[0]
+        return self.search_all(
+            [question], top=top, rerank=rerank, where=where, min_probability=min_probability
+        )[0]
 
     def search_all(
         self,
@@ -196,12 +212,18 @@ class Retriever:
         top: int = 5,
         rerank: int | None = None,
         where: str | None = None,
+        min_probability: float | None = None,
     ) -> list[Answers]:
         """Answer several queries at once; see ``search``."""
         began = time.perf_counter()
         items = [self.read(question) for question in questions]
         return self.answer(
-            items, top=top, rerank=rerank, where=where, read_seconds=time.perf_counter() - began
+            items,
+            top=top,
+            rerank=rerank,
+            where=where,
+            min_probability=min_probability,
+            read_seconds=time.perf_counter() - began,
         )
 
     def read(self, question: Question, name: str | None = None) -> DecodedItem:
@@ -224,6 +246,7 @@ class Retriever:
         top: int = 5,
         rerank: int | None = None,
         where: str | None = None,
+        min_probability: float | None = None,
         read_seconds: float = 0.0,
     ) -> list[Answers]:
         """Answer queries that are decoded; see ``search``.
@@ -233,47 +256,71 @@ class Retriever:
           top: answers to return for each.
           rerank: candidates that SIM orders anew.
           where: SQL condition on the metadata.
+          min_probability: answers below it are left out.
           read_seconds: what decoding took.
         """
         gallery = self._gallery
-        if top < 1:
-            raise UserError(f"top must be at least 1, the number of answers; got {top}")
         kind = "speech" if gallery.about.kind == "image" else "image"
-        k = self.model.experiment.eval.k if rerank is None else rerank
-        if k < 0:
-            raise UserError(f"rerank must be 0 or more, the number of candidates; got {rerank}")
-        if not self.model.has_sim:
-            k = 0
+        k = self._candidates(top, rerank, min_probability)
         times = [time.perf_counter()]
         queries = self.model.encode_items(kind, [item.array for item in items])
         times.append(time.perf_counter())
         cosine, rows = gallery.search(np.asarray(queries.embedding), max(k, top), where)
         times.append(time.perf_counter())
-        logits = np.zeros((len(items), 0))
-        order = np.tile(np.arange(rows.shape[1]), (len(items), 1))
-        if k and rows.size:
-            logits = self._match(queries, rows[:, :k])
-            scores = fine_scores(cosine[:, :k], logits, self.model.tau)
-            order[:, :k] = fine_order(scores[self.model.experiment.eval.score])
+        searched = gallery.count(where)
+        fine = self._fine(queries, cosine[:, :k], rows[:, :k], searched)
         times.append(time.perf_counter())
 
         steps = dict(zip(("encode", "coarse", "fine"), np.diff(times).tolist(), strict=True))
         found = []
         for number, item in enumerate(items):
             coarse = [
-                self._answer(rows[number, place], cosine[number, place], logits[number], place)
+                self._answer(rows[number, place], cosine[number, place], fine, number, place)
                 for place in range(rows.shape[1])
             ]
-            found.append(
-                Answers(
-                    [coarse[place] for place in order[number, :top]],
-                    coarse[:top],
-                    item,
-                    len(gallery),
-                    {"read": read_seconds, **steps},
-                )
-            )
+            best = [coarse[place] for place in fine.order[number]] + coarse[fine.order.shape[1] :]
+            if min_probability is not None:
+                best = [answer for answer in best if (answer.probability or 0) >= min_probability]
+            seconds = {"read": read_seconds, **steps}
+            found.append(Answers(best[:top], coarse[:top], item, searched, seconds))
         return found
+
+    def _candidates(self, top: int, rerank: int | None, min_probability: float | None) -> int:
+        """Check the options of a search; return the number of candidates for SIM."""
+        if top < 1:
+            raise UserError(f"top must be at least 1, the number of answers; got {top}")
+        k = self.model.experiment.eval.k if rerank is None else rerank
+        if k < 0:
+            raise UserError(f"rerank must be 0 or more, the number of candidates; got {rerank}")
+        if not self.model.has_sim:
+            k = 0
+        if min_probability is None:
+            return k
+        if not 0 <= min_probability <= 1:
+            raise UserError(f"min_probability must be from 0 to 1; got {min_probability}")
+        if not k or self._direction not in self.model.calibrations:
+            why = "SIM is left out" if not k else "it was not evaluated on a validation split"
+            raise UserError(
+                f"{self.model.name} gives no probabilities: {why}; leave out min_probability"
+            )
+        return k
+
+    def _fine(self, queries: Encoded, cosine: np.ndarray, rows: np.ndarray, searched: int) -> _Fine:
+        """Match the candidates (Q, k) of each query, of a number of items searched."""
+        if not rows.size:
+            return _Fine(np.zeros(rows.shape), None, np.zeros(rows.shape, int))
+        logits = self._match(queries, rows)
+        scores = fine_scores(cosine, logits, self.model.tau)
+        probability = None
+        calibration = self.model.calibrations.get(self._direction)
+        if calibration is not None:
+            probability = calibration.probability(scores[calibration.score], searched)
+        order = fine_order(scores[self.model.experiment.eval.score])
+        return _Fine(logits, probability, order)
+
+    @property
+    def _direction(self) -> str:
+        return "s2i" if self._gallery.about.kind == "image" else "i2s"
 
     @property
     def _gallery(self) -> IndexFolder:
@@ -281,14 +328,19 @@ class Retriever:
             raise UserError("nothing to search: call index(folder) or open(index) first")
         return self.gallery
 
-    def _answer(self, row: int, cosine: float, logits: np.ndarray, place: int) -> Answer:
+    def _answer(self, row: int, cosine: float, fine: _Fine, number: int, place: int) -> Answer:
         item = self._gallery.item(row)
         root = self._gallery.about.root
+        looked = place < fine.logits.shape[1]
+        probability = None
+        if looked and fine.probability is not None:
+            probability = float(fine.probability[number, place])
         return Answer(
             path=item.name if root is None else f"{root}/{item.name}",
             row=int(row),
             cosine=float(cosine),
-            match_logit=float(logits[place]) if place < len(logits) else None,
+            match_logit=float(fine.logits[number, place]) if looked else None,
+            probability=probability,
             coarse_place=place + 1,
             metadata=item.metadata,
         )
@@ -298,7 +350,7 @@ class Retriever:
         gallery = self._gallery
         about = gallery.about
         count, k = candidates.shape
-        direction = "s2i" if about.kind == "image" else "i2s"
+        direction = self._direction
         # All candidates of a query are matched at once, many queries in batches of one shape.
         pairs = self.model.pair_batch_size
         if count * k < pairs:

@@ -40,6 +40,7 @@ class Query:
       index: folder of an index to search instead.
       rerank: number of candidates that SIM reranks, 0 for none; None for the run's eval.k.
       where: SQL condition on the metadata, such as ``date > '2025'``.
+      min_probability: answers that match with a smaller probability are left out.
       top: answers to show for each query.
       output: page of answers (.html); None for ``<workdir>/search.html``, or with ``as_json`` for
         none.
@@ -54,6 +55,7 @@ class Query:
     index: str | PathLike[str] | None = None
     rerank: int | None = None
     where: str | None = None
+    min_probability: float | None = None
     top: int = 5
     output: str | PathLike[str] | None = None
     as_json: bool = False
@@ -123,7 +125,12 @@ def search(model: TrainedModel, query: Query) -> epath.Path | None:
     with contextlib.redirect_stdout(sys.stderr) if query.as_json else contextlib.nullcontext():
         gallery = _open_gallery(retriever, query)
     found = retriever.answer(
-        asked, top=query.top, rerank=query.rerank, where=query.where, read_seconds=seconds
+        asked,
+        top=query.top,
+        rerank=query.rerank,
+        where=query.where,
+        min_probability=query.min_probability,
+        read_seconds=seconds,
     )
     for name, answers in zip(query.names, found, strict=True):
         if query.as_json:
@@ -199,7 +206,11 @@ def _print_answers(name: str, answers: Answers) -> None:
     if not answers:
         print("  nothing matches")
     for place, answer in enumerate(answers, 1):
-        match = "" if answer.match_logit is None else f", match {answer.match_logit:+.1f}"
+        match = ""
+        if answer.probability is not None:
+            match = f", match {100 * answer.probability:.0f} %"
+        elif answer.match_logit is not None:
+            match = f", match logit {answer.match_logit:+.1f}"
         print(f"  {place}. {_label(answer)}  (cosine {answer.cosine:.2f}{match})")
 
 

@@ -28,6 +28,7 @@ from c2f_jax.inference import TrainedModel
 from c2f_jax.models.parameters import merge_params, momentum_subset
 from c2f_jax.objectives.keys import Stream, host_rng
 from c2f_jax.pretrained.weights import check_weights, load_published
+from c2f_jax.retrieval.calibration import read_calibrations
 from c2f_jax.retrieval.result import EvaluationResult
 from c2f_jax.training.checkpoints import Checkpoints, abstract
 from c2f_jax.training.distributed import (
@@ -463,7 +464,7 @@ def _evaluate_validation(run: _Run, state: C2FTrainState, step: int) -> float | 
     method, recorder = run.experiment.method, run.recorder
     params = run.parallel.local_copy(merge_params(state.params, state.frozen))
     model = TrainedModel(run.experiment, params, step, run.workdir, recorder.history)
-    result = evaluate_encoded(model, model.encode_split(run.validation))
+    result = evaluate_encoded(model, model.encode_split(run.validation), calibrate=True)
     score = recorder.log_evaluation(step, data_set_label(run.validation), result.to_json())
     if method.sim_weight and not method.has_sim(step):
         recorder.say(
@@ -478,7 +479,9 @@ def _best_model(run: _Run, state: C2FTrainState) -> TrainedModel:
     target = abstract(run.parallel.global_state(state.params))
     step, params = run.checkpoints.restore_best_params(target)
     params = run.parallel.local_copy(merge_params(params, state.frozen))
-    return TrainedModel(run.experiment, params, step, run.workdir, run.recorder.history)
+    recorder = run.recorder
+    calibrations = read_calibrations(recorder.calibrations, step)
+    return TrainedModel(run.experiment, params, step, run.workdir, recorder.history, calibrations)
 
 
 def _report_bad_items(run: _Run) -> None:

@@ -45,6 +45,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="candidates that SIM reranks, 0 for none (default: the run's eval.k)",
     )
     parser.add_argument(
+        "--min-probability",
+        type=float,
+        metavar="P",
+        help="leave out answers that match with a smaller probability; there may be none",
+    )
+    parser.add_argument(
         "--output",
         help="page of answers (.html), with a .png beside it (default: <workdir>/search.html; "
         "with --json, none)",
@@ -66,6 +72,7 @@ def run(args: Namespace) -> int:
         index=args.index,
         rerank=args.rerank,
         where=args.where,
+        min_probability=args.min_probability,
         top=args.top,
         output=args.output,
         as_json=args.json,

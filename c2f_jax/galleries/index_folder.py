@@ -237,15 +237,16 @@ class IndexFolder:
         Raises:
           UserError: the condition cannot be understood, or a file is damaged.
         """
-        wanted = self.alive
-        if where:
-            wanted = np.zeros_like(self.alive)
-            wanted[select_rows(self.items(), where)] = True
+        wanted = self._wanted(where)
         blocks = (
             (start, chunk.embeddings, wanted[start : start + len(chunk)])
             for chunk, start in zip(self.chunks, self.starts[:-1], strict=True)
         )
         return top_k_of_blocks(queries, blocks, min(k, int(wanted.sum())))
+
+    def count(self, where: str | None = None) -> int:
+        """Return the number of items that meet a condition; see ``search``."""
+        return int(self._wanted(where).sum())
 
     def verify(self) -> None:
         """Read all files; raise UserError if a byte is not what was written."""
@@ -297,6 +298,14 @@ class IndexFolder:
         self._commit(entries)
         for name in dropped:
             delete_chunk(self.path, name)
+
+    def _wanted(self, where: str | None) -> np.ndarray:
+        """Return (rows,) bool, True for items that can be found and meet a condition."""
+        if not where:
+            return self.alive
+        wanted = np.zeros_like(self.alive)
+        wanted[select_rows(self.items(), where)] = True
+        return wanted
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -10,6 +10,12 @@ import numpy as np
 
 from c2f_jax.errors import UserError
 from c2f_jax.retrieval import ranking, recall, reranking
+from c2f_jax.retrieval.calibration import (
+    Calibration,
+    Reliability,
+    fit_calibration,
+    measure_reliability,
+)
 from c2f_jax.retrieval.checks import check_finite
 from c2f_jax.retrieval.encoded import EncodedSplit
 from c2f_jax.retrieval.recall import Metric
@@ -55,6 +61,8 @@ def evaluate_retrieval(
     length_buckets: int = 1,
     seed: int = 0,
     share_work: ShareWork = do_alone,
+    calibrate: bool = False,
+    calibrations: Mapping[str, Calibration] | None = None,
 ) -> EvaluationResult:
     """Compute all retrieval numbers of one split, in both directions.
 
@@ -69,6 +77,9 @@ def evaluate_retrieval(
       length_buckets: see ``reranking.match_candidates``.
       seed: seed of the bootstrap.
       share_work: divides the matching over processes, all of which have the same arguments.
+      calibrate: whether to fit what turns scores into probabilities, with match_fn.
+      calibrations: "s2i" and "i2s" -> what was fitted on another split, to measure how reliable its
+        probabilities are, with match_fn.
 
     Returns:
       The result with its ranked lists.
@@ -91,15 +102,25 @@ def evaluate_retrieval(
 
     # Both directions, ranked and measured.
     seconds: dict[str, float] = {}
-    lists, measured = {}, {}
+    lists, measured, pairs = {}, {}, {}
     for direction in DIRECTIONS:
         ranked = _rank_direction(sides, direction, config, matcher, share_work)
+        if ranked.pairs is not None:
+            pairs[direction] = ranked.pairs
         seconds |= ranked.seconds
         lists[direction] = ranked.lists(config.score)
         measured[direction] = _measure(ranked, config.resamples, seed)
 
+    fitted: Mapping[str, Calibration] | None = None
+    reliability = None
+    if calibrate and pairs:
+        fitted = _fit(pairs, config.score)
+    elif calibrations and pairs:
+        fitted, reliability = calibrations, _check_calibrations(pairs, calibrations)
     return EvaluationResult(
         **_stages(measured, config.score),
+        calibrations=fitted,
+        reliability=reliability,
         k=config.k,
         score=config.score,
         tau=float(tau),
@@ -140,6 +161,7 @@ class _RankedDirection:
     rows: np.ndarray  # (q,) row of each query among all recordings or images
     rankings: dict[str, _Ranking]  # "coarse", and one for each score if there is a matcher
     seconds: dict[str, float]
+    pairs: "_Pairs | None" = None  # with a matcher
 
     def lists(self, score: str) -> RankedLists:
         """Return the lists for pages, the fine ones by ``score``."""
@@ -150,6 +172,15 @@ class _RankedDirection:
         return dataclasses.replace(
             lists, fine=fine.items, fine_hits=fine.hits, fine_rank=fine.ranks
         )
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """The queries of one direction and their k candidates."""
+
+    scores: dict[str, np.ndarray]  # name -> (q, k)
+    hits: np.ndarray  # (q, k) bool
+    gallery: int
 
 
 @dataclass(frozen=True)
@@ -173,7 +204,7 @@ class _Matcher:
 
     def rerank(
         self, direction: str, rows: np.ndarray, coarse: _Ranking, cosine: np.ndarray
-    ) -> dict[str, _Ranking]:
+    ) -> tuple[dict[str, np.ndarray], dict[str, _Ranking]]:
         """Rerank the first k items of each query by each of the five scores.
 
         Args:
@@ -181,18 +212,22 @@ class _Matcher:
           rows: (q,) row of each query among all recordings or images.
           coarse: their coarse ranking.
           cosine: (q, L) cosines of its items.
+
+        Returns:
+          The scores (q, k), and the rankings by them.
         """
         # One pass of SIM serves all five scores.
         k = self.config.k
         logits = self._match(direction, rows, coarse.items[:, :k])
         rankings = {}
-        for name, scores in reranking.fine_scores(cosine[:, :k], logits, self.tau).items():
+        scored = reranking.fine_scores(cosine[:, :k], logits, self.tau)
+        for name, scores in scored.items():
             rankings[name] = _Ranking(
                 reranking.rerank(coarse.items, scores),
                 reranking.rerank(coarse.hits, scores),
                 reranking.fine_ranks(coarse.ranks, scores, coarse.hits[:, :k]),
             )
-        return rankings
+        return scored, rankings
 
     def _match(self, direction: str, rows: np.ndarray, candidates: np.ndarray) -> np.ndarray:
         """Return the match logits (q, k) of some queries and their candidates."""
@@ -241,11 +276,14 @@ def _rank_direction(
     rankings = {"coarse": coarse}
 
     # Fine: the first k of them in another order.
+    pairs = None
     if matcher is not None:
         start = time.perf_counter()
-        rankings |= matcher.rerank(direction, rows, coarse, cosine)
+        scored, reranked = matcher.rerank(direction, rows, coarse, cosine)
+        rankings |= reranked
+        pairs = _Pairs(scored, coarse.hits[:, : config.k], len(gallery.ids))
         seconds[f"fine_{direction}"] = time.perf_counter() - start
-    return _RankedDirection(queries, gallery, rows, rankings, seconds)
+    return _RankedDirection(queries, gallery, rows, rankings, seconds, pairs)
 
 
 def _rank_coarse(queries: _Side, gallery: _Side, depth: int) -> tuple[np.ndarray, _Ranking]:
@@ -317,6 +355,31 @@ def _difference(
     coarse_mean, coarse_samples = _mean_recall(s2i["coarse"], i2s["coarse"])
     mean = _mean_metric(fine_mean - coarse_mean, fine_samples - coarse_samples)
     return StageMetrics(gains[0], gains[1], mean)
+
+
+def _fit(pairs: Mapping[str, _Pairs], score: str) -> dict[str, Calibration]:
+    """Fit what turns scores into probabilities, where that can be done."""
+    fitted = {}
+    for direction, one in pairs.items():
+        found = fit_calibration(one.scores[score], one.hits, score=score, gallery=one.gallery)
+        if found is not None:
+            fitted[direction] = found
+    return fitted
+
+
+def _check_calibrations(
+    pairs: Mapping[str, _Pairs], calibrations: Mapping[str, Calibration]
+) -> dict[str, dict[str, Reliability]]:
+    """Measure the probabilities of SIM as it is, and those of the calibrations."""
+    checked = {}
+    for direction, found in calibrations.items():
+        one = pairs[direction]
+        probability = found.probability(one.scores[found.score], one.gallery)
+        checked[direction] = {
+            "before": measure_reliability(one.scores["prob"], one.hits),
+            "after": measure_reliability(probability, one.hits),
+        }
+    return checked
 
 
 def _mean_recall(s2i: _Measured, i2s: _Measured) -> tuple[float, np.ndarray]:

@@ -238,6 +238,8 @@ def evaluate_protocol(
         parts = np.array_split(np.arange(len(encoded.images)), protocol.folds)
         folds = [encoded.select_images(rows) for rows in parts]
     results = [evaluate(fold) for fold in folds]
+    if len(folds) > 1:  # bins of several folds have no mean
+        results = [dataclasses.replace(r, calibrations=None, reliability=None) for r in results]
 
     # Numbers compare only if exactly the published items were used.
     images = sum(len(fold.images) for fold in folds)

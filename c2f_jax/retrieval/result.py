@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from c2f_jax.retrieval.calibration import Calibration, Reliability
 from c2f_jax.retrieval.recall import RECALL_AT, Metric
 from c2f_jax.retrieval.reranking import SCORES
 
@@ -196,6 +197,9 @@ class EvaluationResult:
       model: fingerprint of the model, see ``TrainedModel``.
       data: what the split is known by, see ``PairSource.identity``.
       bad_items: name of each unreadable item of the split -> why.
+      calibrations: "s2i" and "i2s" -> what turns scores into probabilities.
+      reliability: "s2i" and "i2s" -> "before" and "after" calibration, probabilities beside what
+        came true; None where they were fitted.
       lists: ranked lists of "s2i" and "i2s"; not stored.
     """
 
@@ -217,6 +221,8 @@ class EvaluationResult:
     model: str | None = None
     data: Mapping[str, int | str] | None = None
     bad_items: Mapping[str, str] | None = None
+    calibrations: Mapping[str, Calibration] | None = None
+    reliability: Mapping[str, Mapping[str, Reliability]] | None = None
     lists: Mapping[str, RankedLists] | None = dataclasses.field(default=None, compare=False)
 
     @property
@@ -250,6 +256,13 @@ class EvaluationResult:
         result["bootstrap"]["percentiles"] = list(self.bootstrap.percentiles)
 
         # What is unknown is left out.
+        if self.calibrations:
+            result["calibrations"] = {n: one.to_json() for n, one in self.calibrations.items()}
+        if self.reliability is not None:
+            result["reliability"] = {
+                direction: {name: one.to_json() for name, one in both.items()}
+                for direction, both in self.reliability.items()
+            }
         if self.protocol is not None:
             result["protocol"] = self.protocol.to_json()
         for name in ("data_set", "split", "trained_on", "step", "model", "data", "bad_items"):
@@ -275,6 +288,15 @@ class EvaluationResult:
         if "protocol" in values:
             protocol = ProtocolReport.from_json(values["protocol"])
 
+        calibrations, reliability = values.get("calibrations"), values.get("reliability")
+        if calibrations is not None:
+            calibrations = {name: Calibration(**one) for name, one in calibrations.items()}
+        if reliability is not None:
+            reliability = {
+                direction: {name: Reliability.from_json(one) for name, one in both.items()}
+                for direction, both in reliability.items()
+            }
+
         # JSON has lists where the result has tuples.
         bootstrap = dict(values["bootstrap"])
         bootstrap["percentiles"] = tuple(bootstrap["percentiles"])
@@ -297,6 +319,8 @@ class EvaluationResult:
             model=values.get("model"),
             data=values.get("data"),
             bad_items=values.get("bad_items"),
+            calibrations=calibrations,
+            reliability=reliability,
         )
 
     def table(self) -> str:

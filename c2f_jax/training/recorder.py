@@ -28,6 +28,7 @@ class Recorder:
     Attributes:
       history: metric name, such as "train/sic_loss" or "eval/<data set>/fine/s2i/R@1" -> list of
         [step, value].
+      calibrations: evaluated step, as text -> direction -> what ``Calibration.to_json`` returned.
 
     Args:
       logdir: where TensorBoard events go; None on processes that do not report.
@@ -45,6 +46,7 @@ class Recorder:
         sim_from: int | None,
     ) -> None:
         self.history: dict[str, list] = {}
+        self.calibrations: dict[str, dict[str, Any]] = {}
         self._reports = logdir is not None
         self._steps = steps
         self._batch_size = batch_size
@@ -152,6 +154,7 @@ class Recorder:
                     if not metric.endswith("_interval"):
                         values[f"eval/{data_set}/{stage}/{short}/{metric}"] = value
         self._remember(step, values)
+        self.calibrations[str(step)] = result.get("calibrations", {})
 
         score = result.get("fine", result["coarse"])["mean_recall"]
         line = f"step {step}  {data_set}: R@1 s2i / i2s"
@@ -167,7 +170,8 @@ class Recorder:
     def progress(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, as JSON values."""
         self._merge()
-        return {"history": self.history, "window": self._sums}
+        kept = {"history": self.history, "calibrations": self.calibrations}
+        return {**kept, "window": self._sums}
 
     def restore(self, progress: Mapping[str, Any]) -> None:
         """Resume from a checkpoint.
@@ -176,6 +180,7 @@ class Recorder:
           progress: what ``progress`` returned.
         """
         self.history = progress["history"]
+        self.calibrations = progress.get("calibrations", {})
         self._sums = {name: tuple(value) for name, value in progress["window"].items()}
 
     def close(self) -> None:

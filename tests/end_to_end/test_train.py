@@ -132,7 +132,8 @@ def test_the_best_checkpoint_is_chosen_among_scores_of_one_kind(
         lambda self, step, *rest: log_evaluation(self, step, *rest) - step,
     )
     monkeypatch.setattr(
-        "c2f_jax.train.evaluate_encoded", lambda *args: _level(evaluate_encoded(*args))
+        "c2f_jax.train.evaluate_encoded",
+        lambda *args, **options: _level(evaluate_encoded(*args, **options)),
     )
     flags = [*flags, "--config.steps=2", "--config.eval_every=1", *method]
     result = train_and_evaluate(load_config(f"{CONFIG}:runlocal", flags), tmp_path)
