@@ -9,14 +9,16 @@ if there is one, is NAME.json beside it.
 
 import dataclasses
 import functools
+import io
 import json
 import os
+import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from c2f_jax.data.files import Stamp
 from c2f_jax.errors import UserError
@@ -152,30 +154,40 @@ def open_features(path: PathLike) -> FeatureCache:
     Raises:
       UserError: nothing is there, or it has another format.
     """
-    path = Path(path).expanduser()
-    if not path.exists():
+    where = epath.Path(path).expanduser()
+    if not where.exists():
         raise UserError(
-            f"{path}: there are no features; make them with `c2f features`, or name a .npz file of "
-            "tokens"
+            f"{where}: there are no features; make them with `c2f features`, or name a .npz file "
+            "of tokens"
         )
 
     # A cache is kept open; the times of change say whether it is still the same.
-    changes = [path.stat().st_mtime_ns]
-    if path.is_dir():
-        changes += [file.stat().st_mtime_ns for file in path.glob("*.json")]
-    return _open(path, tuple(sorted(changes)))
+    changes = [_change(where)]
+    if where.is_dir():
+        changes += [_change(file) for file in where.glob("*.json")]
+    return _open(where, tuple(sorted(changes)))
+
+
+def _change(path: epath.Path) -> int:
+    """Return the time of the last change of a file or folder, in nanoseconds."""
+    return int(1e9 * path.stat().mtime) if _is_remote(path) else os.stat(path).st_mtime_ns
+
+
+def _is_remote(path: PathLike) -> bool:
+    return "://" in os.fspath(path)
 
 
 @functools.lru_cache(maxsize=8)
-def _open(path: Path, changed: tuple[int, ...]) -> FeatureCache:
+def _open(path: epath.Path, changed: tuple[int, ...]) -> FeatureCache:
     del changed  # part of the cache key: a folder that has grown is read again
     return _open_file(path) if path.is_file() else _open_folder(path)
 
 
-def _open_file(path: Path) -> FeatureCache:
+def _open_file(path: epath.Path) -> FeatureCache:
     """Read a .npz file of tokens."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        file = io.BytesIO(path.read_bytes()) if _is_remote(path) else path
+        with np.load(file, allow_pickle=False) as stored:
             names, tokens = stored["names"], stored["tokens"]
             # Without lengths, all items have as many tokens as the array has room for.
             if "lengths" in stored:
@@ -210,7 +222,7 @@ def _row(tokens: np.ndarray, row: int) -> np.ndarray:
     return tokens[row]
 
 
-def _open_folder(path: Path) -> FeatureCache:
+def _open_folder(path: epath.Path) -> FeatureCache:
     """Read the index of a folder; the tokens are mapped when they are first read."""
     if not (path / "card.json").exists():
         raise UserError(
@@ -239,9 +251,15 @@ def _open_folder(path: Path) -> FeatureCache:
     return FeatureCache(path, card, items, shape)
 
 
-def _map(path: Path) -> np.ndarray:
+def _map(path: epath.Path) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode="r")
+        if not _is_remote(path):
+            return np.load(path, mmap_mode="r")
+        # What is in a bucket is mapped from a copy, which the system removes after use.
+        with tempfile.NamedTemporaryFile(prefix="c2f-features-", suffix=".npy") as copy:
+            copy.write(path.read_bytes())
+            copy.flush()
+            return np.load(copy.name, mmap_mode="r")
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: damaged ({error}); remove it and its .json, and run `c2f features` again"
@@ -253,7 +271,7 @@ def with_current_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return {OLD_SPELLING.get(name, name): value for name, value in pairs}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: epath.Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(), object_pairs_hook=with_current_names)
     except (OSError, ValueError) as error:
@@ -273,10 +291,10 @@ def start_cache(folder: PathLike, card: Card) -> None:
     """
     if has_card(folder, card):
         return
-    folder = Path(folder)
+    place = epath.Path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "card.json", json.dumps(card, indent=2).encode() + b"\n")
+        place.mkdir(parents=True, exist_ok=True)
+        _write(place / "card.json", json.dumps(card, indent=2).encode() + b"\n")
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error}): name a folder") from error
 
@@ -294,7 +312,7 @@ def has_card(folder: PathLike, card: Card) -> bool:
     Raises:
       UserError: a cache of other weights, another layer or preprocessing is there.
     """
-    path = Path(folder) / "card.json"
+    path = epath.Path(folder) / "card.json"
     if not path.exists():
         return False
     found = _read_json(path)
@@ -331,7 +349,7 @@ def shard_exists(folder: PathLike, name: str, stamps: Mapping[str, Stamp]) -> bo
     Raises:
       UserError: nothing in it is of these items.
     """
-    path = Path(folder) / f"{name}.json"
+    path = epath.Path(folder) / f"{name}.json"
     if not path.exists():
         return False
     shard = _read_json(path)
@@ -363,7 +381,7 @@ def remove_shards(folder: PathLike, prefix: str, count: int) -> None:
       prefix: what their names begin with, before the number.
       count: number of shards that there should be.
     """
-    for index in Path(folder).glob(f"{prefix}[0-9]*.json"):
+    for index in epath.Path(folder).glob(f"{prefix}[0-9]*.json"):
         number = index.stem.removeprefix(prefix)
         if number.isdigit() and int(number) >= count:
             index.unlink()
@@ -387,15 +405,20 @@ def write_shard(
       records: key -> record of the file of each item, and of those that could not be read; see
         `Stamp.record`. None to keep none, so that the tokens are never compared with files.
     """
-    folder = Path(folder)
+    place = epath.Path(folder)
     tokens = [np.asarray(t, np.float16) for _, t in items]
     data = np.concatenate(tokens) if tokens else np.zeros((0, *shape), np.float16)
 
     # The index comes last: a shard without one is not finished.
-    partial = folder / f"{name}.npy.partial"
-    with open(partial, "wb") as file:
-        np.save(file, data)
-    os.replace(partial, folder / f"{name}.npy")
+    if _is_remote(place):
+        array = io.BytesIO()
+        np.save(array, data)
+        (place / f"{name}.npy").write_bytes(array.getvalue())
+    else:
+        partial = place / f"{name}.npy.partial"
+        with open(partial, "wb") as file:
+            np.save(file, data)
+        os.replace(partial, place / f"{name}.npy")
 
     keys = [key for key, _ in items]
     index: dict[str, Any] = {
@@ -406,11 +429,14 @@ def write_shard(
     if records is not None:
         index["stamps"] = [records[key] for key in keys]
         index["left_out"] = {key: records[key] for key in records.keys() - set(keys)}
-    _write(folder / f"{name}.json", json.dumps(index).encode())
+    _write(place / f"{name}.json", json.dumps(index).encode())
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: epath.Path, data: bytes) -> None:
     """Write a file completely or not at all, even if several processes write it at once."""
+    if _is_remote(path):  # an object of a bucket is replaced as a whole
+        path.write_bytes(data)
+        return
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_bytes(data)
     os.replace(partial, path)

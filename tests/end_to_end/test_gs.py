@@ -206,14 +206,16 @@ def test_a_manifest_and_a_feature_cache_in_a_bucket_equal_those_on_a_disk(bucket
         )  # fmt: skip
         config = tmp_path / "config.py"
         config.write_text(CACHED.format(data=data, cache=cache))
-        told = run(bucket, "train", f"--config={config}", f"--workdir={place}/run")
+        told = run(bucket, "train", f"--config={config}", f"--workdir={place}/cached")
         name = next(line.rpartition("/")[2] for line in told.splitlines() if "results page" in line)
-        name = f"run/eval/{name.replace('.html', '.json')}"
+        name = f"cached/eval/{name.replace('.html', '.json')}"
         read = contents(bucket, name) if place != tmp_path else (tmp_path / name).read_bytes()
         results[place] = json.loads(read)
         for entry in ("seconds", "data_set", "trained_on"):
             results[place].pop(entry)
     assert results[tmp_path] == results["gs://bucket"]
+    stored = {name for _, name in bucket[0].storage.objects if name.startswith("features/")}
+    assert stored == {f"features/{path.name}" for path in (tmp_path / "features").iterdir()}
 
     # A file that is gone is named.
     del bucket[0].storage.objects["bucket", "data/audio/3-1.wav"]
