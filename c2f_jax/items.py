@@ -207,7 +207,7 @@ def hear(
     heard = samples * np.float32(1 / 32768)
 
     seconds = len(wave) / SAMPLE_RATE
-    found = [*notes, *level_notes(heard)]
+    found = [*notes, *level_notes(wave, max_seconds)]
     if len(wave) > len(heard):
         found.append(("over-long", f"{seconds:.1f} s; the first {max_seconds:g} s are heard"))
     small = io.BytesIO()

@@ -421,6 +421,8 @@ def read_question(
         problem = error
     if problem.kind in ("too short", "silence"):
         raise UserError(f"{problem}: check the microphone and record the query again")
+    if problem.kind == "silent start":
+        raise problem
 
     # The wrong kind is a usual mistake.
     other = "image" if kind == "speech" else "speech"
@@ -435,6 +437,12 @@ def read_question(
 
 def _checked(item: DecodedItem, kind: str, name: str) -> DecodedItem:
     if kind == "speech" and peak_level(item.array) < AUDIBLE:
+        if any(found == "silent start" for found, _ in item.notes):
+            raise BadFileError(
+                f"{name}: the first {len(item.array) / SAMPLE_RATE:g} s are silent, and what follows "
+                "is not heard: cut the silence off",
+                "silent start",
+            )
         raise BadFileError(f"{name}: silent: nothing can be heard", "silence")
     return item
 

@@ -80,7 +80,7 @@ def recording_facts(source: PairSource, index: int, max_seconds: float) -> Facts
         return _unusable(e, source.recording_name(index))
 
     # Oddities that do not keep the recording from being used.
-    problems = [*recording.notes, *level_notes(wave)]
+    problems = [*recording.notes, *level_notes(wave, max_seconds)]
     seconds = len(wave) / SAMPLE_RATE
     if recording.rate != SAMPLE_RATE:
         problems.append(("other sample rate", f"{recording.rate:,} Hz"))

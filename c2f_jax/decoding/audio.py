@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from c2f_jax.decoding.audio_channels import ChannelMeter
 from c2f_jax.decoding.audio_decoders import Decoder, open_audio
 from c2f_jax.decoding.audio_streams import (
     INAUDIBLE_SECONDS,
@@ -27,8 +28,6 @@ RATES = (4_000, 768_000)  # Hz; below there is no speech, above no recorder
 SILENCE = 1e-3  # of full scale; no speech is as quiet
 _AT_FULL_SCALE = 0.999
 _CLIPPED = 0.005  # share of samples at full scale; speech rarely gets there
-_SILENT = 1e-3  # of the loudest channel: a channel without sound
-_CANCELLED = 0.5  # of the variance that unrelated channels leave in their sum
 _FEW = 1e-3  # share of samples above full scale that are clipped, as any player does
 _LOUD = 16.0  # of full scale; above, samples are integers that were stored as they are
 _FULL_SCALES = (2.0**15, 2.0**23, 2.0**31)
@@ -139,6 +138,7 @@ def _decode_stream(
             f"{name}: the sample rate is {rate:,} Hz; it must be {RATES[0]:,} to {RATES[1]:,} Hz",
             "wrong rate",
         )
+    notes += decoder.notes
     wave = _mix(decoder, min(room, room * rate // sample_rate), name, notes)
     _check_whole(decoder, stream, len(wave), name, notes)
     # Loaded only where it is needed: most sets are at 16 kHz already.
@@ -160,41 +160,24 @@ def _mix(decoder: Decoder, most: int, name: str, notes: list[Note]) -> np.ndarra
         return _joined(parts)
 
     blocks, parts = [], []
-    moments = np.zeros((2, channels + 1))  # sums, and sums of squares, of the channels and the mean
-    weights = np.full(channels, 1 / channels, np.float32)
+    meter = ChannelMeter(decoder.rate)
     for block in _bounded(decoder, most, name):
-        parts.append(block @ weights)
-        for column in range(channels + 1):
-            values = block[:, column] if column < channels else parts[-1]
-            moments[:, column] += values.sum(), np.dot(values, values)
+        # Columns are added several times as fast as a matmul or a mean would.
+        total = block[:, 0] + block[:, 1]
+        for column in range(2, channels):
+            total += block[:, column]
+        total *= 1 / channels
+        parts.append(total)
+        meter.add(block)
         blocks = [block] if len(parts) == 1 else []  # one is kept, many are read again
-    wave = _joined(parts)
-    if not np.isfinite(moments).all():
-        return wave  # refused later, whichever channel is at fault
-
-    means, squares = moments / max(len(wave), 1)
-    variance = np.maximum(squares - means**2, 0)
-    *of_channels, of_mean = variance.tolist()
-    # Of equally loud ones the first, whatever noise they have.
-    loudest = int(np.argmax(np.greater_equal(of_channels, 0.99 * max(of_channels))))
-    if not of_channels[loudest]:
-        return wave
-    # Unrelated channels leave 1 / channels**2 of the sum of their variances, equal ones more.
-    if of_mean * channels**2 < _CANCELLED * sum(of_channels):
-        left = of_mean / of_channels[loudest]
-        notes.append(
-            (
-                "out of phase",
-                f"{channels} channels, whose mean has {left:.2%} of the power of channel "
-                f"{loudest + 1}, which was taken alone",
-            )
-        )
+    taken, gain, found = meter.judge()
+    notes += found
+    if taken is not None:
         again = blocks or _bounded(decoder, most, name)
-        return _joined([np.ascontiguousarray(block[:, loudest]) for block in again])
-    silent = sum(value < _SILENT**2 * of_channels[loudest] for value in of_channels)
-    if silent:
-        notes.append(("silent channel", f"{silent} of {channels}, left out of the mean"))
-        wave *= channels / (channels - silent)
+        return _joined([np.ascontiguousarray(block[:, taken]) for block in again])
+    wave = _joined(parts)
+    if gain != 1:
+        wave *= gain
     return wave
 
 
@@ -289,21 +272,25 @@ def peak_level(wave: np.ndarray) -> float:
     return float(np.abs(wave - wave.mean()).max())
 
 
-def level_notes(wave: np.ndarray) -> list[Note]:
-    """Say whether a decoded recording is silent or clipped.
+def level_notes(wave: np.ndarray, max_seconds: float = np.inf) -> list[Note]:
+    """Say whether what is heard of a decoded recording is silent or clipped.
 
     Args:
       wave: float32 (samples,), -1 to 1, not empty.
+      max_seconds: what follows is not heard.
 
     Returns:
       (kind, detail) as in `Recording`.
     """
     notes = []
-    peak = peak_level(wave)
+    heard = wave[: round(min(max_seconds * SAMPLE_RATE, len(wave)))]
+    peak = peak_level(heard)
     if peak < SILENCE:
-        decibels = 20 * np.log10(max(peak, 1e-9))
-        notes.append(("silence", f"nothing louder than {decibels:.0f} dB"))
-    clipped = np.count_nonzero(np.abs(wave) >= _AT_FULL_SCALE) / len(wave)
+        kind, detail = "silence", f"nothing louder than {20 * np.log10(max(peak, 1e-9)):.0f} dB"
+        if peak_level(wave) >= SILENCE:
+            kind, detail = "silent start", f"{detail} in the first {max_seconds:g} s"
+        notes.append((kind, detail))
+    clipped = np.count_nonzero(np.abs(heard) >= _AT_FULL_SCALE) / len(heard)
     if clipped > _CLIPPED:
         notes.append(("clipped", f"{100 * clipped:.1f} % of the samples are at full scale"))
     return notes

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from c2f_jax.decoding.audio_streams import Note
 from c2f_jax.errors import BadFileError
 
 if TYPE_CHECKING:
@@ -28,8 +29,9 @@ _CONTAINERS = (
     "flac,wav,w64,aiff,au,caf,wv,ape,tta,tak,mpc,mpc8,dsf,iff,oma,xwma,shn,nistsphere,voc"
 )
 # Those that hold their length, rather than an estimate from the size of the file.
-_TIMED = ("mov,", "matroska", "asf", "wv", "ape", "tta", "flac", "wav", "caf", "aiff")
+_TIMED = tuple("mov, matroska asf flv rm wv ape tta flac wav caf aiff".split())
 _ROUNDING = 0.1  # seconds of a length that are delay, or padding of the last frame
+_LAST_PICTURE = 1.0  # seconds that the last packet of a film may be shown
 
 
 class SndfileDecoder:
@@ -42,7 +44,10 @@ class SndfileDecoder:
       surplus: samples a channel that the file has beyond them.
       integers: whether the samples were integers, which are within full scale.
       error: what stopped reading, if anything did.
+      notes: what is odd about it.
     """
+
+    notes: tuple[Note, ...] = ()
 
     def __init__(self, data: bytes, frames: int | None) -> None:
         self._data = data
@@ -53,6 +58,9 @@ class SndfileDecoder:
         self.surplus = 0
         if self._file.format in _LOGGED and self.promised is not None:
             self.surplus = max(self._file.frames - self.promised, 0)
+            if self.surplus and self._file.format == "VOC":
+                # libsndfile would take the heads of the blocks that follow for samples.
+                raise ValueError("a VOC of several blocks")
         self.error: Exception | None = None
 
     def blocks(self) -> Iterator[np.ndarray]:
@@ -146,7 +154,9 @@ class FfmpegDecoder:
 
     def __init__(self, data: bytes, name: str) -> None:
         self._data, self._name = data, name
+        self.notes: tuple[Note, ...] = ()
         self.promised: int | None = None
+        self._last = self._end = 0.0  # seconds, where the last of all packets should end and does
         self.integers = False
         self.surplus = 0
         self.error: Exception | None = None
@@ -160,7 +170,10 @@ class FfmpegDecoder:
             if not self.rate or not self.channels:
                 raise BadFileError(f"{name}: not readable audio (no channels)", "unreadable")
             if container.format.name.startswith(_TIMED):
-                self.promised = self._length(container, stream)
+                self._measure(container, stream)
+            tracks = len(container.streams.audio)
+        if tracks > 1:
+            self.notes = (("several tracks", f"track {stream.index} of {tracks} is the main one"),)
         self.error = None
 
     def blocks(self) -> Iterator[np.ndarray]:
@@ -169,6 +182,7 @@ class FfmpegDecoder:
 
         container, stream = self._open()
         to_float = av.AudioResampler(format="fltp")
+        done = 0
         with container:
             for frame in self._frames(container, stream):
                 if (frame.sample_rate, len(frame.layout.channels)) != (self.rate, self.channels):
@@ -185,14 +199,18 @@ class FfmpegDecoder:
                         "unreadable",
                     ) from error
                 for part in parts:
+                    done += part.samples
                     yield part.to_ndarray().T
+        if self._last:
+            lost = max(self._last - _LAST_PICTURE - self._end, 0.0)
+            self.promised = done + round(lost * self.rate)
 
     def _open(self) -> tuple[Any, Any]:
         import av
 
         options = {"format_whitelist": _CONTAINERS}
         container = av.open(io.BytesIO(self._data), options=options, metadata_errors="ignore")
-        stream = next(iter(container.streams.audio), None)
+        stream: Any = container.streams.best("audio")  # what players play
         if stream is None or stream.codec_context is None:
             container.close()
             what = "there is no sound in it" if stream is None else "its codec is not known"
@@ -205,7 +223,7 @@ class FfmpegDecoder:
         import av
 
         count = damaged = 0
-        packets = container.demux(stream)
+        packets = container.demux()
         while True:
             try:
                 packet = next(packets, None)
@@ -215,6 +233,11 @@ class FfmpegDecoder:
                 ) from error
             if packet is None:
                 return
+            if packet.pts is not None:
+                end = (packet.pts + (packet.duration or 0)) * packet.time_base
+                self._end = max(self._end, float(end))
+            if packet.stream_index != stream.index:
+                continue
             count += 1
             try:
                 yield from packet.decode()
@@ -226,14 +249,17 @@ class FfmpegDecoder:
                         "unreadable",
                     ) from error
 
-    def _length(self, container: Any, stream: Any) -> int | None:
+    def _measure(self, container: Any, stream: Any) -> None:
+        """Take from a container how long it is: samples, or the end of the longest stream."""
         if stream.duration:
             seconds = float(stream.duration * stream.time_base)
         elif container.duration and len(container.streams) == 1:
-            seconds = container.duration / 1e6
+            # Matroska gives the end, which is not the length of what does not begin at 0.
+            seconds = (container.duration - max(container.start_time or 0, 0)) / 1e6
         else:
-            return None
-        return round(max(seconds - _ROUNDING, 0) * self.rate)
+            self._last = (container.duration or 0) / 1e6
+            return
+        self.promised = round(max(seconds - _ROUNDING, 0) * self.rate)
 
 
 Decoder = SndfileDecoder | FfmpegDecoder

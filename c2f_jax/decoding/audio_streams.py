@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from c2f_jax.decoding.flac_frames import flac_samples, is_whole
 from c2f_jax.decoding.mpeg_frames import is_mpeg, mpeg_streams, tag_bytes
 from c2f_jax.errors import BadFileError
 
@@ -26,11 +27,6 @@ _MPEG_IN_WAV = (0x50, 0x55)  # format tags
 # Chunks that follow samples; of others only whole ones are known to be chunks.
 _CHUNKS = b"LIST INFO bext cue  smpl inst fact JUNK junk PAD  FLLR id3  ID3  iXML _PMX PEAK".split(
     b" "
-)
-# Hz by their codes in a frame of FLAC; 0 for the one in the file's header.
-_FLAC_RATES = (
-    *(0, 88_200, 176_400, 192_000, 8_000, 16_000),
-    *(22_050, 24_000, 32_000, 44_100, 48_000, 96_000),
 )
 
 
@@ -80,10 +76,36 @@ def audio_streams(encoded: bytes, name: str) -> tuple[list[Stream], list[Note]]:
     elif start or is_mpeg(encoded, tag_bytes(encoded, 0)):
         streams = _mpeg(encoded, name, notes)
     else:
-        streams = [Stream(encoded)]
+        streams = [Stream(part) for part in _joined_files(encoded)]
     if len(streams) > 1:
         notes.append(("several streams", f"{len(streams)} follow one another; all were read"))
     return streams, notes
+
+
+# How files begin that players stop at the end of, though others follow.
+_BEGINNINGS = re.compile(rb"FLV\x01.\0\0\0\x09|TTA[12][\1-\3]\0|#!AMR(?:-WB)?\n", re.DOTALL)
+
+
+def _joined_files(encoded: bytes) -> list[bytes]:
+    """Separate FLV, TTA, AMR or MP4 files that follow one another."""
+    starts = [0]
+    if _BEGINNINGS.match(encoded):
+        starts = [match.start() for match in _BEGINNINGS.finditer(encoded)]
+    elif encoded[4:8] == b"ftyp":
+        place = 0
+        while (place := _after_box(encoded, place)) < len(encoded):
+            if encoded[place + 4 : place + 8] == b"ftyp":
+                starts.append(place)
+    ends = [*starts[1:], len(encoded)]
+    return [encoded[start:end] for start, end in zip(starts, ends, strict=True)]
+
+
+def _after_box(encoded: bytes, place: int) -> int:
+    """Return where a box of MP4 ends."""
+    size = int.from_bytes(encoded[place : place + 4], "big")
+    if size == 1:
+        size = int.from_bytes(encoded[place + 8 : place + 16], "big")
+    return place + size if size >= 8 else len(encoded)  # to the end, or damaged
 
 
 class _Layout(NamedTuple):
@@ -137,7 +159,11 @@ def _chunked(encoded: bytes, name: str, notes: list[Note]) -> list[Stream]:
             long_size = struct.unpack_from("<q", encoded, body + 8)[0]
         place = _aligned(body + max(size, 0), layout.align)
     else:
-        return [Stream(encoded)]  # no samples; the decoder says so
+        # No samples; the decoder says so. Those of AVI are deeper in lists.
+        promised = 8 + struct.unpack_from(layout.size[0] + "I", encoded.ljust(8, b"\0"), 4)[0]
+        streamed = encoded[8:12] != b"AVI " or promised >= STREAMED_SIZE
+        missing = 0.0 if streamed else max(1 - len(encoded) / promised, 0.0)
+        return [Stream(encoded, missing=missing)]
 
     if long_size is not None and size == 2**32 - 1:
         size = long_size
@@ -158,8 +184,9 @@ def _chunked(encoded: bytes, name: str, notes: list[Note]) -> list[Stream]:
         elif encoded[:4] == b"riff":  # libsndfile would read to the end of the file
             encoded = _with_size(encoded[: body + size], layout, place, size)
     if tag in _MPEG_IN_WAV and encoded[8:12] == b"WAVE":
-        sound = encoded[body : body + min(max(size, 0) or rest, rest)]
-        return _mpeg(sound, name, notes) + more
+        found = _mpeg(encoded[body : body + min(max(size, 0) or rest, rest)], name, notes)
+        found[-1] = dataclasses.replace(found[-1], missing=max(found[-1].missing, missing))
+        return found + more
     return [Stream(encoded, missing=missing), *more]
 
 
@@ -192,6 +219,16 @@ def _are_chunks(encoded: bytes, place: int, layout: _Layout) -> bool:
     return True
 
 
+def _note_other_samples(encoded: bytes, place: int, layout: _Layout, notes: list[Note]) -> None:
+    """Note chunks of samples after the first one, which players leave out, too."""
+    while place + layout.head <= len(encoded):
+        size = struct.unpack_from(layout.size, encoded, place + layout.size_at)[0] - layout.counted
+        if encoded[place : place + 4] in layout.samples and size > 0:
+            notes.append(("sound left out", f"a second chunk of samples, of {size:,} bytes"))
+            return
+        place = _aligned(place + layout.head + max(size, 0), layout.align)
+
+
 def _are_tags(encoded: bytes, place: int) -> bool:
     """Return whether tags or zeros follow up to the end of the file."""
     while size := tag_bytes(encoded, place):
@@ -211,6 +248,7 @@ def _end_of_samples(
             if encoded[place : place + 4] == encoded[:4]:
                 return place
             if _are_chunks(encoded, place, layout):
+                _note_other_samples(encoded, place, layout, notes)
                 return place
     if any(_are_tags(encoded, place) for place in places):
         if not layout:  # some players take what follows for samples
@@ -337,10 +375,13 @@ def _flac(encoded: bytes, name: str, notes: list[Note]) -> list[Stream]:
             streams.append(Stream(data, missing=1.0))
             continue
         total = (data[21] & 15) << 32 | struct.unpack_from(">I", data, 22)[0]
-        found = _last_flac_sample(data, name)
-        if found > total:
+        found, last = flac_samples(data, name)
+        # FLAC that was split as it is keeps the number of samples of all its parts.
+        split = 0 < found < (1 - INAUDIBLE_SHARE) * total and is_whole(data[last:])
+        if found > total or split:
             if total:
-                notes.append(("wrong length", f"{total:,} samples in its header, {found:,} follow"))
+                kind = "more promised" if split else "wrong length"
+                notes.append((kind, f"{total:,} samples in its header, {found:,} in its frames"))
             number = struct.pack(">BI", data[21] & 0xF0 | found >> 32, found & 0xFFFFFFFF)
             data, total = data[:21] + number + data[26:], found
         streams.append(Stream(data, frames=total or None))
@@ -363,77 +404,6 @@ def _places_of(name: bytes, encoded: bytes) -> list[int]:
 def _is_flac(encoded: bytes, place: int) -> bool:
     """Return whether the first block of a FLAC file follows its name."""
     return encoded[place + 4 : place + 8] in (b"\0\0\0\x22", b"\x80\0\0\x22")
-
-
-def _last_flac_sample(data: bytes, name: str) -> int:
-    """Return the number of samples up to the end of the last frame, or 0 if there are no frames."""
-    place, last = 4, False
-    while not last and place + 4 <= len(data):
-        last = data[place] >= 128
-        place += 4 + int.from_bytes(data[place + 1 : place + 4], "big")
-    first = place
-    sync = data[first : first + 2]  # all frames begin with the same
-    if first + 16 > len(data):
-        return 0
-    if sync not in (b"\xff\xf8", b"\xff\xf9") or not _flac_frame_end(data, first):
-        raise BadFileError(
-            f"{name}: damaged, the frames of this FLAC are not as its header says", "unreadable"
-        )
-    place = len(data)
-    while (place := data.rfind(sync, first, place)) >= 0:
-        if end := _flac_frame_end(data, place):
-            return end
-    return 0
-
-
-def _flac_frame_end(data: bytes, place: int) -> int:
-    """Return the number of the sample after a frame of FLAC, or 0 if there is no frame."""
-    head = data[place : place + 16]
-    if len(head) < 16 or head[3] & 1 or head[3] >> 4 > 10:
-        return 0
-    size_code, rate_code = head[2] >> 4, head[2] & 15
-    rate = struct.unpack_from(">I", data, 18)[0] >> 12
-    if size_code == 0 or rate_code == 15 or 0 < rate_code < 12 and rate != _FLAC_RATES[rate_code]:
-        return 0
-
-    # The number is coded as in UTF-8, of up to seven bytes.
-    length = max(8 - (~head[4] & 0xFF).bit_length(), 1)
-    number = head[4] & (0x7F >> (length if length > 1 else 0))
-    for byte in head[5 : 4 + length]:
-        number = number << 6 | byte & 63
-    at = 4 + length
-    if size_code in (6, 7):
-        width = size_code - 5
-        size = int.from_bytes(head[at : at + width], "big") + 1
-        at += width
-    else:
-        size = 192 if size_code == 1 else 576 << size_code - 2 if size_code < 6 else 1 << size_code
-    at += {12: 1, 13: 2, 14: 2}.get(rate_code, 0)
-    if at >= len(head) or _crc8(head[:at]) != head[at]:
-        return 0
-    smallest, largest = struct.unpack_from(">HH", data, 8)
-    if size > largest:
-        return 0
-    return (number if head[1] & 1 else number * smallest) + size
-
-
-def _crc8_table() -> bytes:
-    table = bytearray()
-    for value in range(256):
-        for _ in range(8):
-            value = value << 1 ^ (0x107 if value & 0x80 else 0)
-        table.append(value)
-    return bytes(table)
-
-
-_CRC8 = _crc8_table()
-
-
-def _crc8(data: bytes) -> int:
-    value = 0
-    for byte in data:
-        value = _CRC8[value ^ byte]
-    return value
 
 
 def _mpeg(encoded: bytes, name: str, notes: list[Note]) -> list[Stream]:
