@@ -439,8 +439,8 @@ def _checked(item: DecodedItem, kind: str, name: str) -> DecodedItem:
     if kind == "speech" and peak_level(item.array) < AUDIBLE:
         if any(found == "silent start" for found, _ in item.notes):
             raise BadFileError(
-                f"{name}: the first {len(item.array) / SAMPLE_RATE:g} s are silent, and what follows "
-                "is not heard: cut the silence off",
+                f"{name}: the first {len(item.array) / SAMPLE_RATE:g} s are silent, and what "
+                "follows is not heard: cut the silence off",
                 "silent start",
             )
         raise BadFileError(f"{name}: silent: nothing can be heard", "silence")

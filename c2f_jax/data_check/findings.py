@@ -66,7 +66,7 @@ KINDS = {
     "number of captions": (NOTE, "not that of most images"),
     "other sample rate": (NOTE, "converted to 16 kHz while loading"),
     "stereo": (NOTE, "channels are averaged while loading, unless it is said otherwise"),
-    "out of phase": (NOTE, "the mean would lose a part of the sound: the loudest channel is used"),
+    "out of phase": (NOTE, "the mean would lose a part of the sound: the loudest one is used"),
     "silent channel": (NOTE, "left out of the mean of the channels"),
     "scaled": (NOTE, "samples far above full scale: all are divided by one number"),
     "clipped": (NOTE, "samples at full scale or above: what was louder is lost"),

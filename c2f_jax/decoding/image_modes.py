@@ -16,6 +16,9 @@ Note = tuple[str, str]  # kind and detail of an oddity, see `data_check.findings
 # Depths of cameras and scanners, whose values often lie at the bottom of a wider type.
 DEPTHS = (8, 10, 12, 14, 16)
 SAME_COLOR = 3  # of 255, between two profiles that look the same
+_HEAD = 4096  # bytes in which an image says what its colors are
+# White, red, green and blue, x and y of each.
+_SRGB = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
 _ROWS = 256  # converted at once, so that wide types take little memory
 _GRAY = ("1", "L", "LA", "La")
 _TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")
@@ -41,7 +44,12 @@ def load_rgb(
     """
     _join_planes(image)
     rawmode = _rawmode(image)  # loading forgets it
+    everything = (0, 0, *image.size)
+    tiles: Any = getattr(image, "tile", None)
+    box = tiles[0][1] if image.format == "GIF" and tiles else everything
     image.load()
+    if image.format == "BMP" and image.mode == "RGBA" and not image.getchannel("A").getbbox():
+        image = image.convert("RGB")  # as in browsers: the program left alpha out
 
     notes: list[Note] = []
     if image.mode == "CMYK":
@@ -55,6 +63,11 @@ def load_rgb(
         rgb = _deep_color_to_rgb(image, rawmode, reopen, notes)
     else:
         rgb = _shallow_to_rgb(image)
+    if box != everything:  # of an animation, whose canvas is transparent
+        notes = [("transparency", f"the first image covers {box} alone, the rest is white")]
+        canvas = Image.new("RGB", rgb.size, "white")
+        canvas.paste(rgb.crop(box), box)
+        rgb = canvas
 
     profile, gamma = image.info.get("icc_profile"), image.info.get("gamma")
     if profile:
@@ -62,6 +75,39 @@ def load_rgb(
     elif gamma and "srgb" not in image.info and abs(gamma - 1 / 2.2) > 0.05:
         notes.append(("odd metadata", f"a gamma of {gamma:.3g} is ignored"))
     return rgb, notes
+
+
+def color_notes(encoded: bytes, image: Image.Image) -> list[Note]:
+    """Say whether an image without a color profile names other colors than those of sRGB.
+
+    Args:
+      encoded: its file.
+      image: the image.
+
+    Returns:
+      A note, or none.
+    """
+    if image.info.get("icc_profile"):
+        return []
+    chromaticity = image.info.get("chromaticity")
+    head, told = encoded[:_HEAD], ""
+    if image.format == "PNG" and (place := head.find(b"cICP")) > 0:
+        told = _coded_colors(*head[place + 4 : place + 6])
+    elif image.format in ("AVIF", "HEIF") and (place := head.find(b"colrnclx")) > 0:
+        told = _coded_colors(head[place + 9], head[place + 11])
+    elif chromaticity and "srgb" not in image.info:
+        if np.abs(np.subtract(chromaticity, _SRGB)).max() > 0.01:
+            told = "primaries that are not those of sRGB"
+    return [("odd metadata", f"{told}: ignored, colors are taken for sRGB")] if told else []
+
+
+def _coded_colors(primaries: int, transfer: int) -> str:
+    """Describe colors by their codes in ITU-T H.273; "" for those that look like sRGB."""
+    if primaries in (1, 2, 5, 6, 7) and transfer in (1, 2, 6, 13, 14, 15):
+        return ""
+    known = {9: "BT.2020", 12: "Display P3", 16: "PQ", 18: "HLG"}
+    told = (known.get(primaries, primaries), known.get(transfer, transfer))
+    return f"primaries {told[0]}, transfer {told[1]} of H.273"
 
 
 def _shallow_to_rgb(image: Image.Image) -> Image.Image:

@@ -1,25 +1,18 @@
 """Images whose metadata are damaged, or that lack only their last bytes."""
 
-import io
 import re
 import struct
 import zlib
 from collections.abc import Iterator
 
-from PIL import Image, ImageChops
-
 from c2f_jax.decoding.image_modes import Note
-
-MOST_MISSING = 0.01  # of the pixels of a JPEG
+from c2f_jax.decoding.jpeg_data import with_end
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_KEPT = (b"PLTE", b"tRNS", b"acTL", b"fcTL", b"fdAT", b"eXIf", b"iCCP", b"sRGB", b"gAMA")
 _MOST_PROFILE = 2**20  # bytes of a color profile in a PNG that Pillow reads
 _WEBP_METADATA = (b"EXIF", b"XMP ")
 _EXIF_ENTRY = re.compile(rb"(infe.{8})Exif", re.DOTALL)
-_END = b"\xff\xd9"  # of a JPEG
-# What no encoder would have written, to see which pixels the missing bytes decide.
-_OTHER_BYTES = bytes(range(1, 255)) + _END
 
 
 def repairs(encoded: bytes) -> Iterator[tuple[bytes, Note]]:
@@ -33,12 +26,12 @@ def repairs(encoded: bytes) -> Iterator[tuple[bytes, Note]]:
     """
     ignored = ("odd metadata", "metadata that cannot be read are ignored")
     bare = _without_metadata(encoded)
-    whole = _with_end(encoded)
+    whole = with_end(encoded)
     if whole is not None:
         yield whole, ("last bytes missing", "the JPEG has no end")
     if bare != encoded:
         yield bare, ignored
-        whole = _with_end(bare)
+        whole = with_end(bare)
         if whole is not None:
             yield whole, ignored
 
@@ -109,69 +102,3 @@ def _webp_chunks(encoded: bytes) -> Iterator[bytes]:
         if name == b"VP8X" and size:
             chunk = chunk[:8] + bytes([chunk[8] & ~0x0C]) + chunk[9:]
         yield chunk + b"\0" * (size % 2 and len(chunk) % 2)
-
-
-def _with_end(encoded: bytes) -> bytes | None:
-    """Give a JPEG its end, unless more than a hundredth of its pixels is missing."""
-    if encoded[:2] != b"\xff\xd8":
-        return None
-    # Interrupted downloads are filled with zeros.
-    body = encoded.rstrip(b"\0").removesuffix(b"\xff")
-    block_rows = _block_rows(body)
-    if not block_rows:
-        return None
-
-    # Pixels that the bytes at the end decide are missing, and all that follow in their order.
-    try:
-        images = [_decoded(body + _END), _decoded(body + _OTHER_BYTES)]
-    except Exception:  # Pillow raises nearly anything on damaged files
-        return None
-    width, height = images[0].size
-    box = ImageChops.difference(*images).getbbox()
-    if box is not None:
-        rows = height - box[1]
-        # Blocks are smoothed into the row above.
-        missing = rows * (width - box[0] if rows <= block_rows + 2 else width)
-        if missing > MOST_MISSING * width * height:
-            return None
-    return body + _END
-
-
-def _decoded(encoded: bytes) -> Image.Image:
-    with Image.open(io.BytesIO(encoded), formats=("JPEG",)) as image:
-        image.load()
-        return image
-
-
-def _block_rows(encoded: bytes) -> int:
-    """Return the height of a row of blocks of a JPEG.
-
-    It is 0 unless the last of its scans has begun, so that no detail is missing.
-    """
-    components, rows = b"", 8
-    # (component, coefficient) -> bits that a later scan brings
-    missing: dict[tuple[int, int], int] = {}
-    place = 2
-    for _ in range(10_000):  # segments
-        marker = _NEXT_MARKER.search(encoded, place)
-        if marker is None or marker.end() + 2 > len(encoded):
-            break
-        kind, start = encoded[marker.end() - 1], marker.end()
-        size = int.from_bytes(encoded[start : start + 2], "big")
-        content = encoded[start + 2 : start + size]
-        if 0xC0 <= kind <= 0xC2 and len(content) >= 6:
-            components = content[6::3]
-            if len(components) > 1:
-                rows = 8 * max(sampling & 15 for sampling in content[7::3])
-        elif kind == 0xDA and content and len(content) >= 4 + 2 * content[0]:
-            first, last, bits = content[1 + 2 * content[0] :][:3]
-            for component in content[1 : 1 + 2 * content[0] : 2]:
-                for number in range(first, min(last, 63) + 1):
-                    missing[component, number] = bits & 15
-        place = start + size
-    wanted = [(component, number) for component in components for number in range(64)]
-    return rows if wanted and not any(missing.get(key, 1) for key in wanted) else 0
-
-
-# Within pixels, a byte of 255 is followed by zero or a restart marker.
-_NEXT_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd9\xff]")

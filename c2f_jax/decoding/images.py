@@ -4,13 +4,15 @@ import dataclasses
 import datetime
 import io
 from pathlib import PurePath
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from c2f_jax.decoding.audio import read_bytes
-from c2f_jax.decoding.image_modes import Note, load_rgb
+from c2f_jax.decoding.image_modes import SAME_COLOR, Note, color_notes, load_rgb
 from c2f_jax.decoding.image_repair import repairs
+from c2f_jax.decoding.jpeg_data import JpegWatch
 from c2f_jax.errors import BadFileError, missing_extra
 
 MOST_PIXELS = 100_000_000  # larger images are treated as decompression bombs
@@ -183,10 +185,11 @@ def read_image(
             raise
         except Exception:
             continue
-        return dataclasses.replace(image, notes=(note, *image.notes))
+        others = [other for other in image.notes if other[0] != note[0]]
+        return dataclasses.replace(image, notes=(note, *others))
 
     if isinstance(problem, UnidentifiedImageError):
-        message = f"{name}: not a readable image; use {', '.join(FORMATS)} or HEIC"
+        message = f"{name}: not a readable image; {_advice(encoded)}"
         raise BadFileError(message, "unreadable") from problem
     if isinstance(problem, Image.DecompressionBombError):
         raise BadFileError(f"{name}: {problem}", "too large") from problem
@@ -216,7 +219,8 @@ def _read(encoded: bytes, side: int | None, name: str) -> DecodedImage:
         if SUFFIXES.get(PurePath(name).suffix.lower(), content) != content:
             notes.append(("wrong suffix", f"the content is {content}"))
         if getattr(image, "is_animated", False):
-            notes.append(("several images", "the first is used"))
+            which = "main one" if image.format in ("HEIF", "AVIF") else "first"
+            notes.append(("several images", f"the {which} is used"))
         if image.format == "PNG" and encoded.rfind(b"IEND") < 0:
             notes.append(("last bytes missing", "the PNG has no end, but all pixels"))
         # An interrupted download may be filled with zeros, which these decode without complaint.
@@ -229,14 +233,29 @@ def _read(encoded: bytes, side: int | None, name: str) -> DecodedImage:
         # JPEG decodes at a half, a quarter or an eighth of its size for less time.
         if side is not None:
             image.draft(image.mode, (side, side))
+        watch = JpegWatch(image, encoded, size[1]) if content == "JPEG" else None
         rgb, odd = load_rgb(image, lambda: Image.open(io.BytesIO(encoded), formats=formats))
+        odd += watch.notes() if watch else color_notes(encoded, image)
         # Pillow turns a TIFF while loading, unless the orientation is of an unusual type.
         turn = _orientation(image, notes)
         if turn in _TURNS:
             rgb = rgb.transpose(_TURNS[turn])
         if (rgb.width > rgb.height) != (size[0] > size[1]):  # turned by a quarter
             size = size[::-1]
+        if _is_one_color(rgb):
+            odd.append(("one color", f"no two pixels differ by more than {SAME_COLOR} of 255"))
         return DecodedImage(rgb, (*notes, *odd), size, _date(image))
+
+
+def _is_one_color(rgb: Image.Image) -> bool:
+    """Return whether there is nothing to see."""
+    # A few pixels tell for nearly all images.
+    few = rgb.resize((8, 8), Image.Resampling.NEAREST)
+    for image in (few, rgb):
+        ranges: Any = image.getextrema()
+        if any(high - low > SAME_COLOR for low, high in ranges):
+            return False
+    return True
 
 
 def _formats(encoded: bytes, name: str) -> tuple[str, ...]:
@@ -249,6 +268,18 @@ def _formats(encoded: bytes, name: str) -> tuple[str, ...]:
         raise BadFileError(f"{name}: {missing_extra('HEIC', e)}", "needs an extra") from e
     pillow_heif.register_heif_opener(thumbnails=False)
     return ("HEIF",)
+
+
+def _advice(encoded: bytes) -> str:
+    """Say what to do about a file that no format reads."""
+    for name in FORMATS:
+        accepts = Image.OPEN[name][1]
+        if accepts and accepts(encoded[:16]) is True:
+            rare = " (floats other than 32 bit gray, or 5 bands)" if name == "TIFF" else ""
+            return (
+                f"a {name} that is damaged or of a kind that is not read{rare}; convert it to PNG"
+            )
+    return f"use {', '.join(FORMATS)} or HEIC"
 
 
 def _refuse_raw(image: Image.Image, name: str) -> None:
