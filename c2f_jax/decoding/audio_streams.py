@@ -181,6 +181,9 @@ def _chunked(encoded: bytes, name: str, notes: list[Note]) -> list[Stream]:
         end = _end_of_samples(encoded, body + size, layout, name, notes)
         if encoded[end : end + 4] == encoded[:4]:
             encoded, more = encoded[:end], _chunked(encoded[end:], name, notes)
+        elif left := _more_samples(encoded, end, layout):  # libsndfile would read them alone
+            notes.append(("sound left out", f"a second chunk of samples, of {left:,} bytes"))
+            encoded = encoded[:end]
         elif encoded[:4] == b"riff":  # libsndfile would read to the end of the file
             encoded = _with_size(encoded[: body + size], layout, place, size)
     if tag in _MPEG_IN_WAV and encoded[8:12] == b"WAVE":
@@ -219,14 +222,14 @@ def _are_chunks(encoded: bytes, place: int, layout: _Layout) -> bool:
     return True
 
 
-def _note_other_samples(encoded: bytes, place: int, layout: _Layout, notes: list[Note]) -> None:
-    """Note chunks of samples after the first one, which players leave out, too."""
-    while place + layout.head <= len(encoded):
+def _more_samples(encoded: bytes, place: int, layout: _Layout) -> int:
+    """Return the bytes of a second chunk of samples, if chunks follow at a place, or 0."""
+    while place + layout.head <= len(encoded) and _are_chunks(encoded, place, layout):
         size = struct.unpack_from(layout.size, encoded, place + layout.size_at)[0] - layout.counted
-        if encoded[place : place + 4] in layout.samples and size > 0:
-            notes.append(("sound left out", f"a second chunk of samples, of {size:,} bytes"))
-            return
-        place = _aligned(place + layout.head + max(size, 0), layout.align)
+        if encoded[place : place + 4] in layout.samples:
+            return size
+        place = _aligned(place + layout.head + size, layout.align)
+    return 0
 
 
 def _are_tags(encoded: bytes, place: int) -> bool:
@@ -248,7 +251,6 @@ def _end_of_samples(
             if encoded[place : place + 4] == encoded[:4]:
                 return place
             if _are_chunks(encoded, place, layout):
-                _note_other_samples(encoded, place, layout, notes)
                 return place
     if any(_are_tags(encoded, place) for place in places):
         if not layout:  # some players take what follows for samples

@@ -2,6 +2,7 @@
 is what a player plays, or an error that says what is wrong."""
 
 import shutil
+import struct
 import sys
 
 import numpy as np
@@ -94,6 +95,27 @@ def test_the_mean_of_channels_is_taken_unless_it_cancels_them():
         data = stored(stereo, subtype="FLOAT")
         np.testing.assert_allclose(decode_audio(data), stereo[:, taken], atol=1e-6)
         assert kinds(data) == ["out of phase"]
+
+
+def test_speech_in_opposite_phase_is_kept_under_a_hum_and_in_a_part():
+    hum = 0.3 * np.sin(2 * np.pi * 50 * np.arange(len(WAVE)) / RATE).astype(np.float32)
+    late = np.where(np.arange(len(WAVE)) < 2 * RATE, WAVE, -WAVE)
+    for stereo in (np.stack([hum + WAVE / 2, hum - WAVE / 2], 1), np.stack([WAVE, late], 1)):
+        data = stored(stereo, subtype="FLOAT")
+        np.testing.assert_array_equal(decode_audio(data), stereo[:, 0])
+        assert kinds(data) == ["out of phase"]
+    # Two microphones 10 cm apart, two speakers, and noise are not out of phase.
+    rng = np.random.default_rng(0)
+    zero = np.zeros_like(WAVE)
+    for left, right in (
+        (WAVE, np.roll(WAVE, 5)),
+        (np.concatenate([WAVE, zero]), np.concatenate([zero, WAVE])),
+        rng.normal(0, 0.1, (2, 700)),
+    ):
+        stereo = np.stack([left, right], 1)
+        data = stored(stereo, subtype="FLOAT")
+        np.testing.assert_allclose(decode_audio(data), stereo.mean(1), atol=1e-6)
+        assert kinds(data) == []
 
 
 def test_one_channel_is_taken_of_a_file_of_several_blocks(monkeypatch):
@@ -200,18 +222,21 @@ def test_the_extra_is_named_where_it_is_needed(monkeypatch):
         decode_audio(b"\0\0\0\x1cftypM4A " + bytes(500), name="b.m4a")
 
 
-def with_av(file, container, codec, rate=RATE, **options):
-    """Encode by the FFmpeg of PyAV."""
+def with_av(file, container, codec, rate=RATE, tracks=(WAVE,), **options):
+    """Encode by the FFmpeg of PyAV; of several tracks the last one is the main one."""
     av = pytest.importorskip("av", reason="the extra av is not installed")
     with av.open(str(file), "w", format=container, options=options) as output:
-        stream = output.add_stream(codec, rate=rate, layout="mono")
-        if codec == "wmav2":
-            stream.bit_rate = 64_000
-        frame = av.AudioFrame.from_ndarray(WAVE[None], "fltp", "mono")
-        frame.sample_rate = RATE
-        fitted = av.AudioResampler(stream.format.name, "mono", rate).resample(frame)
-        for part in [*fitted, None]:
-            output.mux(stream.encode(part))
+        streams = [output.add_stream(codec, rate=rate, layout="mono") for _ in tracks]
+        for stream in streams if len(tracks) > 1 else ():
+            stream.disposition = int(stream is streams[-1])  # 1 is the default track
+        for stream, wave in zip(streams, tracks, strict=True):
+            if codec == "wmav2":
+                stream.bit_rate = 64_000
+            frame = av.AudioFrame.from_ndarray(wave[None], "fltp", "mono")
+            frame.sample_rate = RATE
+            fitted = av.AudioResampler(stream.format.name, "mono", rate).resample(frame)
+            for part in [*fitted, None]:
+                output.mux(stream.encode(part))
     return file.read_bytes()
 
 
@@ -241,6 +266,96 @@ def test_a_cut_mp4_and_a_codec_that_is_not_known_are_named(tmp_path):
     other = with_av(tmp_path / "a.mka", "matroska", "aac").replace(b"A_AAC", b"A_ABC")
     with pytest.raises(BadFileError, match="not readable audio"):
         decode_audio(other)
+
+
+@pytest.mark.parametrize("container, codec", [("avi", "pcm_s16le"), ("flv", "pcm_s16le")])
+def test_cut_films_are_named(container, codec, tmp_path):
+    data = with_av(tmp_path / "a", container, codec, 44_100)
+    assert audio_forms.SECONDS == pytest.approx(len(decode_audio(data)) / RATE, abs=0.1)
+    with pytest.raises(BadFileError, match="cut off") as caught:
+        decode_audio(data[: len(data) // 2])
+    assert caught.value.kind == "truncated"
+
+
+def test_a_cut_film_with_pictures_is_named(tmp_path):
+    av = pytest.importorskip("av", reason="the extra av is not installed")
+    with av.open(str(tmp_path / "a.mkv"), "w") as output:
+        pictures = output.add_stream("mpeg4", rate=10)
+        pictures.width = pictures.height = 32
+        sound = output.add_stream("pcm_s16le", rate=RATE, layout="mono")
+        for number in range(30):
+            frame = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), "rgb24")
+            output.mux(pictures.encode(frame))
+            part = (WAVE[None, number * 1600 : (number + 1) * 1600] * 32767).astype(np.int16)
+            part = av.AudioFrame.from_ndarray(part, "s16", "mono")
+            part.sample_rate = RATE
+            output.mux(sound.encode(part))
+        for stream in (pictures, sound):
+            output.mux(stream.encode(None))
+    data = (tmp_path / "a.mkv").read_bytes()
+    np.testing.assert_allclose(decode_audio(data), WAVE, atol=1e-4)
+    with pytest.raises(BadFileError, match="cut off"):
+        decode_audio(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize(
+    "container, codec, rate",
+    [
+        ("mp4", "aac", 44_100),
+        ("flv", "aac", 44_100),
+        ("tta", "tta", RATE),
+        ("amr", "libopencore_amrnb", 8_000),
+    ],
+)
+def test_joined_files_of_which_players_play_the_first_are_read_whole(
+    container, codec, rate, tmp_path
+):
+    data = with_av(tmp_path / "a", container, codec, rate)
+    form = audio_forms.Form(
+        container, codec, "", data * 2, 6.0, "several streams", slack=0.3, repeats=2
+    )
+    assert judge(form)[1] is None
+
+
+def test_the_main_track_of_several_is_heard_and_said(tmp_path):
+    other = speech(seed=4)
+    for container, codec in (("matroska", "pcm_s16le"), ("mov", "pcm_s16le")):
+        data = with_av(tmp_path / "a", container, codec, tracks=(other, WAVE))
+        np.testing.assert_allclose(decode_audio(data), WAVE, atol=1e-4)
+        assert kinds(data) == ["several tracks"]
+
+
+def test_matroska_may_begin_late(tmp_path):
+    data = with_av(tmp_path / "a", "matroska", "pcm_s16le", output_ts_offset="0.5")
+    np.testing.assert_allclose(decode_audio(data), WAVE, atol=1e-4)
+    with pytest.raises(BadFileError, match="cut off"):
+        decode_audio(data[: len(data) // 2])
+
+
+def test_voc_of_several_blocks_has_no_heads_in_its_sound():
+    pytest.importorskip("av", reason="the extra av is not installed")
+    samples = (WAVE * 32767).astype("<i2").tobytes()
+    blocks = b"".join(
+        bytes([2]) + struct.pack("<I", 4096)[:3] + samples[place : place + 4096]
+        for place in range(4096, len(samples) - 4096, 4096)
+    )
+    head = b"Creative Voice File\x1a\x1a\0\x14\x01\x1f\x11"
+    first = struct.pack("<IBBHI", RATE, 16, 1, 4, 0) + samples[:4096]
+    data = head + b"\x09" + struct.pack("<I", len(first))[:3] + first + blocks + b"\0"
+    count = 2048 * (1 + len(blocks) // 4100)
+    np.testing.assert_allclose(decode_audio(data), WAVE[:count], atol=1e-4)
+
+
+def test_parts_of_flac_are_whole_and_cut_ones_are_not():
+    data = stored(WAVE, container="FLAC")
+    starts = audio_forms.flac_frame_starts(data)
+    for first, last in ((0, 4), (3, 8), (5, len(starts) - 1)):
+        part = data[: starts[0]] + data[starts[first] : starts[last]]
+        expected = WAVE[first * 4096 : last * 4096]
+        np.testing.assert_allclose(decode_audio(part), expected, atol=1e-4)
+        assert kinds(part) == ["more promised"]
+        with pytest.raises(BadFileError, match="cut off"):
+            decode_audio(part[:-1000])
 
 
 def test_playlists_do_not_open_other_files(tmp_path):

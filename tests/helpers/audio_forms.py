@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from c2f_jax.decoding.flac_frames import is_whole
+
 RATE, SECONDS = 16_000, 3.0
 
 
@@ -132,6 +134,8 @@ def wav_forms(wave):
     yield form("ID3 tag after the samples", data + b"ID3\4\0\0\0\0\7\x76" + bytes(1014))
     yield form("ID3v1 after the samples", data + b"TAG" + b"x" * 125)
     yield form("two files joined", data + data, 2 * SECONDS, "several streams", repeats=2)
+    second = b"data" + struct.pack("<I", 3200) + bytes(3200)
+    yield form("a second data chunk", data + second, note="sound left out")
     yield form("fact and PEAK chunks", stored(wave, subtype="FLOAT"))
     yield form("big endian (RIFX)", stored(wave, endian="BIG"))
     eight = stored(wave[:-1], subtype="PCM_U8")  # an odd number of bytes
@@ -194,6 +198,16 @@ def other_header_forms(wave):
         )
 
 
+def flac_frame_starts(data):
+    """Find the frames of a FLAC by their checksums."""
+    first = place = data.index(b"\xff\xf8", 42)
+    starts = [first]
+    while (place := data.find(b"\xff\xf8", place + 1)) > 0:
+        if is_whole(data[starts[-1] : place]):
+            starts.append(place)
+    return starts
+
+
 def flac_forms(wave):
     data = stored(wave, container="FLAC")
     form = functools.partial(Form, "FLAC", "PCM_16")
@@ -206,6 +220,12 @@ def flac_forms(wave):
     yield form("length 20 too large", with_total(len(wave) + 20), note="incomplete")
     yield form("length twice", with_total(2 * len(wave)), note="more promised")
     yield form("cut in half", data[: len(data) // 2], "truncated")
+    # As `ffmpeg -f segment -c copy` does: frames of a later part, under the head of the whole.
+    starts = flac_frame_starts(data)
+    part = data[: starts[0]] + data[starts[3] :]
+    yield form(
+        "without its first frames", part, SECONDS - 3 * 4096 / RATE, "more promised", repeats=0
+    )
     yield form("ID3v2 before", b"ID3\4\0\0\0\0\1\0" + bytes(128) + data)
     yield form("ID3v1 after", data + b"TAG" + b"x" * 125)
     yield form("zeros after", data + bytes(3000))
@@ -270,13 +290,9 @@ def mp3_forms(wave):
         "<IHHIIHHHHIHHH", 30, 0x55, 1, RATE, 3000, 1, 0, 12, 1, 2, 108, 1, 1393
     )
     wrapped += b"data" + struct.pack("<I", len(bare)) + bare
-    yield Form(
-        "WAV",
-        "MP3",
-        "no Xing header",
-        b"RIFF" + struct.pack("<I", len(wrapped)) + wrapped,
-        slack=0.11,
-    )
+    wrapped = b"RIFF" + struct.pack("<I", len(wrapped)) + wrapped
+    yield Form("WAV", "MP3", "no Xing header", wrapped, slack=0.11)
+    yield Form("WAV", "MP3", "cut in half", wrapped[: len(wrapped) // 2], "truncated")
 
 
 def without_header(data):
@@ -325,6 +341,14 @@ def channel_forms(wave):
         "PCM_16",
         "4, two of them opposite",
         stored(np.stack([wave, -wave, *noise[:2]], 1)),
+        note="out of phase",
+    )
+    half = np.where(np.arange(len(wave)) < len(wave) // 2, wave, -wave)
+    yield Form(
+        "WAV",
+        "PCM_16",
+        "2, opposite in the second half",
+        stored(np.stack([wave, half], 1)),
         note="out of phase",
     )
     yield Form(
@@ -426,6 +450,7 @@ CAF | PCM_S16LE | ffmpeg | 0 | ffmpeg -i IN OUT.caf
 CAF | ALAC | ffmpeg | 0.01 | ffmpeg -i IN -c:a alac OUT.caf
 NIST | PCM_16 | sox | 0 | sox IN OUT.sph
 VOC | PCM_16 | sox | 0 | sox IN OUT.voc
+VOC | PCM_16 | ffmpeg | 0 | ffmpeg -i IN OUT.voc
 FLAC | PCM_16 | flac | 0 | flac --silent IN -o OUT.flac
 FLAC | PCM_16 | ffmpeg to a pipe | 0 | ffmpeg -i IN -f flac pipe:1
 FLAC | PCM_16 | flac to a pipe | 0 | flac --silent -c IN
@@ -444,6 +469,8 @@ MP4 | AAC | ffmpeg, with pictures | 0.08 | ffmpeg PICTURES -i IN -c:a aac OUT.mp
 AAC | AAC | ffmpeg, ADTS | 0.2 | ffmpeg -i IN -c:a aac OUT.aac
 3GP | AAC | ffmpeg | 0.08 | ffmpeg -i IN -c:a aac OUT.3gp
 WebM | OPUS | ffmpeg | 0.05 | ffmpeg -i IN -c:a libopus OUT.webm
+WebM | OPUS | ffmpeg, begins at 0.5 s | 0.05 | ffmpeg -i IN -c:a libopus LATER OUT.webm
+Matroska | FLAC | ffmpeg, second of two tracks | 0 | ffmpeg SINE -i IN TRACKS -c:a flac OUT.mka
 WebM | OPUS | ffmpeg to a pipe | 0.05 | ffmpeg -i IN -c:a libopus -f webm pipe:1
 WebM | VORBIS | ffmpeg | 0.05 | ffmpeg -i IN -c:a libvorbis OUT.webm
 Matroska | FLAC | ffmpeg | 0.01 | ffmpeg -i IN -c:a flac OUT.mka
@@ -459,7 +486,13 @@ WavPack | WAVPACK | ffmpeg | 0.01 | ffmpeg -i IN -c:a wavpack OUT.wv
 TTA | TTA | ffmpeg | 0.01 | ffmpeg -i IN -c:a tta OUT.tta
 """
 # What a command may abbreviate.
-SHORT = {"PICTURES": "-f lavfi -i testsrc=d=3:s=64x48", "LAME": "-c:a libmp3lame -write_xing 0"}
+SHORT = {
+    "LATER": "-output_ts_offset 0.5",
+    "SINE": "-f lavfi -i sine=300:d=3",
+    "TRACKS": "-map 0:a -map 1:a -disposition:a:0 0 -disposition:a:1 default",
+    "PICTURES": "-f lavfi -i testsrc=d=3:s=64x48",
+    "LAME": "-c:a libmp3lame -write_xing 0",
+}
 
 
 def tool_forms(wave, folder):
@@ -487,10 +520,14 @@ def tool_forms(wave, folder):
             continue
         made = list(folder.glob(f"{number}.*"))
         data = made[0].read_bytes() if made else done.stdout
-        yield Form(container, codec, quirk, data, slack=float(slack))
-        if quirk.endswith("moov first") or container == "WavPack":
-            half = data[: len(data) // 2]
-            yield Form(container, codec, f"{quirk}, cut in half", half, "truncated")
+        note = "several tracks" if quirk.endswith("tracks") else ""
+        form = functools.partial(Form, container, codec, slack=float(slack))
+        yield form(quirk, data, note=note)
+        if quirk.endswith("moov first") or container in ("WavPack", "AVI", "FLV"):
+            yield form(f"{quirk}, cut in half", data[: len(data) // 2], "truncated")
+        if container in ("M4A", "FLV", "TTA") and not quirk.endswith("first"):
+            both = {"seconds": 2 * SECONDS, "note": "several streams", "repeats": 2}
+            yield form(f"{quirk}, two joined", data * 2, **both | {"slack": 2 * float(slack)})
 
 
 def forms_by_hand(wave=None):
