@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from c2f_jax.decoding.audio import read_bytes
-from c2f_jax.decoding.image_modes import SAME_COLOR, Note, color_notes, load_rgb
+from c2f_jax.decoding.image_modes import Note, color_notes, load_rgb
 from c2f_jax.decoding.image_repair import repairs
 from c2f_jax.decoding.jpeg_data import JpegWatch
 from c2f_jax.errors import BadFileError, missing_extra
@@ -45,6 +45,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_BLANK = 8  # of 255; pixels that differ by more show something
 _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 
 
@@ -243,7 +244,7 @@ def _read(encoded: bytes, side: int | None, name: str) -> DecodedImage:
         if (rgb.width > rgb.height) != (size[0] > size[1]):  # turned by a quarter
             size = size[::-1]
         if _is_one_color(rgb):
-            odd.append(("one color", f"no two pixels differ by more than {SAME_COLOR} of 255"))
+            odd.append(("one color", f"no two pixels differ by more than {_BLANK} of 255"))
         return DecodedImage(rgb, (*notes, *odd), size, _date(image))
 
 
@@ -253,7 +254,7 @@ def _is_one_color(rgb: Image.Image) -> bool:
     few = rgb.resize((8, 8), Image.Resampling.NEAREST)
     for image in (few, rgb):
         ranges: Any = image.getextrema()
-        if any(high - low > SAME_COLOR for low, high in ranges):
+        if any(high - low > _BLANK for low, high in ranges):
             return False
     return True
 

@@ -37,13 +37,14 @@ class JpegWatch:
         self._image, self._encoded = image, encoded
         self._start = _pixels_start(encoded)
         self._end = _pixels_end(encoded, self._start)
-        self._early = self._late = False
+        self._early = self._late = False  # whether it had finished, or had not come far enough
         self._mark = _MARKS.get(image.mode)
         if self._end < 0 or self._mark is None or image.info.get("progressive"):
             return
         blocks = 8 * max([vertical for _, _, vertical, _ in image.layer], default=1)
         # Smoothing delays a few rows.
         self._row = (height - 1) // blocks * blocks * image.height // height - 4
+        self._early = True  # until it wants more
         image.load_prepare()
         image.im.paste(self._mark, (0, 0, 1, image.height))
         image.load_read = self._read
@@ -72,11 +73,13 @@ class JpegWatch:
         if self._end < 0:
             return []
         body = self._encoded[: self._end]
-        whole = body.rstrip(b"\0")
+        whole = body.rstrip(b"\0")  # interrupted downloads are filled with zeros
+        if len(whole) > len(body) - _FEW or self._zeros_are_flat():
+            whole = body
         missing = 0.0
         if self._image.info.get("progressive"):
             missing = 0.0 if _block_rows(body) else 1.0
-        elif self._late or len(whole) < len(body) - _FEW:
+        elif self._late or whole is not body:
             missing = missing_share(whole) or 0.0
         if missing > MOST_MISSING:
             raise ValueError("image file is truncated: pixels are missing before its end mark")
@@ -85,9 +88,19 @@ class JpegWatch:
         zeros = body.find(bytes(_FEW), self._start)
         if self._early:
             return [("damaged pixels", "the JPEG holds more bytes than its pixels take")]
-        if zeros >= 0 and not _zeros_are_flat(self._encoded[: self._start]):
+        if zeros >= 0 and not self._zeros_are_flat():
             return [("damaged pixels", f"zeros in the JPEG from byte {zeros:,} on")]
         return []
+
+    def _zeros_are_flat(self) -> bool:
+        """Return whether zeros stand for one color, by the codes in the head."""
+        for marker, start, end in _segments(self._encoded):
+            # Tables follow one another: kind, numbers of codes of 1 to 16 bits, and their symbols.
+            while marker == 0xC4 and start + 17 < end:
+                if self._encoded[start + 17]:  # the symbol that only zeros stand for
+                    return False
+                start += 17 + sum(self._encoded[start + 1 : start + 17])
+        return True
 
 
 def _segments(encoded: bytes) -> list[tuple[int, int, int]]:
@@ -120,17 +133,6 @@ def _pixels_end(encoded: bytes, start: int) -> int:
             if marks[place := int(marks.argmax())]:
                 found.append(first + 2 * place)
     return min(found, default=-1)
-
-
-def _zeros_are_flat(encoded: bytes) -> bool:
-    """Return whether zeros stand for one color, by the codes in the head of a JPEG."""
-    for marker, start, end in _segments(encoded):
-        # Tables follow one another: kind, numbers of codes of 1 to 16 bits, and their symbols.
-        while marker == 0xC4 and start + 17 < end:
-            if encoded[start + 17]:  # the symbol that only zeros stand for
-                return False
-            start += 17 + sum(encoded[start + 1 : start + 17])
-    return True
 
 
 def with_end(encoded: bytes) -> bytes | None:

@@ -1,6 +1,7 @@
 """Images to arrays: odd but legal files give the right pixels and say what is odd, bad ones are
 errors that name them."""
 
+import io
 import struct
 import zlib
 from pathlib import PurePath
@@ -13,9 +14,11 @@ from helpers.odd_images import (
     PHOTO,
     PIXELS,
     ROTATED,
+    bmp_32,
     chunk,
     cmyk_jpeg,
     exif,
+    partial_gif,
     png_16,
     profile,
     srgb_profile,
@@ -437,6 +440,128 @@ def test_a_jpeg_may_lack_its_last_bytes_and_no_more(kind):
             assert caught.value.kind == "truncated"
 
 
+@pytest.mark.parametrize("kind", JPEGS)
+@pytest.mark.parametrize("side", [1000, 100], ids=["whole", "reduced"])
+def test_a_jpeg_is_cut_off_whatever_its_end_says(kind, side):
+    options = dict(JPEGS[kind])
+    image = LARGE.convert("L") if options.pop("gray", False) else LARGE
+    encoded = png(image, "JPEG", quality=90, **options)
+    for whole in (encoded, encoded + b"from a camera" * 100, encoded[:-2] + bytes(3) + b"\xff\xd9"):
+        assert read(whole, side)[1] == []
+    # The last scan of a progressive one has but the finest detail.
+    for share in (0.3, 0.5, 0.6 if kind == "progressive" else 0.8):
+        cut = encoded[: int(share * len(encoded))]
+        for content in (cut + b"\xff\xd9", cut + bytes(5000) + b"\xff\xd9"):
+            with pytest.raises(BadFileError, match="photo 3: .*truncated") as caught:
+                read_image(content, side, name="photo 3")
+            assert caught.value.kind == "truncated"
+
+
+@pytest.mark.parametrize("kind", sorted(set(JPEGS) - {"progressive"}))
+def test_zeros_in_a_jpeg_are_said(kind):
+    options = dict(JPEGS[kind])
+    image = LARGE.convert("L") if options.pop("gray", False) else LARGE
+    encoded = png(image, "JPEG", quality=90, **options)
+    for size in (100, 1500):
+        for start in (1200, len(encoded) // 2):
+            try:
+                notes = read(encoded[:start] + bytes(size) + encoded[start + size :])[1]
+            except BadFileError as error:
+                assert error.kind == "truncated"
+            else:
+                assert notes == ["damaged pixels"]
+    # More bytes than pixels, as when the height in the head is damaged.
+    place = encoded.index(b"\xff\xc0") + 5
+    low = encoded[:place] + struct.pack(">H", 240) + encoded[place + 2 :]
+    assert read(low)[1] == ["damaged pixels"]
+
+
+@pytest.mark.parametrize("quality", [30, 75, 95])
+def test_drawings_in_jpegs_are_whole_and_not_damaged(quality):
+    drawing = Image.new("RGB", (700, 500), "white")
+    drawing.paste("red", (20, 30, 90, 90))
+    for options in ({}, {"optimize": True}, {"progressive": True}, {"subsampling": 0}):
+        for image in (drawing, drawing.convert("L"), drawing.crop((0, 0, 9, 500))):
+            encoded = png(image, "JPEG", quality=quality, **options)
+            assert set(read(encoded)[1]) <= {"one color"}
+            assert ("one color" in read(encoded)[1]) == (image.width == 9)
+
+
+def test_an_image_of_one_color_is_said():
+    for color in ("black", "white", (12, 200, 3)):
+        for kind in ("PNG", "JPEG", "WEBP"):
+            assert read(png(Image.new("RGB", (90, 70), color), kind))[1] == ["one color"]
+    clear = np.dstack([PIXELS, np.zeros(PIXELS.shape[:2], np.uint8)])
+    assert read(png(clear))[1] == ["transparency", "one color"]
+    dot = Image.new("RGB", (90, 70), "black")
+    dot.putpixel((50, 33), (0, 9, 0))
+    assert read(png(dot))[1] == []
+
+
+def test_a_bmp_whose_alpha_was_left_out_is_opaque():
+    pixels, notes = read(bmp_32(PIXELS, 0))
+    np.testing.assert_array_equal(pixels, PIXELS)
+    assert notes == []
+    pixels, notes = read(bmp_32(PIXELS, 128))
+    assert abs(pixels - (255 - (255 - PIXELS.astype(int)) * 128 / 255)).max() <= 1
+    assert notes == ["transparency"]
+
+
+def test_colors_that_are_not_those_of_srgb_are_said():
+    adobe = struct.pack(">8I", 31270, 32900, 64000, 33000, 21000, 71000, 15000, 6000)
+    usual = struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
+    for name, content, odd in (
+        (b"cICP", bytes([9, 16, 0, 1]), True),
+        (b"cICP", bytes([12, 13, 0, 1]), True),
+        (b"cICP", bytes([1, 13, 0, 1]), False),
+        (b"cHRM", adobe, True),
+        (b"cHRM", usual, False),
+    ):
+        pixels, notes = read(with_chunk(png(PHOTO), name, content))
+        np.testing.assert_array_equal(pixels, PIXELS)
+        assert notes == ["odd metadata"] * odd, (name, content)
+    named = with_chunk(png(PHOTO), b"cHRM", adobe)
+    assert read(with_chunk(named, b"sRGB", b"\0"))[1] == []
+    encoded = png(PHOTO, "AVIF", quality=90)
+    place = encoded.index(b"colrnclx") + 8
+    assert read(encoded)[1] == []
+    wide = encoded[:place] + struct.pack(">HH", 9, 16) + encoded[place + 4 :]
+    assert read(wide)[1] == ["odd metadata"]
+
+
+@pytest.mark.parametrize("background", [0, 2])
+def test_what_the_first_image_of_a_gif_leaves_out_is_white(background):
+    pixels, notes = read(partial_gif(background))
+    expected = np.full((64, 64, 3), 255)
+    expected[16:48, 16:48] = 255, 0, 0
+    np.testing.assert_array_equal(pixels, expected)
+    assert notes == ["transparency"]
+
+
+@pytest.mark.parametrize("kind", ["float16", "float64", "float colors", "five bands"])
+def test_a_tiff_of_a_rare_kind_is_not_called_another_format(kind):
+    gray, floats = PIXELS[..., 0] / 255, (339, 3, 1, 3)
+    encoded = {
+        "float16": lambda: tiff(gray.astype(np.float16), [floats]),
+        "float64": lambda: tiff(gray, [floats]),
+        "float colors": lambda: tiff((PIXELS / 255).astype(np.float32), [floats]),
+        "five bands": lambda: tiff(np.dstack([PIXELS, PIXELS[..., :2]])),
+    }[kind]()
+    with pytest.raises(BadFileError, match="a.tif: .*a TIFF .* not read.*convert it to PNG"):
+        decode_image(encoded, 8, name="a.tif")
+
+
+def test_the_main_image_of_a_heic_is_used():
+    pillow_heif = pytest.importorskip("pillow_heif")
+    file = io.BytesIO()
+    several = pillow_heif.from_pillow(PHOTO.rotate(180))
+    several.add_from_pillow(PHOTO)
+    several.save(file, quality=95, primary_index=1)
+    image = read_image(file.getvalue(), 1000)
+    assert abs(np.asarray(image.rgb).astype(int) - PIXELS).mean() < 7
+    assert image.notes == (("several images", "the main one is used"),)
+
+
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF"])
 def test_other_formats_that_are_cut_off_are_refused(kind):
     encoded = png(PHOTO, kind)
@@ -464,6 +589,10 @@ def test_bombs_are_refused_by_their_headers():
         assert caught.value.kind == "too large" or side == 2**31 - 1
 
 
+ZEROS = png(LARGE, "JPEG", quality=90)
+ZEROS = ZEROS[:6000] + bytes(100) + ZEROS[6100:]
+
+
 def test_the_data_check_names_what_is_odd_and_training_reads_the_same(tmp_path):
     wave = 0.1 * np.sin(np.arange(8000))
     files = {
@@ -476,6 +605,8 @@ def test_the_data_check_names_what_is_odd_and_training_reads_the_same(tmp_path):
         "turned.png": (png(PHOTO, exif=exif(99)), "odd metadata"),
         "end.jpg": (png(LARGE, "JPEG")[:-6], "last bytes missing"),
         "other.png": (png(PHOTO, "JPEG"), "wrong suffix"),
+        "black.png": (png(Image.new("RGB", (64, 48))), "one color"),
+        "zeros.jpg": (ZEROS, "damaged pixels"),
         "raw.tif": (tiff(PIXELS, [(254, 4, 1, 1)]), "unreadable"),
         "half.jpg": (png(LARGE, "JPEG")[:5000], "truncated"),
     }

@@ -142,3 +142,28 @@ def exif(orientation=6, kind=3, content=None, order=">"):
     mark = b"MM\0*" if order == ">" else b"II*\0"
     offset = struct.pack(order + "I", 8)
     return b"Exif\0\0" + mark + offset + struct.pack(order + "H", 1) + entry + bytes(4)
+
+
+def partial_gif(background=2):
+    """A GIF of 64 x 64 pixels whose first image is 32 x 32 red ones in the middle."""
+    palette = bytes([0, 0, 0, 255, 0, 0, 0, 255, 0, 0, 0, 255])
+    head = b"GIF89a" + struct.pack("<HHBBB", 64, 64, 0x91, background, 0) + palette
+    # Codes of three bits; clearing the table after every two pixels keeps them so short.
+    codes = [code for _ in range(512) for code in (4, 1, 1)] + [5]
+    bits = sum(code << 3 * place for place, code in enumerate(codes))
+    content = bits.to_bytes(3 * len(codes) // 8 + 1, "little")
+    blocks = [content[start : start + 255] for start in range(0, len(content), 255)]
+    image = b"," + struct.pack("<HHHHB", 16, 16, 32, 32, 0) + b"\x02"
+    return head + image + b"".join(bytes([len(b)]) + b for b in blocks) + b"\0;"
+
+
+def bmp_32(pixels, alpha):
+    """A BMP of 32 bits with a mask for alpha, which many programs leave at 0."""
+    height, width = pixels.shape[:2]
+    colors = np.dstack([pixels[::-1, :, ::-1], np.full((height, width), alpha, np.uint8)])
+    data = colors.astype(np.uint8).tobytes()
+    head = struct.pack("<IiiHHIIiiII", 108, width, height, 1, 32, 3, len(data), 2835, 2835, 0, 0)
+    head += struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + b"BGRs" + bytes(48)
+    return (
+        b"BM" + struct.pack("<IHHI", 14 + len(head) + len(data), 0, 0, 14 + len(head)) + head + data
+    )
