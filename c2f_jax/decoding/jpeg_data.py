@@ -4,7 +4,6 @@ import io
 import re
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageChops
 
 from c2f_jax.decoding.image_modes import Note
@@ -36,7 +35,8 @@ class JpegWatch:
         """
         self._image, self._encoded = image, encoded
         self._start = _pixels_start(encoded)
-        self._end = _pixels_end(encoded, self._start)
+        # Looking for the first one would take longer; others follow in files of several images.
+        self._end = encoded.rfind(_END, self._start)
         self._early = self._late = False  # whether it had finished, or had not come far enough
         self._mark = _MARKS.get(image.mode)
         if self._end < 0 or self._mark is None or image.info.get("progressive"):
@@ -72,25 +72,31 @@ class JpegWatch:
         """
         if self._end < 0:
             return []
-        body = self._encoded[: self._end]
-        whole = body.rstrip(b"\0")  # interrupted downloads are filled with zeros
-        if len(whole) > len(body) - _FEW or self._zeros_are_flat():
-            whole = body
-        missing = 0.0
-        if self._image.info.get("progressive"):
-            missing = 0.0 if _block_rows(body) else 1.0
-        elif self._late or whole is not body:
-            missing = missing_share(whole) or 0.0
+        vars(self._image).pop("load_read", None)  # a circle would keep the pixels in memory
+        zeros = self._encoded.find(bytes(_FEW), self._start, self._end)
+        if zeros >= 0 and self._zeros_are_flat():
+            zeros = -1
+        missing = self._missing(zeros >= 0)
         if missing > MOST_MISSING:
             raise ValueError("image file is truncated: pixels are missing before its end mark")
         if missing:
             return [("last bytes missing", "pixels are missing before the end mark of the JPEG")]
-        zeros = body.find(bytes(_FEW), self._start)
-        if self._early:
+        if self._early and self._encoded.find(_END, self._start) == self._end:
             return [("damaged pixels", "the JPEG holds more bytes than its pixels take")]
-        if zeros >= 0 and not self._zeros_are_flat():
+        if zeros >= 0:
             return [("damaged pixels", f"zeros in the JPEG from byte {zeros:,} on")]
         return []
+
+    def _missing(self, zeros: bool) -> float:
+        """Measure the share of missing pixels, if there is reason to think that any are."""
+        if self._image.info.get("progressive"):
+            return 0.0 if _block_rows(memoryview(self._encoded)[: self._end]) else 1.0
+        # Interrupted downloads are filled with zeros.
+        filled = zeros and self._encoded[self._end - 1] == 0
+        if not self._late and not filled:
+            return 0.0
+        body = self._encoded[: self._end]
+        return missing_share(body.rstrip(b"\0") if filled else body) or 0.0
 
     def _zeros_are_flat(self) -> bool:
         """Return whether zeros stand for one color, by the codes in the head."""
@@ -123,18 +129,6 @@ def _pixels_start(encoded: bytes) -> int:
     return segments[-1][2] if segments else len(encoded)
 
 
-def _pixels_end(encoded: bytes, start: int) -> int:
-    """Return the place of the first end mark, or -1, several times as fast as `bytes.find`."""
-    found = []
-    for first in (start, start + 1):
-        count = (len(encoded) - first) // 2
-        if count > 0:
-            marks = np.frombuffer(encoded, "<u2", count, first) == 0xD9FF
-            if marks[place := int(marks.argmax())]:
-                found.append(first + 2 * place)
-    return min(found, default=-1)
-
-
 def with_end(encoded: bytes) -> bytes | None:
     """Give a JPEG its end.
 
@@ -147,7 +141,7 @@ def with_end(encoded: bytes) -> bytes | None:
     if encoded[:2] != b"\xff\xd8":
         return None
     # Interrupted downloads are filled with zeros.
-    body = encoded.rstrip(b"\0").removesuffix(b"\xff")
+    body = encoded.rstrip(b"\0").removesuffix(_END).removesuffix(b"\xff")
     missing = missing_share(body)
     return None if missing is None or missing > MOST_MISSING else body + _END
 
@@ -187,12 +181,13 @@ def _decoded(encoded: bytes) -> Image.Image:
         return image
 
 
-def _block_rows(encoded: bytes) -> int:
+def _block_rows(encoded: bytes | memoryview) -> int:
     """Return the height of a row of blocks of a JPEG.
 
     It is 0 unless the last of its scans has begun, so that no detail is missing.
     """
-    components, rows = b"", 8
+    components: bytes | memoryview = b""
+    rows = 8
     # (component, coefficient) -> bits that a later scan brings
     missing: dict[tuple[int, int], int] = {}
     place = 2
