@@ -225,6 +225,7 @@ def test_each_oddity_of_a_manifest_is_named(oddities):
         "other sample rate": {"rate.wav"},
         "stereo": {"stereo.wav"},
         "tiny image": {"tiny.png"},
+        "one color": {"tiny.png"},
     }
     assert names.pop("number of captions") == {
         f"good{k}.jpg" for k in range(11)
@@ -262,6 +263,7 @@ def test_fix_writes_a_manifest_that_passes_and_trains(oddities, capsys):
         "other sample rate",
         "stereo",
         "tiny image",
+        "one color",
         "repeated image",
         "number of captions",
     }

@@ -304,7 +304,16 @@ def test_a_silent_query_is_refused(c2f, gallery, tmp_path, level):
     assert status == 2 and "q.wav: silent: nothing can be heard: check the microphone" in errors
 
 
+def test_a_query_that_is_silent_as_long_as_it_is_heard_is_not_called_silent(c2f, gallery, tmp_path):
+    late = np.concatenate([np.zeros(20_000), SPEECH])
+    path = wav(tmp_path / "q.wav", late)
+    status, _, errors = c2f("search", f"--gallery={gallery}", "--audio", path)
+    assert status == 2 and "q.wav: the first 1 s are silent, and what follows is not" in errors
+    assert "cut the silence off" in errors and "microphone" not in errors
+
+
 QUERIES = {
+    "quiet at first": (np.concatenate([1e-3 * SPEECH] * 2 + [SPEECH]), "silent start: .* 1 s"),
     "nearly silent": (0.001 * SPEECH, "silence: nothing louder than -7"),
     "clipped": (np.clip(9 * SPEECH, -1, 1), r"clipped: \d+\.\d % of the samples"),
     "too long": (np.tile(SPEECH, 4), "over-long: 3.0 s; the first 1 s are heard"),
@@ -371,3 +380,22 @@ def test_recordings_are_indexed_by_the_same_rules(c2f, tmp_path):
     status, out, _ = c2f("search", f"--index={tmp_path / 'i.index'}", "--image", photo)
     assert status == 0 and "  4. " in out and "note: transparency: shown on white" in out
     assert (tmp_path / "answers.html").read_text().count("<audio") >= 4
+
+
+@pytest.mark.parametrize(
+    "image, words",
+    [
+        (png(Image.new("RGB", (60, 80))), "one color: no two pixels"),
+        (png(PHOTO.resize((640, 480)), "JPEG")[:8000] + bytes(999) + bytes([255, 217]), None),
+    ],
+)
+def test_what_is_odd_about_an_image_query_is_said(c2f, tmp_path, image, words):
+    folder = tmp_path / "speech"
+    folder.mkdir()
+    wav(folder / "a.wav", SPEECH)
+    (tmp_path / "q.img").write_bytes(image)
+    status, out, errors = c2f("search", f"--gallery={folder}", "--image", tmp_path / "q.img")
+    if words:
+        assert status == 0 and f"note: {words}" in out
+    else:
+        assert status == 2 and "q.img: not a readable image" in errors
