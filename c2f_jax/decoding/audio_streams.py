@@ -224,10 +224,12 @@ def _are_chunks(encoded: bytes, place: int, layout: _Layout) -> bool:
 
 def _more_samples(encoded: bytes, place: int, layout: _Layout) -> int:
     """Return the bytes of a second chunk of samples, if chunks follow at a place, or 0."""
-    while place + layout.head <= len(encoded) and _are_chunks(encoded, place, layout):
+    if not _are_chunks(encoded, place, layout):
+        return 0
+    while place + layout.head <= len(encoded) and not tag_bytes(encoded, place):
         size = struct.unpack_from(layout.size, encoded, place + layout.size_at)[0] - layout.counted
-        if encoded[place : place + 4] in layout.samples:
-            return size
+        if size < 0 or encoded[place : place + 4] in layout.samples:
+            return max(size, 0)
         place = _aligned(place + layout.head + size, layout.align)
     return 0
 

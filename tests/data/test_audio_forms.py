@@ -165,6 +165,12 @@ def test_a_cut_is_an_error_once_it_can_be_heard(kind):
         assert kinds(data[: -len(data) // 500]) == ["incomplete"]
 
 
+@pytest.mark.parametrize("kind", ["WAV", "AIFF", "W64", "RF64", "CAF"])
+def test_zeros_after_the_samples_are_passed_over(kind):
+    data = stored(WAVE, container=kind, subtype="PCM_16")
+    assert len(decode_audio(data + bytes(4000))) == len(WAVE)
+
+
 def test_a_header_that_ends_too_early_is_named():
     data = stored(WAVE)
     with pytest.raises(BadFileError, match="a.wav: its header says .* bytes follow") as caught:

@@ -27,7 +27,7 @@ SHARE = 0.99
 # Seconds of delay and padding that decoders trim or do not, of each stream.
 FRAMES, MPEG_FRAMES = 0.08, 0.15
 # A file that is accepted and shorter must have one of these notes.
-SAID = {"incomplete", "bytes left out", "wrong length", "no end mark"}
+SAID = {"incomplete", "bytes left out", "wrong length", "no end mark", "more promised"}
 
 
 def cut(rng, data, _):
