@@ -53,6 +53,8 @@ KERNEL = ["nbclient>=0.10", "ipykernel>=6.29", "scikit-image>=0.25"]  # to run t
 # The compiler of TPUs, which `c2f compile` runs without one; Google makes it for Linux on x86.
 TPU = ["jax[tpu]; platform_system == 'Linux' and platform_machine == 'x86_64'"]
 GCS = ["gcsfs>=2025.3"]  # gs:// paths where TensorFlow, which reads them too, is not installed
+# For `c2f export --format=onnx`. It brings an older Orbax, so `dev` is without it.
+ONNX = ["jax2onnx>=0.17.1"]
 HEIF = ["pillow-heif>=1.0"]  # includes x265, which is GPL-2
 FOREIGN = ["equinox>=0.13"]  # a program of docs/programs
 TOOLS = ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.15", "mypy>=1.13", "build>=1.2", "twine>=6.1"]
@@ -95,6 +97,7 @@ setup(
         "hub": ["huggingface_hub>=0.30"],  # hub ids for `c2f convert`
         "gcs": GCS,
         "heif": HEIF,  # to read HEIC
+        "onnx": ONNX,
         "tpu": TPU,
         "docs": DOCS,
         "dev": [

@@ -24,6 +24,7 @@ EXTRA_OF_MODULE = {
     "espeakng_loader": "speech",
     "av": "av",
     "huggingface_hub": "hub",
+    "jax2onnx": "onnx",
     "libtpu": "tpu",
     "gcsfs": "gcs",
     "pillow_heif": "heif",

@@ -57,6 +57,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # TensorFlow prints a notice about it
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of read-only directories
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # warns of each shape it does not need
 
 
 def _keep_compiled_programs() -> None:

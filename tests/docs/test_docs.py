@@ -27,7 +27,8 @@ def numbered_blocks():
     """Each Python block of each page, named after both."""
     blocks = []
     for page in PAGES:
-        if page.name == "python.md":  # needs a trained model, see test_notebooks.py
+        # They need a trained model: see test_notebooks.py, test_export.py, test_export_formats.py.
+        if page.name in ("python.md", "export.md"):
             continue
         for number, code in enumerate(python_blocks(page), 1):
             blocks.append(pytest.param(code, id=f"{page.stem}-{number}"))
@@ -107,6 +108,7 @@ def test_every_option_is_listed(encoders):
         "evaluate",
         "index",
         "search",
+        "export",
         "compile",
         "ablate",
         "convert",
