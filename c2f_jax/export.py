@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import importlib.metadata
+import tempfile
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -19,7 +20,7 @@ from c2f_jax.config.files import load_saved_config
 from c2f_jax.data.source import MIN_SAMPLES
 from c2f_jax.decoding.audio import SAMPLE_RATE
 from c2f_jax.errors import UserError
-from c2f_jax.exported.header import Array, promised_until, write_header
+from c2f_jax.exported.header import HEADER, Array, promised_until, write_header
 from c2f_jax.exported.onnx import OPSET, write_onnx
 from c2f_jax.exported.programs import PLATFORMS, Program, write_stablehlo
 from c2f_jax.inference import TrainedModel
@@ -74,13 +75,19 @@ def export_model(
       UserError: the folder cannot be written or is not empty, or the model reads a feature cache
         that another tool made.
     """
-    folder = _empty_folder(folder)
+    target = _empty_folder(folder)
     programs = programs_of(model)
     write = {"stablehlo": write_stablehlo, "onnx": write_onnx}[format]
-    for program in programs:
-        write(program, folder)
-    described = {program.name: (program.inputs, program.outputs) for program in programs}
-    return write_header(folder, format, described, _facts(model, format))
+
+    # What fails halfway leaves nothing that looks like a model.
+    with tempfile.TemporaryDirectory(prefix=f"{target.name}-", dir=target.parent) as temporary:
+        for program in programs:
+            write(program, Path(temporary))
+        described = {program.name: (program.inputs, program.outputs) for program in programs}
+        header = write_header(Path(temporary), format, described, _facts(model, format))
+        for name in (*header["files"], HEADER):  # the header last: it makes an export complete
+            Path(temporary, name).replace(target / name)
+    return header
 
 
 def programs_of(model: TrainedModel) -> list[Program]:

@@ -107,8 +107,8 @@ class ExportedModel:
         for about, value in zip(self.header["programs"][name]["inputs"], given, strict=True):
             arrays.append(_checked(f"{name}: {about['name']}", value, about))
         rows = [len(array) for array in arrays]
-        if len(set(rows)) > 1:
-            raise UserError(f"{name}: the inputs have {rows} rows: give equally many of each")
+        if len(set(rows)) > 1 or not rows[0]:
+            raise UserError(f"{name}: the inputs have {rows} rows: give equally many, at least one")
         # Speech and its lengths.
         if len(given) > 1 and np.max(np.asarray(arrays[1])) > np.shape(given[0])[1]:
             raise UserError(f"{name}: a length exceeds the {np.shape(given[0])[1]} that are given")

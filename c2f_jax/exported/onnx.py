@@ -1,6 +1,7 @@
 """Programs as ONNX, by jax2onnx."""
 
 import functools
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def write_onnx(program: Program, folder: Path) -> None:
 
     Args:
       program: the program.
-      folder: gets <name>.onnx, and <name>.onnx.data if the parameters are large.
+      folder: gets <name>.onnx, and <name>.onnx.data with what takes more than 1 MB.
 
     Raises:
       UserError: onnxruntime computes something else.
@@ -46,6 +47,9 @@ def write_onnx(program: Program, folder: Path) -> None:
         input_names=[array.name for array in program.inputs],
         output_names=[array.name for array in program.outputs],
     )
+    data = path.with_name(f"{path.name}.data")
+    if data.exists():
+        shutil.copymode(path, data)  # onnx lets nobody else read it
     _compare(program, path)
 
 

@@ -202,6 +202,7 @@ def test_inputs_that_do_not_fit_are_named(exported):
         (lambda: model.encode_speech(wave, lengths + 1), "exceeds the 900"),
         (lambda: model.encode_speech(wave, lengths - 200), r"from 400 to 16000; got \[700, 300\]"),
         (lambda: model.encode_speech(wave, lengths[:1]), r"\[2, 1\] rows"),
+        (lambda: model.encode_image(np.zeros((0, 64, 64, 3), np.uint8)), "at least one"),
         (lambda: model.encode_speech(wave[0], lengths), "must be float32"),
     ]
     for call, message in wrong:
@@ -224,6 +225,15 @@ def test_outputs_that_would_lose_or_mislead(run, tmp_path, capsys):
     assert "holds notes.txt: give an empty folder" in capsys.readouterr().err
     assert main(["export", f"--workdir={run}", "--output=gs://bucket/out"]) == 2
     assert "give a local folder" in capsys.readouterr().err
+
+
+def test_what_fails_halfway_leaves_nothing(model, tmp_path, monkeypatch):
+    (image,) = programs_of(model)[1:2]
+    broken = dataclasses.replace(image, function=lambda params, image: image.missing)
+    monkeypatch.setattr("c2f_jax.export.programs_of", lambda model: [broken])
+    with pytest.raises(AttributeError):
+        export_model(model, tmp_path / "out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out"]
 
 
 def test_onnx_without_its_extra_is_one_line(run, tmp_path, monkeypatch, capsys):

@@ -96,7 +96,9 @@ def environment(tmp_path_factory):
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
     binaries = folder / "venv" / "bin"
     subprocess.run([binaries / "pip", "install", "-q", f"{source}[train,onnx]"], check=True)
-    variables = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "XLA_FLAGS")}
+    tests_own = ("PYTHONPATH", "XLA_FLAGS", "JAX_COMPILATION_CACHE", "JAX_ENABLE", "JAX_PERSISTENT")
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(tests_own)}
+    variables |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(folder / "cache")}
 
     def run(program, *arguments, cwd=folder):
         command = [str(binaries / program), *map(str, arguments)]
@@ -147,11 +149,14 @@ def test_onnx_computes_what_the_checkpoint_does(run, environment, tmp_path):
 
 
 def test_the_onnx_block_of_the_documentation_runs(environment, tmp_path):
-    run = save_run(tmp_path / "run", tiny_config())
+    """With a matrix of more than 1 MB, which has its own file."""
+    run = save_run(tmp_path / "run", tiny_config("--config.model.image.width=320"))
     output = tmp_path / "exports" / "scenes_onnx"
     environment("c2f", "export", f"--workdir={run}", f"--output={output}", "--format=onnx")
     done = environment("python", "-c", python_blocks(ROOT / "docs/export.md")[1], cwd=tmp_path)
     assert len(done.stdout.splitlines()) == 2
+    files = [output / name for name in ("encode_image.onnx", "encode_image.onnx.data")]
+    assert len({file.stat().st_mode for file in files}) == 1
 
 
 def test_what_is_for_one_platform_is_left_out(tmp_path):
