@@ -106,18 +106,17 @@ def programs_of(model: TrainedModel) -> list[Program]:
             )
 
     samples, side = round(data.max_seconds * SAMPLE_RATE), data.image_size
-    rows = ("batch",)
     waveform = Array(
         "waveform",
-        (*rows, samples),
+        ("batch", samples),
         "float32",
         f"recordings at {SAMPLE_RATE} Hz, samples of 16 bits over 32768, zeros past the end",
         (-1, 1),
         padded=True,
     )
-    lengths = Array("lengths", rows, "int32", "valid samples", (MIN_SAMPLES, samples))
+    lengths = Array("lengths", ("batch",), "int32", "valid samples", (MIN_SAMPLES, samples))
     speech = _program(model, "encode_speech", _encode(flax_model, "speech"), (waveform, lengths))
-    image = Array("image", (*rows, side, side, 3), "uint8", _preparation(data), (0, 255))
+    image = Array("image", ("batch", side, side, 3), "uint8", _preparation(data), (0, 255))
     encode_image = _program(model, "encode_image", _encode(flax_model, "image"), (image,))
     if not model.has_sim:
         return [speech, encode_image]
@@ -148,6 +147,7 @@ def _program(
     inputs: tuple[Array, ...],
 ) -> Program:
     """Return a program with its own part of the parameters and a description of its outputs."""
+    # As ``C2FModel`` names its parts: speech_encoder, speech_projection, ...
     part = {"encode_speech": "speech_", "encode_image": "image_", "match": "multimodal_"}[name]
     params = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):

@@ -23,6 +23,7 @@ from c2f_jax.export import export_model, programs_of
 from c2f_jax.exported import load, onnx, programs
 from c2f_jax.inference import TrainedModel
 from c2f_jax.main import main
+from c2f_jax.models.published import PublishedSpeech
 
 SAMPLES = 16_000
 # Loads and runs an export where importing the packages that trained it is an error.
@@ -225,6 +226,13 @@ def test_outputs_that_would_lose_or_mislead(run, tmp_path, capsys):
     assert "holds notes.txt: give an empty folder" in capsys.readouterr().err
     assert main(["export", f"--workdir={run}", "--output=gs://bucket/out"]) == 2
     assert "give a local folder" in capsys.readouterr().err
+
+
+def test_an_encoder_without_its_network_is_refused(model):
+    tokens = model.experiment.model.clone(speech_encoder=PublishedSpeech())
+    experiment = dataclasses.replace(model.experiment, model=tokens)
+    with pytest.raises(UserError, match="data.speech_features.*no network to export"):
+        programs_of(dataclasses.replace(model, experiment=experiment))
 
 
 def test_what_fails_halfway_leaves_nothing(model, tmp_path, monkeypatch):
