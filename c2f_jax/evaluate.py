@@ -1,26 +1,30 @@
-"""Evaluate a trained model on a split and write the numbers, the page and the figures."""
+"""Evaluate a trained model, or embeddings of another one, and write numbers, pages and figures."""
 
 import dataclasses
 import functools
 import json
 import logging
+from os import PathLike
 
 import jax
 import numpy as np
 from etils import epath
+from numpy.typing import ArrayLike
 
 from c2f_jax.data.files import content_hash
 from c2f_jax.data.manifest import is_manifest
 from c2f_jax.data.source import PairSource
 from c2f_jax.decoding.audio import decode_audio
 from c2f_jax.decoding.images import decode_image
+from c2f_jax.errors import BadFileError
 from c2f_jax.inference import LENGTH_BUCKETS, TrainedModel
 from c2f_jax.reports.examples import Example, make_examples, random_queries, worst_queries
 from c2f_jax.reports.figures import learning_curves_png, results_png
 from c2f_jax.reports.html import Media, image_media, speech_media
 from c2f_jax.reports.results_page import PageExamples, write_results_page
+from c2f_jax.retrieval.baseline import number_ids, pair_embeddings, read_embeddings
 from c2f_jax.retrieval.encoded import EncodedSplit
-from c2f_jax.retrieval.evaluation import evaluate_retrieval
+from c2f_jax.retrieval.evaluation import EvalConfig, evaluate_retrieval
 from c2f_jax.retrieval.protocols import Protocol, evaluate_protocol
 from c2f_jax.retrieval.result import EvaluationResult
 from c2f_jax.retrieval.voices import split_voices
@@ -150,6 +154,59 @@ def evaluate_by_voice(model: TrainedModel, source: PairSource) -> dict[str, Eval
     return results
 
 
+def evaluate_baseline(
+    speech: ArrayLike | str | PathLike[str],
+    image: ArrayLike | str | PathLike[str],
+    pairs: PairSource | tuple[ArrayLike, ArrayLike],
+    *,
+    protocol: Protocol | None = None,
+    output: str | PathLike[str] | None = None,
+) -> EvaluationResult:
+    """Evaluate embeddings of any other model as the coarse stage of a run is evaluated.
+
+    Args:
+      speech: (R, D) float32 or float64, one row for each recording, or the path of a .npy file.
+      image: (G, D), one row for each image, or the path of a .npy file.
+      pairs: the split, whose recordings and images the rows are of, in its order; or the ids of
+        the recordings (R,) and of the images (G,), equal where they belong together.
+      protocol: protocol to follow; the split must be that of ``open_protocol``.
+      output: page to write (.html), with the numbers in a .json beside it; None to write nothing.
+
+    Returns:
+      The result. Rows are normalized if need be, which ``baseline`` says.
+
+    Raises:
+      UserError: the embeddings cannot be used, or do not fit the pairs.
+    """
+    files = {
+        "speech": read_embeddings(speech, "the speech array"),
+        "image": read_embeddings(image, "the image array"),
+    }
+    source = None
+    if isinstance(pairs, PairSource):
+        source = pairs
+        ids = source.image_ids[source.image_index], source.image_ids
+        where = f"the {source.split} split of {source.name}"
+    else:
+        ids, where = number_ids(*pairs), "the pair of id lists"
+    encoded = pair_embeddings(files["speech"], files["image"], *ids, where)
+
+    evaluate = functools.partial(evaluate_retrieval, config=EvalConfig(), tau=1.0)
+    if protocol is None:
+        result = evaluate(encoded)
+    else:
+        result, encoded = evaluate_protocol(protocol, encoded, evaluate)
+    about = {kind: embeddings.to_json() for kind, embeddings in files.items()}
+    result = dataclasses.replace(result, baseline=about)
+    if source is not None:
+        result = dataclasses.replace(
+            result, data_set=source.name, split=source.split, data=source.identity()
+        )
+    if output is not None:
+        _write_baseline(epath.Path(output), source, encoded, result)
+    return result
+
+
 def data_set_label(source: PairSource) -> str:
     """Return a data set's name for files and metrics, such as "spoken_scenes-tiny".
 
@@ -200,6 +257,30 @@ def choose_examples(
         speech=spoken(random_queries(s2i, count)),
         failures=spoken(worst_queries(s2i, count // 2)),
         image=make_examples(i2s, random_queries(i2s, count // 2), show_image, show_speech),
+    )
+
+
+def _write_baseline(
+    page: epath.Path, source: PairSource | None, encoded: EncodedSplit, result: EvaluationResult
+) -> None:
+    """Write the numbers and the page of a baseline."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.with_suffix(".json").write_text(json.dumps(result.to_json(), indent=2) + "\n")
+    where, examples = "pairs given by ids", None
+    if source is not None:
+        where = f"{source.name}, {source.split} split"
+        try:
+            examples = choose_examples(source, encoded, result)
+        except BadFileError as error:  # the embeddings were made without it
+            log.warning("the page shows no examples: %s", error)
+    if result.protocol is not None:
+        where += f", protocol {result.protocol.name}"
+    write_results_page(
+        page,
+        title="Speech-image retrieval, a baseline",
+        data_set=where,
+        result=result,
+        examples=examples,
     )
 
 

@@ -24,10 +24,10 @@ def directory(text: str) -> str:
     return text
 
 
-def add_run(parser: ArgumentParser) -> None:
+def add_run(parser: ArgumentParser, *, required: bool = True) -> None:
     """Add the arguments that name a trained model: ``--workdir`` and ``--step``."""
     parser.add_argument(
-        "--workdir", required=True, type=directory, help="directory of a training run"
+        "--workdir", required=required, type=directory, help="directory of a training run"
     )
     parser.add_argument(
         "--step",

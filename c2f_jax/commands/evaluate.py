@@ -1,4 +1,4 @@
-"""``c2f evaluate``: measure retrieval with a trained model."""
+"""``c2f evaluate``: measure retrieval with a trained model, or with embeddings from files."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
 from c2f_jax.commands import arguments
+from c2f_jax.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from c2f_jax.config.experiment import Experiment
     from c2f_jax.data.source import PairSource
     from c2f_jax.retrieval.protocols import Protocol
@@ -16,12 +19,19 @@ SUMMARY = "Measure coarse and fine retrieval on a split, with confidence interva
 EXAMPLES = """\
   c2f evaluate --workdir=runs/scenes --split=validation --k=64
   c2f evaluate --workdir=runs/scenes --data=path/to/manifest.jsonl
-Writes <workdir>/eval/<data set>-<split>.json, .html and .png."""
+  c2f evaluate --baseline speech.npy image.npy --protocol=flickr8k_1k
+Writes <workdir>/eval/<data set>-<split>.json, .html and .png; of a baseline .json and .html."""
+
+# What only a run has.
+OF_A_RUN = (
+    *("workdir", "by_voice", "k", "score"),
+    *("distributed", "coordinator", "num_processes", "process_id"),
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of ``c2f evaluate``."""
-    arguments.add_run(parser)
+    arguments.add_run(parser, required=False)
     parser.add_argument(
         "--data", help="another data set or manifest, zero-shot (default: that of the run)"
     )
@@ -44,10 +54,34 @@ def add_arguments(parser: ArgumentParser) -> None:
         "(default: the run's eval.score)",
     )
     arguments.add_distributed(parser)
+    group = parser.add_argument_group(
+        "a baseline",
+        "Embeddings that any other model made, in place of a run: (rows, D) arrays, one row for "
+        "each recording and each image of the split, in its order. --data or --protocol names the "
+        "data set (split: test), or two files of ids say which rows belong together.",
+    )
+    group.add_argument("--baseline", nargs=2, metavar=("SPEECH.npy", "IMAGE.npy"))
+    group.add_argument(
+        "--speech-ids", metavar="FILE", help="image of each recording: .npy, or text, one id a line"
+    )
+    group.add_argument("--image-ids", metavar="FILE", help="id of each image, in the same form")
+    group.add_argument(
+        "--output", metavar="PAGE.html", help="page to write (default: beside SPEECH.npy)"
+    )
 
 
 def run(args: Namespace) -> int:
-    """Evaluate the run's checkpoint as the arguments say and print the table."""
+    """Evaluate the run's checkpoint, or a baseline, as the arguments say and print the table."""
+    if args.baseline is not None:
+        return evaluate_baseline(args)
+    if args.workdir is None:
+        raise UserError(
+            "give --workdir=RUN to evaluate a run, or --baseline SPEECH.npy IMAGE.npy for "
+            "embeddings of another model"
+        )
+    for name in ("speech_ids", "image_ids", "output"):
+        if getattr(args, name) is not None:
+            raise UserError(f"{_flag(name)} goes with --baseline: leave it out")
     arguments.join_processes(args)
 
     from c2f_jax.config.experiment import create_experiment
@@ -69,6 +103,76 @@ def run(args: Namespace) -> int:
     else:
         evaluate_on(experiment, args.workdir, protocol=args.protocol, **where)
     return 0
+
+
+def evaluate_baseline(args: Namespace) -> int:
+    """Evaluate embeddings from files, print the table, write the page.
+
+    Raises:
+      UserError: the arguments do not go together, or the files cannot be used.
+    """
+    _check_baseline(args)
+    from pathlib import PurePath
+
+    from c2f_jax import evaluate
+    from c2f_jax.datasets.registry import load_pairs
+    from c2f_jax.retrieval.baseline import read_ids
+    from c2f_jax.retrieval.protocols import find_protocol, open_protocol
+
+    protocol = None if args.protocol is None else find_protocol(args.protocol)
+    pairs: PairSource | tuple[np.ndarray, np.ndarray]
+    if args.speech_ids is not None:
+        pairs, label = (read_ids(args.speech_ids), read_ids(args.image_ids)), "ids"
+    else:
+        if protocol is None:
+            pairs = load_pairs(args.data, args.split or "test")
+        else:
+            pairs = open_protocol(protocol, load_pairs, args.data, args.split)
+        label = f"{evaluate.data_set_label(pairs)}-{pairs.split}"
+    if protocol is not None:
+        label += f"-{protocol.name}"
+
+    speech, image = args.baseline
+    page = args.output
+    if page is None:
+        file = PurePath(speech)
+        page = f"{str(speech).removesuffix(file.suffix)}-{label}.html"
+    result = evaluate.evaluate_baseline(speech, image, pairs, protocol=protocol, output=page)
+    print(result.table())
+    print(f"\nresults page: {page}")
+    return 0
+
+
+def _check_baseline(args: Namespace) -> None:
+    """Raise UserError unless the arguments of a baseline go together."""
+    values = {name: getattr(args, name) for name in OF_A_RUN}
+    given = [name for name, value in values.items() if value is not None and value is not False]
+    if args.step != "best":
+        given.append("step")
+    if given:
+        raise UserError(
+            f"{_flag(given[0])} is for a run, and --baseline evaluates files in place of one: "
+            "leave one of the two out"
+        )
+    ids = [name for name in ("speech_ids", "image_ids") if getattr(args, name) is not None]
+    if len(ids) == 1:
+        raise UserError(f"{_flag(ids[0])} alone: give both --speech-ids and --image-ids")
+    if ids and (args.data or args.split):
+        raise UserError(
+            "--speech-ids and --image-ids take the place of a data set: leave out --data and "
+            "--split"
+        )
+    if not ids and not args.data and not args.protocol:
+        raise UserError(
+            "--baseline needs to know which recording belongs to which image: name the data set by "
+            "--data or --protocol, or give --speech-ids and --image-ids"
+        )
+    if args.output is not None and not args.output.endswith(".html"):
+        raise UserError(f"--output={args.output}: must be a file that ends in .html")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def open_target(

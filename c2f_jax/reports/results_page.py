@@ -42,12 +42,14 @@ def write_results_page(
       curves_png: learning curves, as PNG.
     """
     body = _header(title, data_set, result)
-    body += section(
-        "Metrics",
+    stages = (
         "Coarse ranks by cosine (SIC); fine reranks the best candidates with the multimodal "
-        "encoder (SIM). 95 % intervals in small print.",
-        _metrics(result),
+        "encoder (SIM)."
     )
+    if result.baseline is not None:
+        stages = "Embeddings of another model, ranked by cosine."
+    note = f"{stages} 95 % intervals in small print."
+    body += section("Metrics", note, _metrics(result))
     if curves_png:
         source = data_uri(Media(curves_png, "image/png"))
         curves = f'<img class="curves" alt="learning curves" src="{source}">'
@@ -77,7 +79,8 @@ def write_results_page(
     )
     for heading, note, group, direction in groups:
         if group:
-            articles = "".join(_example(example, direction) for example in group)
+            coarse = "Coarse (SIC)" if result.baseline is None else "Cosine"
+            articles = "".join(_example(example, direction, coarse) for example in group)
             body += section(heading, note, articles)
     write_page(path, title, body + _footer(result))
 
@@ -110,6 +113,7 @@ def _header(title: str, data_set: str, result: EvaluationResult) -> str:
         ("images", f"{result.queries.gallery_images:,}"),
         ("recordings", f"{result.queries.gallery_recordings:,}"),
         ("reranked", f"top {result.k} by {result.score}" if fine else "no"),
+        *((f"{kind} embeddings", line) for kind, line in result.describe_baseline().items()),
     ]
 
     # The final numbers are large, the coarse ones beside them small.
@@ -121,7 +125,7 @@ def _header(title: str, data_set: str, result: EvaluationResult) -> str:
     )
     tiles = []
     for name, before, after in numbers:
-        note = f"coarse {before.value:.1f}" if fine else "coarse"
+        note = f"coarse {before.value:.1f}" if fine else _heads(result)[0]
         tiles.append((name, f"{after.value:.1f}", "%", note))
     return page_header(title, facts, tiles)
 
@@ -155,7 +159,14 @@ def _direction_table(result: EvaluationResult, direction: str) -> str:
 
     queries = getattr(result.queries, DIRECTIONS[direction])
     caption = f"{ARROWS[direction]} · {queries:,} queries"
-    return _table(caption, [HEADS[stage] for stage in stages], rows)
+    return _table(caption, _heads(result), rows)
+
+
+def _heads(result: EvaluationResult) -> list[str]:
+    """Return the names of the stages; a baseline has one, the ranking by cosine."""
+    if result.baseline is not None:
+        return ["cosine"]
+    return [HEADS[stage] for stage in result.stages()]
 
 
 def _score_table(fine_scores: Mapping[str, StageMetrics]) -> str:
@@ -212,10 +223,11 @@ def _footer(result: EvaluationResult) -> str:
     )
 
 
-def _example(example: Example, direction: str) -> str:
+def _example(example: Example, direction: str, coarse: str = "Coarse (SIC)") -> str:
     """Return an article: the query on the left, its answers on the right."""
     ranks = []
-    for stage, rank in (("coarse", example.coarse_rank), ("fine", example.fine_rank)):
+    first = coarse.partition(" (")[0].lower()
+    for stage, rank in ((first, example.coarse_rank), ("fine", example.fine_rank)):
         if rank is not None:
             ranks.append(f"{stage} rank <b>{rank:,}</b>")
 
@@ -232,7 +244,7 @@ def _example(example: Example, direction: str) -> str:
         query += f'<div class="answer"><span>correct answer</span>{shown}</div>'
 
     # Both rankings side by side, to show what SIM changed.
-    lists = _list("Coarse (SIC)", example.coarse, example.coarse_hits, direction)
+    lists = _list(coarse, example.coarse, example.coarse_hits, direction)
     if example.fine is not None and example.fine_hits is not None:
         lists += _list("Fine (SIM)", example.fine, example.fine_hits, direction)
     return (

@@ -18,7 +18,10 @@ ARROWS = {"s2i": "speech -> image", "i2s": "image -> speech"}
 STAGES = ("coarse", "fine", "difference")
 # Metrics of a table and their decimals.
 TABLE_METRICS = {"R@1": 1, "R@5": 1, "R@10": 1, "median_rank": 1, "MRR": 3}
+# What a stored result has only if it is known.
+OPTIONAL = ("data_set", "split", "trained_on", "step", "model", "data", "bad_items", "baseline")
 COLUMN = 27  # characters
+HASH_SHOWN = 8  # characters of a file's hash
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,8 @@ class EvaluationResult:
       calibrations: "s2i" and "i2s" -> what turns scores into probabilities.
       reliability: "s2i" and "i2s" -> "before" and "after" calibration, probabilities beside what
         came true; None where they were fitted.
+      baseline: "speech", "image" -> the embeddings that were evaluated, see ``Embeddings``; None
+        for a run. Of a baseline k, score and tau mean nothing.
       lists: ranked lists of "s2i" and "i2s"; not stored.
     """
 
@@ -223,12 +228,25 @@ class EvaluationResult:
     bad_items: Mapping[str, str] | None = None
     calibrations: Mapping[str, Calibration] | None = None
     reliability: Mapping[str, Mapping[str, Reliability]] | None = None
+    baseline: Mapping[str, Mapping[str, Any]] | None = None
     lists: Mapping[str, RankedLists] | None = dataclasses.field(default=None, compare=False)
 
     @property
     def final(self) -> StageMetrics:
         """The fine stage, or the coarse one if SIM was not used."""
         return self.coarse if self.fine is None else self.fine
+
+    def describe_baseline(self) -> dict[str, str]:
+        """Return "speech", "image" -> file, size, and first part of the hash; {} for a run."""
+        lines = {}
+        for kind, about in (self.baseline or {}).items():
+            lines[kind] = (
+                f"{about['file']}, {about['rows']:,} rows of {about['width']:,} numbers, "
+                f"{about['content'][:HASH_SHOWN]}"
+            )
+            if not about["was_normalized"]:
+                lines[kind] += ", normalized here"
+        return lines
 
     def stages(self) -> dict[str, StageMetrics]:
         """Return the stages there are, of "coarse", "fine" and "difference"."""
@@ -265,7 +283,7 @@ class EvaluationResult:
             }
         if self.protocol is not None:
             result["protocol"] = self.protocol.to_json()
-        for name in ("data_set", "split", "trained_on", "step", "model", "data", "bad_items"):
+        for name in OPTIONAL:
             value = getattr(self, name)
             if value is not None:
                 result[name] = value
@@ -321,11 +339,13 @@ class EvaluationResult:
             bad_items=values.get("bad_items"),
             calibrations=calibrations,
             reliability=reliability,
+            baseline=values.get("baseline"),
         )
 
     def table(self) -> str:
         """Return the console table: stages side by side with 95 % intervals, both directions."""
-        lines = list(_protocol_lines(self))
+        lines = list(_baseline_lines(self))
+        lines += _protocol_lines(self)
         for direction in DIRECTIONS:
             lines += _direction_lines(self, direction)
         lines.append(_row("mean R@K", 14, _mean_cells(self)))
@@ -341,7 +361,8 @@ class EvaluationResult:
     def __repr__(self) -> str:
         # The data set, if it is known, and the numbers of the last stage.
         parts = [part for part in (self.data_set, self.split) if part]
-        parts.append("coarse" if self.fine is None else "fine")
+        last = "coarse" if self.fine is None else "fine"
+        parts.append(last if self.baseline is None else "baseline")
         for direction, arrow in ARROWS.items():
             parts.append(f"{arrow} R@1 {self.final.direction(direction)['R@1'].value:.1f} %")
         parts.append(f"mean recall {self.final.mean_recall.value:.1f} %")
@@ -401,11 +422,15 @@ def _direction_lines(result: EvaluationResult, direction: str) -> list[str]:
     # Heads of the columns.
     stages = result.stages()
     heads = {
-        "coarse": "coarse (SIC)",
+        "coarse": "coarse (SIC)" if result.baseline is None else "cosine",
         "fine": f"fine (k={result.k}, {result.score})",
         "difference": "fine - coarse",
     }
-    lines = [f"{ARROWS[direction]}: {queries} queries, gallery of {gallery}"]
+    left_out = counts[
+        "recordings_without_image" if direction == "s2i" else "images_without_recording"
+    ]
+    dropped = f"; {left_out} queries have no correct item there" if left_out else ""
+    lines = [f"{ARROWS[direction]}: {queries} queries, gallery of {gallery}{dropped}"]
     lines.append(_row("", 14, [heads[name] for name in stages]))
 
     # One line per metric, and the time each stage took.
@@ -435,17 +460,26 @@ def _score_lines(result: EvaluationResult) -> Iterator[str]:
         yield line
 
 
+def _baseline_lines(result: EvaluationResult) -> Iterator[str]:
+    """Yield which embeddings were measured."""
+    if result.baseline is None:
+        return
+    yield "baseline: embeddings of another model"
+    for kind, line in result.describe_baseline().items():
+        yield f"  {kind}: {line}"
+
+
 def _protocol_lines(result: EvaluationResult) -> Iterator[str]:
     """Yield what a protocol measured, and whether the numbers can be compared."""
     report = result.protocol
     if report is None:
         return
     verdict = "as published" if report.as_published else "NOT the published number: not comparable"
+    where = f"{result.data_set}, {result.split} split" if result.data_set else "ids from files"
+    if result.baseline is None:
+        where += f", trained on {result.trained_on}"
     yield f"protocol {report.name} ({report.about})"
-    yield (
-        f"  {report.images:,} images, {report.recordings:,} recordings, {verdict}; "
-        f"{result.data_set}, {result.split} split, trained on {result.trained_on}"
-    )
+    yield f"  {report.images:,} images, {report.recordings:,} recordings, {verdict}; {where}"
 
     # MTEB reports metrics that the table does not have.
     if report.name == "mteb":

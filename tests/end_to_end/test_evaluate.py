@@ -19,9 +19,10 @@ from c2f_jax.data.items import load_wave
 from c2f_jax.datasets.registry import load_pairs
 from c2f_jax.decoding.images import decode_image
 from c2f_jax.errors import UserError
-from c2f_jax.evaluate import evaluate_encoded, evaluate_source
 from c2f_jax.index import build_index
+from c2f_jax.evaluate import evaluate_baseline, evaluate_encoded, evaluate_source
 from c2f_jax.inference import TrainedModel, encode_speech
+from c2f_jax.retrieval.evaluation import EvalConfig
 from c2f_jax.retrieval.result import EvaluationResult
 from c2f_jax.search import Query, search
 from c2f_jax.training.parallel import replicate
@@ -82,6 +83,15 @@ def test_four_devices_rank_as_one(setting, encoded):
                 *(getattr(result.lists[direction], ranks) for result in results)
             )
     assert results[0].fine == results[1].fine
+
+
+def test_embeddings_of_a_run_score_as_the_run(setting, encoded):
+    experiment, params, source = setting
+    as_usual = dataclasses.replace(experiment, eval=EvalConfig())
+    model = TrainedModel(as_usual, replicate(params, jax.devices()[:1]), 10, "nowhere", {})
+    baseline = evaluate_baseline(encoded.speech.embedding, encoded.image.embedding, source)
+    assert baseline.coarse == evaluate_encoded(model, encoded).coarse
+    assert baseline.baseline["speech"]["was_normalized"]
 
 
 def test_mixed_lengths_give_what_each_recording_gives_alone_in_their_order(setting, encoded):
