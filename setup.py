@@ -98,6 +98,7 @@ setup(
         "gcs": GCS,
         "heif": HEIF,  # to read HEIC
         "onnx": ONNX,
+        "mteb": ["mteb>=2.26"],  # with PyTorch, which it asks for; see docs/harnesses.md
         "tpu": TPU,
         "docs": DOCS,
         "dev": [

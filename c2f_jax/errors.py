@@ -29,6 +29,7 @@ EXTRA_OF_MODULE = {
     "gcsfs": "gcs",
     "pillow_heif": "heif",
     "anywidget": "notebook",
+    "mteb": "mteb",
 }
 
 

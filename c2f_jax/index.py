@@ -283,7 +283,7 @@ def _encode_block(
         item = Item(name, listed.stamp(number).record(), about)
         try:
             label = file if isinstance(file, str) else name
-            decoded = read_item(model.experiment, kind, file, label)
+            decoded = read_item(model.experiment.data, kind, file, label)
         except BadFileError as error:
             reason = printable(str(error).removeprefix(f"{label}: "))
             return dataclasses.replace(item, left_out=[error.kind, reason]), None
@@ -348,10 +348,18 @@ def _say_what_is_odd(left_out: Sequence[Item], read: Iterable[Item]) -> None:
         types = count_suffixes(suffixes)
         say(f"left out: {len(suffixes):,} files of types that cannot be read: {types}; {reason}")
 
+    say_notes((item.name, note) for item in read for note in item.notes)
+
+
+def say_notes(notes: Iterable[tuple[str, Sequence[str]]]) -> None:
+    """Print how many items are read in an odd way, and the first of them.
+
+    Args:
+      notes: name of an item, and kind and detail of its oddity.
+    """
     odd: dict[str, list[str]] = collections.defaultdict(list)
-    for item in read:
-        for kind, detail in item.notes:
-            odd[kind].append(f"{printable(item.name)} ({detail})")
+    for name, (kind, detail) in notes:
+        odd[kind].append(f"{printable(name)} ({detail})")
     for kind, names in odd.items():
         say(f"note: {kind}, {len(names):,}, {KINDS[kind][1]}: {shortlist(names)}")
 

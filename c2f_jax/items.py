@@ -1,5 +1,6 @@
 """Read the items of a gallery, and queries, as a model hears and sees them."""
 
+import dataclasses
 import datetime
 import io
 import os
@@ -12,6 +13,7 @@ import numpy as np
 from c2f_jax.config.experiment import Experiment
 from c2f_jax.data.files import Stamp, file_stamp
 from c2f_jax.data.source import MIN_SAMPLES
+from c2f_jax.datasets.config import DataConfig
 from c2f_jax.datasets.registry import is_data_set, load_pairs
 from c2f_jax.decoding.audio import SAMPLE_RATE, level_notes, read_recording, to_pcm16
 from c2f_jax.decoding.image_modes import Note
@@ -25,6 +27,9 @@ THUMBNAIL = 128  # side in pixels
 
 File = str | bytes  # path or content
 
+# Arrays of samples -> how a WAV file holds them unchanged.
+SUBTYPES = {"int16": "PCM_16", "int32": "PCM_32", "float32": "FLOAT", "float64": "DOUBLE"}
+
 
 @dataclass(frozen=True)
 class DecodedItem:
@@ -35,12 +40,14 @@ class DecodedItem:
       thumbnail: a small file that shows or plays it.
       notes: kind and detail of each oddity.
       metadata: what can be asked for in a search.
+      converted: kind and detail of what is usual and was changed: sample rate and channels.
     """
 
     array: np.ndarray
     thumbnail: bytes
     notes: Sequence[Note]
     metadata: Mapping[str, Any]
+    converted: Sequence[Note] = ()
 
 
 @dataclass(frozen=True)
@@ -145,11 +152,11 @@ def _open_folder(folder: str, kind: str) -> Gallery:
     )
 
 
-def read_item(experiment: Experiment, kind: str, file: File, name: str) -> DecodedItem:
+def read_item(data: DataConfig, kind: str, file: File, name: str) -> DecodedItem:
     """Decode an image or a recording.
 
     Args:
-      experiment: of the run, which says how items are prepared.
+      data: options of the run, which say how items are prepared.
       kind: "image" or "speech".
       file: path or content.
       name: what messages call it.
@@ -160,10 +167,15 @@ def read_item(experiment: Experiment, kind: str, file: File, name: str) -> Decod
     Raises:
       BadFileError: the model cannot use it.
     """
-    data = experiment.data
     if kind == "speech":
         recording = read_recording(file, name=name)
-        return hear(recording.samples, name, data.max_seconds, recording.notes)
+        item = hear(recording.samples, name, data.max_seconds, recording.notes)
+        converted = []
+        if recording.rate != SAMPLE_RATE:
+            converted.append(("other sample rate", f"{recording.rate:,} Hz"))
+        if recording.channels > 1:
+            converted.append(("stereo", f"{recording.channels} channels"))
+        return dataclasses.replace(item, converted=converted)
 
     # Published networks are given images that are decoded at full scale.
     square = data.image_resize == "square"
@@ -213,3 +225,33 @@ def hear(
     small = io.BytesIO()
     soundfile.write(small, samples, SAMPLE_RATE, format="FLAC")
     return DecodedItem(heard, small.getvalue(), found, {"seconds": round(seconds, 2)})
+
+
+def wave_file(samples: np.ndarray, rate: int, name: str) -> bytes:
+    """Write samples as a WAV file in memory, so that arrays are read as files are.
+
+    Args:
+      samples: (S,), (S, channels) or (channels, S), the longer axis being time: floats of which 1
+        is full scale, or int16 or int32.
+      rate: samples per second.
+      name: what messages call it.
+
+    Raises:
+      BadFileError: the array is something else.
+    """
+    import soundfile
+
+    if samples.dtype == np.float16:
+        samples = samples.astype(np.float32)
+    subtype = SUBTYPES.get(samples.dtype.name)
+    if subtype is None or samples.ndim not in (1, 2):
+        raise BadFileError(
+            f"{name}: {samples.dtype} of shape {samples.shape} is no recording; give (samples,) or "
+            "(samples, channels) float32, float64, int16 or int32",
+            "unreadable",
+        )
+    if samples.ndim == 2 and samples.shape[0] < samples.shape[1]:
+        samples = samples.T
+    data = io.BytesIO()
+    soundfile.write(data, samples, rate, format="WAV", subtype=subtype)
+    return data.getvalue()

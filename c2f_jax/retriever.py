@@ -415,7 +415,7 @@ def read_question(
     file = question if isinstance(question, bytes) else os.fspath(question)
     name = name or (file if isinstance(file, str) else "the query")
     try:
-        item = read_item(experiment, kind, file, name)
+        item = read_item(experiment.data, kind, file, name)
         return _checked(item, kind, name)
     except BadFileError as error:
         problem = error
@@ -427,7 +427,7 @@ def read_question(
     # The wrong kind is a usual mistake.
     other = "image" if kind == "speech" else "speech"
     try:
-        read_item(experiment, other, file, name)
+        read_item(experiment.data, other, file, name)
     except BadFileError:
         raise problem from None
     what = {"speech": "a recording", "image": "an image"}
@@ -456,7 +456,7 @@ def _from_array(model: TrainedModel, kind: str, array: np.ndarray, name: str) ->
             raise UserError(f"{name} must be (H, W, 3) uint8; got {array.shape} {array.dtype}")
         file = io.BytesIO()
         Image.fromarray(array).save(file, "PNG")
-        return read_item(model.experiment, kind, file.getvalue(), name)
+        return read_item(model.experiment.data, kind, file.getvalue(), name)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.floating):
         raise UserError(
             f"{name} must be (S,) floats in [-1, 1] at {SAMPLE_RATE} Hz, one channel; got "

@@ -118,6 +118,15 @@ def test_a_missing_extra_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err.strip() == expected
 
 
+def test_a_harness_without_its_package_names_the_extra(monkeypatch):
+    from c2f_jax.harnesses.mteb import MtebEncoder
+
+    monkeypatch.setitem(sys.modules, "mteb", None)
+    monkeypatch.setitem(sys.modules, "mteb.models.model_meta", None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs the extra `mteb`: pip install 'c2f_jax"):
+        MtebEncoder(None)
+
+
 def test_training_without_tensorflow_says_once_that_there_are_no_event_files(
     tmp_path, monkeypatch, capsys
 ):

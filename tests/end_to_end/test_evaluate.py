@@ -19,8 +19,8 @@ from c2f_jax.data.items import load_wave
 from c2f_jax.datasets.registry import load_pairs
 from c2f_jax.decoding.images import decode_image
 from c2f_jax.errors import UserError
-from c2f_jax.index import build_index
 from c2f_jax.evaluate import evaluate_baseline, evaluate_encoded, evaluate_source
+from c2f_jax.index import build_index
 from c2f_jax.inference import TrainedModel, encode_speech
 from c2f_jax.retrieval.evaluation import EvalConfig
 from c2f_jax.retrieval.result import EvaluationResult
