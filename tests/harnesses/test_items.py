@@ -1,7 +1,10 @@
 """Arrays of samples are heard as the files that hold them."""
 
+import io
+
 import numpy as np
 import pytest
+import soundfile
 
 from c2f_jax.datasets.config import DataConfig
 from c2f_jax.decoding.audio import to_pcm16

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 from helpers.odd_recordings import OddRecordings
-from helpers.paths import CONFIGS
+from helpers.pages import python_blocks
+from helpers.paths import CONFIGS, ROOT
 
 from c2f_jax.config.experiment import create_experiment, example_batch
 from c2f_jax.config.files import load_config
@@ -116,6 +117,19 @@ def test_a_run_scores_as_ours(mseb, model, encoder, source, folder, direction, c
     encoder.say_notes()
     over_long = int((source.num_samples > 16_000).sum())
     assert f"note: over-long, {over_long}, " in capsys.readouterr().out
+
+
+def test_the_documented_program_runs(mseb, model, folder, monkeypatch, capsys):
+    from absl import flags
+
+    monkeypatch.setattr(TrainedModel, "load", lambda workdir, step: model)
+    program = {"__name__": "block"}
+    exec(python_blocks(ROOT / "docs/harnesses.md", "py")[2], program)  # noqa: S102
+    flags.FLAGS.run = str(model.workdir)
+    flags.FLAGS.dataset_basepath = str(folder)
+    flags.FLAGS.task_cache_basepath = str(folder / "cache")
+    program["main"](None)
+    assert '"metric": "MRR"' in capsys.readouterr().out
 
 
 def test_sounds_of_any_form(mseb, encoder):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import soundfile
 from helpers.odd_recordings import OddRecordings
-from helpers.paths import CONFIGS
+from helpers.pages import python_blocks
+from helpers.paths import CONFIGS, ROOT
 
 from c2f_jax.config.experiment import create_experiment, example_batch
 from c2f_jax.config.files import load_config
@@ -128,6 +129,16 @@ def test_both_stages_score_as_ours(model, source, ours, direction):
     theirs, _ = scores_of(MtebSearch(model), task)
     assert_equal_scores(theirs, ours.fine, direction)
     assert ours.fine != ours.coarse
+
+
+def test_the_documented_program_runs(model, source, tmp_path, monkeypatch, capsys):
+    tasks = [in_memory(task, source, *sides(source)) for task in TASKS.values()]
+    by_name = {task.metadata.name: task for task in tasks}
+    monkeypatch.setattr(mteb, "get_tasks", lambda tasks: [by_name[name] for name in tasks])
+    monkeypatch.setattr(TrainedModel, "load", lambda workdir: model)
+    monkeypatch.setenv("MTEB_CACHE", str(tmp_path))
+    exec(python_blocks(ROOT / "docs/harnesses.md", "py")[1], {"__name__": "block"})  # noqa: S102
+    assert capsys.readouterr().out.count("SpokenCOCOI2ARetrieval") >= 2
 
 
 def test_results_of_the_stages_are_kept_apart(model, tmp_path):

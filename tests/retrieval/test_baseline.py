@@ -7,7 +7,10 @@ import json
 import numpy as np
 import pytest
 from helpers.memory_source import Memory
+from helpers.pages import python_blocks
+from helpers.paths import ROOT
 
+import c2f_jax
 from c2f_jax.errors import UserError
 from c2f_jax.evaluate import evaluate_baseline
 from c2f_jax.main import main
@@ -211,6 +214,26 @@ def test_ids_that_do_not_name_rows_are_refused(files, tmp_path):
         read_ids(tmp_path / "none.txt")
     signed, unsigned = number_ids(np.array([-1, 5]), np.array([2**64 - 1, 5], np.uint64))
     assert signed[1] == unsigned[1] and len({*signed, *unsigned}) == 3
+
+
+def test_the_documented_cascade_makes_files_that_the_command_takes(tmp_path, monkeypatch):
+    """With a cascade that reads the row from the samples and from the pixels."""
+    source = Shuffled()
+    code = python_blocks(ROOT / "docs/harnesses.md", "py")[0]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(c2f_jax, "load_pairs", lambda name, split: source, raising=False)
+    places = {
+        "transcribe": lambda waveform: round(float(waveform[0]) * 1024) - 1,
+        "embed_text": lambda row: np.eye(IMAGES)[OF_IMAGE[row]],
+        "embed_image": lambda image: np.eye(IMAGES)[image.getpixel((0, 0))[0]],
+    }
+    exec(code, places)  # noqa: S102
+    np.savetxt("speech.txt", source.image_ids[OF_IMAGE], fmt="%d")
+    np.savetxt("image.txt", source.image_ids, fmt="%d")
+    words = "evaluate --baseline speech.npy image.npy --speech-ids=speech.txt --image-ids=image.txt"
+    assert main(words.split()) == 0
+    stored = json.loads((tmp_path / "speech-ids.json").read_text())
+    assert stored["coarse"]["mean_recall"] == 100 and stored["baseline"]["image"]["was_normalized"]
 
 
 def test_the_command_needs_no_run(files, tmp_path, capsys, monkeypatch):
