@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # for editors and type checkers; _MODULE_OF_NAME says the sam
     from c2f_jax.models.factory import create_model
     from c2f_jax.objectives.embedding_queue import EmbeddingQueue
     from c2f_jax.retrieval.encoded import EncodedSplit
+    from c2f_jax.retriever import Retriever
     from c2f_jax.train import TrainResult, train_and_evaluate
     from c2f_jax.training.method import MethodConfig
     from c2f_jax.training.train_state import C2FTrainState, create_train_state
@@ -29,6 +30,7 @@ __all__ = [
     "EmbeddingQueue",
     "EncodedSplit",
     "MethodConfig",
+    "Retriever",
     "TrainResult",
     "TrainedModel",
     "UserError",
@@ -45,6 +47,7 @@ _MODULE_OF_NAME = {
     "EmbeddingQueue": "c2f_jax.objectives.embedding_queue",
     "EncodedSplit": "c2f_jax.retrieval.encoded",
     "MethodConfig": "c2f_jax.training.method",
+    "Retriever": "c2f_jax.retriever",
     "TrainResult": "c2f_jax.train",
     "TrainedModel": "c2f_jax.inference",
     "create_model": "c2f_jax.models.factory",
