@@ -55,6 +55,7 @@ TPU = ["jax[tpu]; platform_system == 'Linux' and platform_machine == 'x86_64'"]
 GCS = ["gcsfs>=2025.3"]  # gs:// paths where TensorFlow, which reads them too, is not installed
 # For `c2f export --format=onnx`. It brings an older Orbax, so `dev` is without it.
 ONNX = ["jax2onnx>=0.17.1"]
+INDEX = ["lancedb>=0.40", "pyarrow>=16"]  # a table in place of an index's files
 HEIF = ["pillow-heif>=1.0"]  # includes x265, which is GPL-2
 FOREIGN = ["equinox>=0.13"]  # a program of docs/programs
 TOOLS = ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.15", "mypy>=1.13", "build>=1.2", "twine>=6.1"]
@@ -96,6 +97,7 @@ setup(
         "notebook": NOTEBOOK,  # to record from a microphone in Jupyter
         "hub": ["huggingface_hub>=0.30"],  # hub ids for `c2f convert`
         "gcs": GCS,
+        "index": INDEX,  # `c2f index --store=lance`; not in dev: 125 MB of wheels
         "heif": HEIF,  # to read HEIC
         "onnx": ONNX,
         "mteb": ["mteb>=2.26"],  # with PyTorch, which it asks for; see docs/harnesses.md

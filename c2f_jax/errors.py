@@ -27,6 +27,8 @@ EXTRA_OF_MODULE = {
     "jax2onnx": "onnx",
     "libtpu": "tpu",
     "gcsfs": "gcs",
+    "lancedb": "index",
+    "pyarrow": "index",
     "pillow_heif": "heif",
     "anywidget": "notebook",
     "mteb": "mteb",

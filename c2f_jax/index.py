@@ -18,9 +18,10 @@ from tqdm import tqdm
 from c2f_jax.data_check.findings import KINDS
 from c2f_jax.decoding.audio import SAMPLE_RATE
 from c2f_jax.errors import BadFileError, UserError
-from c2f_jax.galleries.index_folder import About, IndexFolder
+from c2f_jax.galleries.gallery_index import About, GalleryIndex
 from c2f_jax.galleries.item import EncodedItems, Item
 from c2f_jax.galleries.media import count_suffixes, printable, shortlist
+from c2f_jax.galleries.stores import create_index, index_exists, open_index
 from c2f_jax.inference import TrainedModel
 from c2f_jax.items import DecodedItem, Gallery, open_gallery, read_item
 from c2f_jax.training.distributed import in_first_process, say, share_work
@@ -54,8 +55,10 @@ def build_index(
     *,
     kind: str = "image",
     split: str | None = None,
+    store: str | None = None,
+    approximate: bool = False,
     progress: bool = False,
-) -> IndexFolder:
+) -> GalleryIndex:
     """Encode a gallery, or bring its index up to date.
 
     Items are decoded, encoded and written in chunks; a call that is stopped goes on where it was
@@ -70,6 +73,10 @@ def build_index(
       gallery: folder of files, data set or manifest; None for the run's data set.
       kind: "image" or "speech".
       split: split of a data set or manifest; None for the run's test split.
+      store: what stores the rows: "folder", or "lance" for LanceDB; None for what the index has,
+        or "folder" if it is made.
+      approximate: whether to prepare approximate search of a large gallery, with "lance". An index
+        that was prepared once is kept so.
       progress: whether to show a progress bar.
 
     Returns:
@@ -84,20 +91,20 @@ def build_index(
     for line in listed.left_out:
         say(line)
 
-    opened: list[IndexFolder] = []  # by the first process, which alone writes
+    opened: list[GalleryIndex] = []  # by the first process, which alone writes
     with contextlib.ExitStack() as held:
 
         def start() -> _Plan:
-            index = _open(output, _about(model, listed, kind))
+            index = _open(output, _about(model, listed, kind), store, approximate)
             held.enter_context(index.locked())
-            opened.append(IndexFolder.open(output))  # as it is under the lock
+            opened.append(open_index(output))  # as it is under the lock
             return _make_plan(opened[0], listed)
 
         plan = in_first_process(start)
         in_first_process(lambda: _copy(opened[0], listed, plan))
         _encode(model, opened, listed, plan, kind, progress)
-        in_first_process(lambda: _finish(opened[0], listed, plan))
-    return opened[0] if opened else IndexFolder.open(output)
+        in_first_process(lambda: _finish(opened[0], listed, plan, approximate))
+    return opened[0] if opened else open_index(output)
 
 
 def _about(model: TrainedModel, listed: Gallery, kind: str) -> About:
@@ -126,11 +133,20 @@ def _about(model: TrainedModel, listed: Gallery, kind: str) -> About:
     )
 
 
-def _open(output: str | os.PathLike[str], about: About) -> IndexFolder:
+def _open(
+    output: str | os.PathLike[str], about: About, store: str | None, approximate: bool
+) -> GalleryIndex:
     """Open an index to update, or make it; raise UserError if it is of something else."""
-    if not IndexFolder.exists(output):
-        return IndexFolder.create(output, about)
-    index = IndexFolder.open(output)
+    if approximate and (store or "folder") == "folder" and not index_exists(output):
+        raise UserError("approximate search needs LanceDB: give --store=lance with --approximate")
+    if not index_exists(output):
+        return create_index(output, about, store or "folder")
+    index = open_index(output)
+    if store not in (None, index.store):
+        raise UserError(
+            f"{output} is stored in {index.store}, not in {store}: leave out --store, or give "
+            "another --output"
+        )
     if index.about.kind != about.kind:
         raise UserError(
             f"{output} is an index of {index.about.kind} items, not of {about.kind} items: give "
@@ -140,7 +156,7 @@ def _open(output: str | os.PathLike[str], about: About) -> IndexFolder:
     return index
 
 
-def check_fingerprint(index: IndexFolder, fingerprint: str, name: str) -> None:
+def check_fingerprint(index: GalleryIndex, fingerprint: str, name: str) -> None:
     """Raise UserError unless an index was encoded by a model.
 
     Args:
@@ -156,7 +172,7 @@ def check_fingerprint(index: IndexFolder, fingerprint: str, name: str) -> None:
         )
 
 
-def _make_plan(index: IndexFolder, listed: Gallery) -> _Plan:
+def _make_plan(index: GalleryIndex, listed: Gallery) -> _Plan:
     """Compare an index with its gallery, reading as few files as can tell."""
     known: dict[str, tuple[int | None, Item | None]] = {}
     rows_of: dict[tuple[str, str], int] = {}
@@ -199,7 +215,7 @@ def _make_plan(index: IndexFolder, listed: Gallery) -> _Plan:
     return plan
 
 
-def _copy(index: IndexFolder, listed: Gallery, plan: _Plan) -> None:
+def _copy(index: GalleryIndex, listed: Gallery, plan: _Plan) -> None:
     """Add the items whose content the index knows."""
     size = index.about.chunk_rows
     for start in range(0, len(plan.copy), size):
@@ -223,7 +239,7 @@ def _copy(index: IndexFolder, listed: Gallery, plan: _Plan) -> None:
 
 def _encode(
     model: TrainedModel,
-    opened: Sequence[IndexFolder],
+    opened: Sequence[GalleryIndex],
     listed: Gallery,
     plan: _Plan,
     kind: str,
@@ -306,7 +322,7 @@ def _encode_block(
     return _Block(items, EncodedItems(thumbnails, embeddings, tokens, lengths))
 
 
-def _add_blocks(opened: Sequence[IndexFolder], plan: _Plan, blocks: Sequence[_Block]) -> None:
+def _add_blocks(opened: Sequence[GalleryIndex], plan: _Plan, blocks: Sequence[_Block]) -> None:
     """Add encoded blocks as a chunk, in the process that has the index open."""
     index = opened[0]
     items = [item for block in blocks for item in block.items]
@@ -318,7 +334,7 @@ def _add_blocks(opened: Sequence[IndexFolder], plan: _Plan, blocks: Sequence[_Bl
     )
 
 
-def _finish(index: IndexFolder, listed: Gallery, plan: _Plan) -> None:
+def _finish(index: GalleryIndex, listed: Gallery, plan: _Plan, approximate: bool) -> None:
     """Take away what is gone, and say what the index holds."""
     if plan.gone:
         index.remove(plan.gone)
@@ -327,6 +343,8 @@ def _finish(index: IndexFolder, listed: Gallery, plan: _Plan) -> None:
     _say_what_is_odd(bad, (item for _, item in index.items()))
     if not len(index):
         raise UserError(f"{listed.label}: none of the {len(bad)} files can be read")
+    if approximate:
+        index.build_approximate()
     say(
         f"{len(index):,} items indexed: {index.path} ({len(plan.encode):,} read, "
         f"{len(index) + len(bad) - len(plan.encode):,} known, {len(plan.gone):,} gone)"

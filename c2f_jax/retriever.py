@@ -17,7 +17,9 @@ from etils import epath
 from c2f_jax.data.files import content_hash
 from c2f_jax.decoding.audio import SAMPLE_RATE, peak_level
 from c2f_jax.errors import BadFileError, UserError
-from c2f_jax.galleries.index_folder import IndexFolder
+from c2f_jax.galleries.gallery_index import GalleryIndex
+from c2f_jax.galleries.item import Item
+from c2f_jax.galleries.stores import index_exists, open_index
 from c2f_jax.index import build_index, check_fingerprint
 from c2f_jax.inference import LENGTH_BUCKETS, TrainedModel
 from c2f_jax.items import DecodedItem, hear, read_item
@@ -109,7 +111,7 @@ class Retriever:
       gallery: the index that is searched; None before ``index`` or ``open``.
     """
 
-    def __init__(self, model: TrainedModel, gallery: IndexFolder | None = None) -> None:
+    def __init__(self, model: TrainedModel, gallery: GalleryIndex | None = None) -> None:
         self.model, self.gallery = model, gallery
         if gallery is not None:
             check_fingerprint(gallery, model.fingerprint, model.name)
@@ -134,8 +136,10 @@ class Retriever:
         *,
         kind: str = "image",
         split: str | None = None,
+        store: str | None = None,
+        approximate: bool = False,
         progress: bool = True,
-    ) -> IndexFolder:
+    ) -> GalleryIndex:
         """Encode a gallery, or bring its index up to date, and search it from here on.
 
         Args:
@@ -144,6 +148,8 @@ class Retriever:
             parameters are others.
           kind: "image" or "speech".
           split: split of a data set or manifest; None for the run's test split.
+          store: what stores the rows of an index that is made; see ``build_index``.
+          approximate: whether to prepare approximate search; see ``build_index``.
           progress: whether to show progress bars.
 
         Returns:
@@ -154,16 +160,23 @@ class Retriever:
         """
         name = None if gallery is None else os.fspath(gallery)
         place = output or self._place(name, kind, split)
-        if not output and IndexFolder.exists(place):
+        if not output and index_exists(place):
             # It belongs to the run, and can be made again.
-            if IndexFolder.open(place).about.fingerprint != self.model.fingerprint:
+            if open_index(place).about.fingerprint != self.model.fingerprint:
                 epath.Path(place).rmtree()
         self.gallery = build_index(
-            self.model, place, name, kind=kind, split=split, progress=progress
+            self.model,
+            place,
+            name,
+            kind=kind,
+            split=split,
+            store=store,
+            approximate=approximate,
+            progress=progress,
         )
         return self.gallery
 
-    def open(self, index: str | PathLike[str]) -> IndexFolder:
+    def open(self, index: str | PathLike[str]) -> GalleryIndex:
         """Search an index that was made before.
 
         Args:
@@ -172,7 +185,7 @@ class Retriever:
         Raises:
           UserError: there is no such index, or another model encoded it.
         """
-        found = IndexFolder.open(index)
+        found = open_index(index)
         check_fingerprint(found, self.model.fingerprint, self.model.name)
         self.gallery = found
         return found
@@ -185,6 +198,7 @@ class Retriever:
         rerank: int | None = None,
         where: str | None = None,
         min_probability: float | None = None,
+        approximate: bool = False,
     ) -> Answers:
         """Find the items that match a recording (in a gallery of images) or an image.
 
@@ -194,6 +208,8 @@ class Retriever:
           rerank: candidates that SIM orders anew; 0 for none, None for the run's eval.k.
           where: SQL condition on the metadata, such as ``date > '2025'``.
           min_probability: answers below it are left out; there may be none.
+          approximate: whether coarse search may miss some, to be faster in a large gallery; the
+            index must be prepared for it.
 
         Returns:
           The answers, best first.
@@ -202,7 +218,12 @@ class Retriever:
           UserError: the query cannot be used, or the condition not understood.
         """
         return self.search_all(
-            [question], top=top, rerank=rerank, where=where, min_probability=min_probability
+            [question],
+            top=top,
+            rerank=rerank,
+            where=where,
+            min_probability=min_probability,
+            approximate=approximate,
         )[0]
 
     def search_all(
@@ -213,6 +234,7 @@ class Retriever:
         rerank: int | None = None,
         where: str | None = None,
         min_probability: float | None = None,
+        approximate: bool = False,
     ) -> list[Answers]:
         """Answer several queries at once; see ``search``."""
         began = time.perf_counter()
@@ -223,6 +245,7 @@ class Retriever:
             rerank=rerank,
             where=where,
             min_probability=min_probability,
+            approximate=approximate,
             read_seconds=time.perf_counter() - began,
         )
 
@@ -247,6 +270,7 @@ class Retriever:
         rerank: int | None = None,
         where: str | None = None,
         min_probability: float | None = None,
+        approximate: bool = False,
         read_seconds: float = 0.0,
     ) -> list[Answers]:
         """Answer queries that are decoded; see ``search``.
@@ -257,6 +281,7 @@ class Retriever:
           rerank: candidates that SIM orders anew.
           where: SQL condition on the metadata.
           min_probability: answers below it are left out.
+          approximate: whether coarse search may miss some.
           read_seconds: what decoding took.
         """
         gallery = self._gallery
@@ -265,17 +290,20 @@ class Retriever:
         times = [time.perf_counter()]
         queries = self.model.encode_items(kind, [item.array for item in items])
         times.append(time.perf_counter())
-        cosine, rows = gallery.search(np.asarray(queries.embedding), max(k, top), where)
+        embeddings = np.asarray(queries.embedding)
+        cosine, rows = gallery.search(embeddings, max(k, top), where, approximate)
         times.append(time.perf_counter())
         searched = gallery.count(where)
         fine = self._fine(queries, cosine[:, :k], rows[:, :k], searched)
         times.append(time.perf_counter())
 
         steps = dict(zip(("encode", "coarse", "fine"), np.diff(times).tolist(), strict=True))
+        different = np.unique(rows)
+        known = dict(zip(different.tolist(), gallery.items_of(different), strict=True))
         found = []
         for number, item in enumerate(items):
             coarse = [
-                self._answer(rows[number, place], cosine[number, place], fine, number, place)
+                self._answer(known, rows[number, place], cosine[number, place], fine, number, place)
                 for place in range(rows.shape[1])
             ]
             best = [coarse[place] for place in fine.order[number]] + coarse[fine.order.shape[1] :]
@@ -323,13 +351,21 @@ class Retriever:
         return "s2i" if self._gallery.about.kind == "image" else "i2s"
 
     @property
-    def _gallery(self) -> IndexFolder:
+    def _gallery(self) -> GalleryIndex:
         if self.gallery is None:
             raise UserError("nothing to search: call index(folder) or open(index) first")
         return self.gallery
 
-    def _answer(self, row: int, cosine: float, fine: _Fine, number: int, place: int) -> Answer:
-        item = self._gallery.item(row)
+    def _answer(
+        self,
+        known: Mapping[int, Item],
+        row: int,
+        cosine: float,
+        fine: _Fine,
+        number: int,
+        place: int,
+    ) -> Answer:
+        item = known[int(row)]
         root = self._gallery.about.root
         looked = place < fine.logits.shape[1]
         probability = None

@@ -16,7 +16,7 @@ from etils import epath
 
 from c2f_jax.decoding.audio import decode_audio
 from c2f_jax.errors import UserError
-from c2f_jax.galleries.index_folder import IndexFolder
+from c2f_jax.galleries.gallery_index import GalleryIndex
 from c2f_jax.galleries.media import printable
 from c2f_jax.inference import TrainedModel
 from c2f_jax.items import DecodedItem
@@ -41,6 +41,7 @@ class Query:
       rerank: number of candidates that SIM reranks, 0 for none; None for the run's eval.k.
       where: SQL condition on the metadata, such as ``date > '2025'``.
       min_probability: answers that match with a smaller probability are left out.
+      approximate: whether coarse search may miss some, to be faster in a large gallery.
       top: answers to show for each query.
       output: page of answers (.html); None for ``<workdir>/search.html``, or with ``as_json`` for
         none.
@@ -56,6 +57,7 @@ class Query:
     rerank: int | None = None
     where: str | None = None
     min_probability: float | None = None
+    approximate: bool = False
     top: int = 5
     output: str | PathLike[str] | None = None
     as_json: bool = False
@@ -130,6 +132,7 @@ def search(model: TrainedModel, query: Query) -> epath.Path | None:
         rerank=query.rerank,
         where=query.where,
         min_probability=query.min_probability,
+        approximate=query.approximate,
         read_seconds=seconds,
     )
     for name, answers in zip(query.names, found, strict=True):
@@ -175,7 +178,7 @@ def _read(model: TrainedModel, query: Query, name: str, question: Question) -> D
         raise UserError(f"{problem}: give a longer sentence in English") from error
 
 
-def _open_gallery(retriever: Retriever, query: Query) -> IndexFolder:
+def _open_gallery(retriever: Retriever, query: Query) -> GalleryIndex:
     """Open the index of a query, or encode its gallery; raise UserError unless it fits."""
     kind = "speech" if query.kind == "image" else "image"
     if not query.index:
@@ -189,7 +192,7 @@ def _open_gallery(retriever: Retriever, query: Query) -> IndexFolder:
     return gallery
 
 
-def _items(gallery: IndexFolder) -> str:
+def _items(gallery: GalleryIndex) -> str:
     return {"image": "images", "speech": "recordings"}[gallery.about.kind]
 
 
@@ -215,7 +218,7 @@ def _print_answers(name: str, answers: Answers) -> None:
 
 
 def _write_page(
-    page: epath.Path, query: Query, found: Sequence[Answers], gallery: IndexFolder
+    page: epath.Path, query: Query, found: Sequence[Answers], gallery: GalleryIndex
 ) -> None:
     """Write the page of answers and, for spoken queries, the figure."""
     kind = gallery.about.kind

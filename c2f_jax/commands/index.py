@@ -25,6 +25,17 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--output", required=True, help="folder of the index, local or gs://")
     parser.add_argument(
+        "--store",
+        choices=("folder", "lance"),
+        help="what stores the rows: files of the folder, or a table of LanceDB (default: what the "
+        "index has; folder for one that is made)",
+    )
+    parser.add_argument(
+        "--approximate",
+        action="store_true",
+        help="prepare approximate search of millions of items; needs --store=lance",
+    )
+    parser.add_argument(
         "--verify", action="store_true", help="read the whole index at the end, byte by byte"
     )
     arguments.add_distributed(parser)
@@ -40,7 +51,14 @@ def run(args: Namespace) -> int:
 
     model = in_every_process(lambda: TrainedModel.load(args.workdir, args.step))
     index = build_index(
-        model, args.output, args.gallery, kind=args.kind, split=args.split, progress=True
+        model,
+        args.output,
+        args.gallery,
+        kind=args.kind,
+        split=args.split,
+        store=args.store,
+        approximate=args.approximate,
+        progress=True,
     )
     if args.verify:
         in_first_process(index.verify)

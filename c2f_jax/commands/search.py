@@ -36,6 +36,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         "height, seconds, caption or speaker",
     )
     parser.add_argument(
+        "--approximate",
+        action="store_true",
+        help="let the first stage miss some, to be faster in a gallery of millions; needs an index "
+        "that was made with --approximate",
+    )
+    parser.add_argument(
         "--top", type=int, default=5, help="answers to show for each query (default: %(default)s)"
     )
     parser.add_argument(
@@ -73,6 +79,7 @@ def run(args: Namespace) -> int:
         rerank=args.rerank,
         where=args.where,
         min_probability=args.min_probability,
+        approximate=args.approximate,
         top=args.top,
         output=args.output,
         as_json=args.json,

@@ -1,152 +1,51 @@
-"""An index: a gallery that is encoded once and searched many times, as a folder of plain files.
+"""An index as a folder of plain files.
 
-``index.json`` is the header: which model encoded the items and how they were prepared for it, and
-the list of chunks (see ``chunk.py``) with their checksums. Chunks are written once. What is added,
-replaced or removed later goes into further chunks and into the header, which is written last and as
-a whole, so that an index is complete up to its last chunk whenever its writer is stopped.
+The header lists chunks (see ``chunk.py``) with their checksums. Chunks are written once. What is
+added, replaced or removed later goes into further chunks and into the header.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
-import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from os import PathLike
 from pathlib import Path
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 from etils import epath
 
 from c2f_jax.errors import UserError
 from c2f_jax.galleries.chunk import Chunk, delete_chunk, write_chunk
+from c2f_jax.galleries.gallery_index import GalleryIndex, Header
 from c2f_jax.galleries.item import EncodedItems, Item
-from c2f_jax.galleries.item_filter import select_rows
-from c2f_jax.retrieval.ranking import top_k_of_blocks
+from c2f_jax.retrieval.ranking import Block
 
-FORMAT, VERSION = "c2f_jax index", 1
-HEADER = "index.json"
-LOCK = "index.lock"
 NOT_FULL = 0.5  # share of a full chunk below which chunks are joined
 
 
-@dataclass(frozen=True)
-class About:
-    """What an index is of.
-
-    Attributes:
-      kind: "image" or "speech".
-      gallery: folder, data set or manifest, as a message names it.
-      root: absolute path of the folder that the names of items are below; None for a data set.
-      model: the run and step that encoded it, for messages.
-      fingerprint: of the model, which must be that of the queries; see ``TrainedModel``.
-      preprocessing: how items are prepared for the model.
-      embedding_size: D, entries of an embedding.
-      token_width: W, entries of a token.
-      max_tokens: the most tokens that an item has.
-      chunk_rows: items of a full chunk.
-    """
-
-    kind: str
-    gallery: str
-    root: str | None
-    model: str
-    fingerprint: str
-    preprocessing: Mapping[str, Any]
-    embedding_size: int
-    token_width: int
-    max_tokens: int
-    chunk_rows: int
-
-
-class IndexFolder:
-    """An index on disk or in a bucket.
+class IndexFolder(GalleryIndex):
+    """An index whose rows are in chunks.
 
     Rows are numbered through all chunks; those of items that were removed stay, and are not alive.
-
-    Attributes:
-      path: its folder.
-      about: what it is of.
-      complete: whether its last update came to its end.
     """
 
-    def __init__(self, path: epath.Path, about: About, complete: bool, chunks: list[dict]) -> None:
-        self.path, self.about, self.complete = path, about, complete
-        self._entries = chunks
+    store = "folder"
+
+    def __init__(self, path: epath.Path, header: Header) -> None:
+        super().__init__(path, header)
+        self._entries: list[dict] = header.contents or []
         self._copies: tempfile.TemporaryDirectory | None = None  # of files of a bucket
 
-    @classmethod
-    def create(cls, path: str | PathLike[str], about: About) -> IndexFolder:
-        """Make an empty index.
+    @property
+    def contents(self) -> list[dict]:
+        """What the header says of each chunk."""
+        return self._entries
 
-        Args:
-          path: its folder, local or gs://, which must be missing or empty.
-          about: what it is of.
-
-        Raises:
-          UserError: there is something else, or the folder cannot be made.
-        """
-        folder = epath.Path(path)
-        try:
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise UserError(f"{folder} holds something else: give a path that does not exist")
-            folder.mkdir(parents=True, exist_ok=True)
-            index = cls(folder, about, complete=False, chunks=[])
-            index._write_header()
-        except OSError as error:
-            raise UserError(
-                f"{folder} cannot be written ({error}): give the path of a folder"
-            ) from error
-        return index
-
-    @classmethod
-    def open(cls, path: str | PathLike[str]) -> IndexFolder:
-        """Open an index; its chunks are read when they are asked for.
-
-        Raises:
-          UserError: it is missing, damaged, or written by a later version.
-        """
-        folder = epath.Path(path)
-        try:
-            text = (folder / HEADER).read_text()
-        except OSError as error:
-            what = "is not an index" if folder.exists() else "does not exist"
-            raise UserError(f"{folder} {what}: make an index with `c2f index`") from error
-        try:
-            stored = json.loads(text)
-            checksum = stored.pop("checksum")
-            if stored.get("format") != FORMAT or checksum != _checksum(stored):
-                raise ValueError
-            version = stored["version"]
-            if version <= VERSION:
-                return cls(folder, About(**stored["about"]), stored["complete"], stored["chunks"])
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(
-                f"{folder / HEADER} is damaged: delete the index and make it again with `c2f index`"
-            ) from error
-        raise UserError(
-            f"{folder} was written by a later c2f_jax (format {version}, this one reads "
-            f"{VERSION}): install that, or make the index again"
-        )
-
-    @staticmethod
-    def exists(path: str | PathLike[str]) -> bool:
-        """Return whether there is an index at a path."""
-        return (epath.Path(path) / HEADER).exists()
-
-    def __len__(self) -> int:
-        """Return the number of items that can be found."""
-        return int(self.alive.sum())
-
-    def __repr__(self) -> str:
-        about = self.about
-        return f"IndexFolder({self.path}, {len(self):,} {about.kind} items, by {about.model})"
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """(n,) int64, the rows that can be found, rising."""
+        return np.flatnonzero(self.alive)
 
     @cached_property
     def chunks(self) -> list[Chunk]:
@@ -166,10 +65,9 @@ class IndexFolder:
             alive[start + np.array(entry.get("removed", []), int)] = False
         return alive
 
-    def item(self, row: int) -> Item:
-        """Return the item of a row."""
-        chunk, place = self._find(row)
-        return chunk.items[place]
+    def items_of(self, rows: Sequence[int] | np.ndarray) -> list[Item]:
+        """Return the items of some rows."""
+        return [chunk.items[place] for chunk, place in map(self._find, rows)]
 
     def items(self) -> Iterator[tuple[int, Item]]:
         """Yield the row and the item of all that can be found."""
@@ -187,66 +85,20 @@ class IndexFolder:
         chunk, place = self._find(row)
         return chunk.thumbnail(place)
 
-    def tokens(self, rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the tokens of some rows for the fine stage.
-
-        Args:
-          rows: n rows.
-
-        Returns:
-          (n, max_tokens, W) bfloat16, zeros behind the valid ones, and their numbers (n,) int32.
-        """
-        found = []
-        for row in rows:
-            chunk, place = self._find(row)
-            found.append(chunk.tokens(place))
-        lengths = np.array(list(map(len, found)), np.int32)
-        shape = len(found), self.about.max_tokens, self.about.token_width
-        padded = np.zeros(shape, ml_dtypes.bfloat16)
-        for target, tokens in zip(padded, found, strict=True):
-            target[: len(tokens)] = tokens
-        return padded, lengths
+    def tokens_of(self, rows: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+        """Return the valid tokens (T, W) of each of some rows, bfloat16."""
+        return [chunk.tokens(place) for chunk, place in map(self._find, rows)]
 
     def encoded(self, rows: Sequence[int]) -> EncodedItems:
         """Return all that is stored of some rows."""
-        parts = []
-        for row in rows:
-            chunk, place = self._find(row)
-            parts.append(chunk.encoded(np.array([place])))
-        nothing = EncodedItems(
-            [],
-            np.zeros((0, self.about.embedding_size), np.float32),
-            np.zeros((0, self.about.token_width), ml_dtypes.bfloat16),
-            np.zeros(0, np.int32),
-        )
-        return EncodedItems.join([nothing, *parts])
+        found = [chunk.encoded(np.array([place])) for chunk, place in map(self._find, rows)]
+        return EncodedItems.join([self.nothing(), *found])
 
-    def search(
-        self, queries: np.ndarray, k: int, where: str | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Find the nearest items of each query by cosine, exactly.
-
-        Args:
-          queries: (Q, D), L2-normalized.
-          k: items per query; cut to the number of items.
-          where: SQL condition on the metadata, such as ``date > '2025'``.
-
-        Returns:
-          Cosines (Q, k) float32 and rows (Q, k) int64, best first; of equal ones the first row.
-
-        Raises:
-          UserError: the condition cannot be understood, or a file is damaged.
-        """
-        wanted = self._wanted(where)
-        blocks = (
-            (start, chunk.embeddings, wanted[start : start + len(chunk)])
-            for chunk, start in zip(self.chunks, self.starts[:-1], strict=True)
-        )
-        return top_k_of_blocks(queries, blocks, min(k, int(wanted.sum())))
-
-    def count(self, where: str | None = None) -> int:
-        """Return the number of items that meet a condition; see ``search``."""
-        return int(self._wanted(where).sum())
+    def blocks(self) -> Iterator[Block]:
+        """Yield rows, embeddings and which of them can be found, of a chunk at a time."""
+        for chunk, start in zip(self.chunks, self.starts[:-1], strict=True):
+            stop = start + len(chunk)
+            yield np.arange(start, stop), chunk.embeddings, self.alive[start:stop]
 
     def verify(self) -> None:
         """Read all files; raise UserError if a byte is not what was written."""
@@ -299,40 +151,6 @@ class IndexFolder:
         for name in dropped:
             delete_chunk(self.path, name)
 
-    def _wanted(self, where: str | None) -> np.ndarray:
-        """Return (rows,) bool, True for items that can be found and meet a condition."""
-        if not where:
-            return self.alive
-        wanted = np.zeros_like(self.alive)
-        wanted[select_rows(self.items(), where)] = True
-        return wanted
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep others from changing the index meanwhile, on machines that share its file locks.
-
-        Raises:
-          UserError: another process is changing it.
-        """
-        if "://" in str(self.path):
-            yield
-            return
-        from filelock import FileLock, Timeout
-
-        lock = FileLock(self.path / LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise UserError(
-                f"{self.path} is being changed by another process: wait for its end"
-            ) from error
-        except NotImplementedError:  # a file system without locks
-            pass
-        try:
-            yield
-        finally:
-            lock.release()
-
     def _joined(self, small: Sequence[tuple[Chunk, int]]) -> list[dict]:
         """Write the living rows of small chunks into as few as hold them; return their entries."""
         items: list[Item] = []
@@ -377,25 +195,9 @@ class IndexFolder:
     def _commit(self, entries: list[dict]) -> None:
         """Make the entries those of the index, on disk and here."""
         self._entries = entries
-        self._write_header()
-        for name in ("chunks", "starts", "alive"):
+        self.write_header()
+        for name in ("chunks", "starts", "alive", "rows"):
             self.__dict__.pop(name, None)
-
-    def _write_header(self) -> None:
-        content = {
-            "format": FORMAT,
-            "version": VERSION,
-            "complete": self.complete,
-            "about": dataclasses.asdict(self.about),
-            "chunks": self._entries,
-        }
-        text = json.dumps(content | {"checksum": _checksum(content)}, indent=1) + "\n"
-        if "://" in str(self.path):  # an object of a bucket is replaced as a whole
-            (self.path / HEADER).write_text(text)
-            return
-        written = self.path / f"{HEADER}.part"
-        written.write_text(text)
-        written.replace(self.path / HEADER)
 
     def _find(self, row: int) -> tuple[Chunk, int]:
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
@@ -419,8 +221,3 @@ class IndexFolder:
                 f"{source} is missing, or cannot be read ({error}): delete the index and make it "
                 "again with `c2f index`"
             ) from error
-
-
-def _checksum(content: Mapping[str, Any]) -> str:
-    text = json.dumps({name: content[name] for name in sorted(content) if name != "checksum"})
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -19,6 +19,8 @@ QUERY_CHUNK = 512
 GALLERY_CHUNK = 8192
 MOST_SCORES = 1 << 23  # that `top_k_of_blocks` holds at once
 
+Block = tuple[np.ndarray, np.ndarray, np.ndarray]
+
 
 def coarse_top_k(
     queries: ArrayLike,
@@ -69,23 +71,23 @@ def coarse_top_k(
 
 
 def top_k_of_blocks(
-    queries: ArrayLike, blocks: Iterable[tuple[int, np.ndarray, np.ndarray]], k: int
+    queries: ArrayLike, blocks: Iterable[Block], k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Find the k items nearest to each query by inner product, in a gallery that comes in blocks.
 
     Args:
       queries: (Q, D), L2-normalized.
-      blocks: first row, embeddings (n, D) and which of them are wanted (n,) bool; rows rise.
+      blocks: rows (n,), embeddings (n, D) and which of them are wanted (n,) bool; in any order.
       k: items per query, at most the number of wanted ones.
 
     Returns:
-      Scores (Q, k) float32 and rows (Q, k) int64, best first.
+      Scores (Q, k) float32 and rows (Q, k) int64, best first; of equal scores the lower row.
     """
     queries = np.ascontiguousarray(queries, np.float32)
     best = [(np.empty(0, np.float32), np.empty(0, np.int64))] * len(queries)
     worst = np.full((len(queries), 1), -np.inf, np.float32)  # that may enter each list
     on_host = jax.default_backend() == "cpu"  # where jax would copy the block
-    for start, embeddings, wanted in blocks:
+    for block_rows, embeddings, wanted in blocks:
         # Small pieces first: once k items are known, few of the others are looked at.
         begin, size = 0, GALLERY_CHUNK
         while begin < len(embeddings) and k:
@@ -94,14 +96,14 @@ def top_k_of_blocks(
             if on_host:
                 scores = queries @ piece.T
             else:
-                scores = np.asarray(_inner_products(jnp.asarray(queries), jnp.asarray(piece)))
-            enters = (scores > worst) & wanted[begin : begin + size]
+                scores = np.asarray(inner_products(jnp.asarray(queries), jnp.asarray(piece)))
+            # One that equals the worst enters if its row is lower.
+            enters = (scores >= worst) & wanted[begin : begin + size]
             for query in np.flatnonzero(enters.any(1)):
                 places = np.flatnonzero(enters[query])
                 found = np.concatenate([best[query][0], scores[query, places]])
-                rows = np.concatenate([best[query][1], start + begin + places])
-                # Stable: of equal scores the first row stays first.
-                order = np.argsort(-found, kind="stable")[:k]
+                rows = np.concatenate([best[query][1], block_rows[begin + places]])
+                order = np.lexsort((rows, -found))[:k]
                 best[query] = found[order], rows[order]
                 if len(order) == k:
                     worst[query] = found[order[-1]]
@@ -165,6 +167,15 @@ def first_relevant_rank(
     return ranks[: len(queries)].astype(np.int64)
 
 
+def inner_products(queries: jax.Array, items: jax.Array) -> jax.Array:
+    """Return the inner products (q, c) of queries (q, D) and items (c, D) in full float32.
+
+    The defaults of TPU and GPU would round the ranking.
+    """
+    # (q, D) . (c, D) -> (q, c)
+    return jnp.matmul(queries, items.T, precision=jax.lax.Precision.HIGHEST)
+
+
 def fixed_blocks(rows: np.ndarray, size: int, fill: Any = 0) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (start, block) over rows, every block of exactly ``size`` rows, the last padded."""
     for start in range(0, len(rows), size):
@@ -222,11 +233,6 @@ def _checked_ids(
     return dense[: len(queries)], dense[len(queries) :]
 
 
-def _inner_products(queries: jax.Array, items: jax.Array) -> jax.Array:
-    # (q, D) . (c, D) -> (q, c). Full float32: the defaults of TPU and GPU would round the ranking.
-    return jnp.matmul(queries, items.T, precision=jax.lax.Precision.HIGHEST)
-
-
 @jax.jit
 def _merge_top_k(
     queries: jax.Array,
@@ -238,7 +244,7 @@ def _merge_top_k(
 ) -> tuple[jax.Array, jax.Array]:
     """Merge a block of the gallery into the best k of each query: scores and rows (q, k)."""
     rows = start + jnp.arange(items.shape[0], dtype=jnp.int32)
-    scores = jnp.where(rows[None, :] < size, _inner_products(queries, items), -jnp.inf)
+    scores = jnp.where(rows[None, :] < size, inner_products(queries, items), -jnp.inf)
 
     # Earlier blocks come first, and top_k takes the first of equals: ties keep gallery order.
     scores = jnp.concatenate([best_scores, scores], axis=1)
@@ -260,7 +266,7 @@ def _best_relevant(
 ) -> tuple[jax.Array, jax.Array]:
     """Update the best correct item of each query, (q,) score and row, with a gallery block."""
     right = query_ids[:, None] == item_ids[None, :]  # (q, c)
-    scores = jnp.where(right, _inner_products(queries, items), -jnp.inf)
+    scores = jnp.where(right, inner_products(queries, items), -jnp.inf)
 
     # argmax takes the first of equals, and only a higher score replaces an earlier block.
     row, score = start + scores.argmax(1).astype(jnp.int32), scores.max(1)
@@ -280,7 +286,7 @@ def _count_ahead(
     rank: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Add to the rank of each query, (q,), the wrong items of a block ahead of its best match."""
-    scores = _inner_products(queries, items)
+    scores = inner_products(queries, items)
     rows = start + jnp.arange(items.shape[0], dtype=jnp.int32)
 
     # Padded items have a negative id.

@@ -22,8 +22,8 @@ from c2f_jax import index as indexing
 from c2f_jax.config.experiment import create_experiment, example_batch
 from c2f_jax.config.files import load_config
 from c2f_jax.errors import UserError
-from c2f_jax.galleries import chunk, index_folder
-from c2f_jax.galleries.index_folder import IndexFolder
+from c2f_jax.galleries import chunk, gallery_index
+from c2f_jax.galleries.stores import open_index
 from c2f_jax.index import build_index
 from c2f_jax.inference import TrainedModel
 from c2f_jax.retriever import Retriever
@@ -182,7 +182,7 @@ def test_stopped_before_any_write_it_goes_on(model, gallery, tmp_path, monkeypat
 
     change(updated)
     writes = itertools.count()
-    write_bytes, write_text = type(index_folder.epath.Path()).write_bytes, None
+    write_bytes, write_text = type(gallery_index.epath.Path()).write_bytes, None
     limit = None
 
     def counted(write):
@@ -196,7 +196,7 @@ def test_stopped_before_any_write_it_goes_on(model, gallery, tmp_path, monkeypat
 
         return wrapper
 
-    path_type = type(index_folder.epath.Path(tmp_path))
+    path_type = type(gallery_index.epath.Path(tmp_path))
     write_bytes, write_text = path_type.write_bytes, path_type.write_text
     monkeypatch.setattr(path_type, "write_bytes", counted(write_bytes))
     monkeypatch.setattr(path_type, "write_text", counted(write_text))
@@ -232,7 +232,7 @@ def test_stopped_before_any_write_it_goes_on(model, gallery, tmp_path, monkeypat
         except Stopped:
             pass
         # Meanwhile it can be searched.
-        Retriever(model, IndexFolder.open(output)).search(QUESTION)
+        Retriever(model, open_index(output)).search(QUESTION)
         limit = None
         assert content(build_index(model, output, updated)) == content(expected_update)
         shutil.rmtree(output)
@@ -268,7 +268,7 @@ def test_killed_at_random_moments_it_equals_an_undisturbed_one(model, tmp_path, 
             shutil.rmtree(output)
         kills += 1
     assert start(*command, f"--output={output}").wait() == 0
-    found, expected = IndexFolder.open(output), IndexFolder.open(tmp_path / "expected")
+    found, expected = open_index(output), open_index(tmp_path / "expected")
     assert content(found) == content(expected) and found.complete
 
 
@@ -285,15 +285,15 @@ def test_any_flipped_byte_is_found(model, gallery, tmp_path):
             broken[place] ^= 1
             path.write_bytes(broken)
             with pytest.raises(UserError, match="damaged|later c2f_jax"):
-                IndexFolder.open(output).verify()
+                open_index(output).verify()
         path.write_bytes(whole[: len(whole) // 2])
         with pytest.raises(UserError, match="damaged"):
-            IndexFolder.open(output).verify()
+            open_index(output).verify()
         path.unlink()
         with pytest.raises(UserError, match="is missing|is not an index"):
-            IndexFolder.open(output).verify()
+            open_index(output).verify()
         path.write_bytes(whole)
-    IndexFolder.open(output).verify()
+    open_index(output).verify()
 
 
 def test_damage_is_found_by_the_search_that_meets_it(model, gallery, tmp_path):
@@ -306,7 +306,7 @@ def test_damage_is_found_by_the_search_that_meets_it(model, gallery, tmp_path):
         path.write_bytes(data)
     assert answer.match_logit is not None
     with pytest.raises(UserError, match="details.safetensors is damaged"):
-        Retriever(model, IndexFolder.open(output)).search(QUESTION)
+        Retriever(model, open_index(output)).search(QUESTION)
 
 
 @pytest.mark.parametrize(
@@ -408,11 +408,11 @@ def test_lines_of_json(model, gallery, tmp_path, capsys, monkeypatch):
 
 
 def test_a_later_format_is_refused(model, gallery, tmp_path, monkeypatch):
-    monkeypatch.setattr(index_folder, "VERSION", 2)
+    monkeypatch.setattr(gallery_index, "VERSION", 2)
     build_index(model, tmp_path / "index", gallery)
     monkeypatch.undo()
     with pytest.raises(UserError, match="written by a later c2f_jax .format 2, this one reads 1"):
-        IndexFolder.open(tmp_path / "index")
+        open_index(tmp_path / "index")
     with pytest.raises(UserError, match="does not exist"):
-        IndexFolder.open(tmp_path / "nothing")
+        open_index(tmp_path / "nothing")
     assert chunk.Chunk

@@ -19,7 +19,7 @@ from PIL import Image
 from c2f_jax import index as indexing
 from c2f_jax.config.experiment import create_experiment, example_batch
 from c2f_jax.config.files import load_config
-from c2f_jax.galleries.index_folder import IndexFolder
+from c2f_jax.galleries.stores import open_index
 from c2f_jax.inference import TrainedModel
 from c2f_jax.main import main
 from c2f_jax.training.parallel import replicate
@@ -75,7 +75,7 @@ def question(tmp_path):
 
 
 def listed(path):
-    return sorted(item.name for _, item in IndexFolder.open(path).items())
+    return sorted(item.name for _, item in open_index(path).items())
 
 
 def names(path):
@@ -256,7 +256,7 @@ def test_an_index_holds_small_copies_rather_than_files(c2f, tmp_path, question):
         Image.fromarray(np.roll(noise, number, 1)).save(folder / f"{number}.png")
     files = sum(path.stat().st_size for path in folder.iterdir())
     assert c2f("index", f"--gallery={folder}", f"--output={tmp_path / 'i.index'}")[0] == 0
-    index = IndexFolder.open(tmp_path / "i.index")
+    index = open_index(tmp_path / "i.index")
     thumbnails = [index.thumbnail(row) for row, _ in index.items()]
     assert sum(map(len, thumbnails)) < 0.05 * files
     assert all(Image.open(io.BytesIO(data)).size == (128, 128) for data in thumbnails)
