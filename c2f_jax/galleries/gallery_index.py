@@ -323,12 +323,12 @@ def read_header(path: str | PathLike[str]) -> Header:
     """
     folder = epath.Path(path)
     try:
-        text = (folder / HEADER).read_text()
+        data = (folder / HEADER).read_bytes()
     except OSError as error:
         what = "is not an index" if folder.exists() else "does not exist"
         raise UserError(f"{folder} {what}: make an index with `c2f index`") from error
     try:
-        stored = json.loads(text)
+        stored = json.loads(data.decode())
         checksum = stored.pop("checksum")
         if stored.get("format") != FORMAT or checksum != _checksum(stored):
             raise ValueError

@@ -7,6 +7,7 @@ goes on from that version. Each column of a row has its checksum, which is check
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import os
@@ -145,8 +146,6 @@ class IndexTable(GalleryIndex):
 
     def finish(self, gallery: str, root: str | None) -> None:
         """Write the table anew if much of it is dead or in small parts; say complete."""
-        import dataclasses
-
         self.about = dataclasses.replace(self.about, gallery=gallery, root=root)
         table = self._writable()
         with self._guarded("written"):
@@ -199,7 +198,9 @@ class IndexTable(GalleryIndex):
         for number, query in enumerate(queries):
             with self._guarded("read"):
                 ask = self._table.search(query, vector_column_name="embedding")
-                ask = ask.distance_type("dot").nprobes(probes).maximum_nprobes(0).limit(k)
+                # More are looked into only where they hold fewer than k rows.
+                ask = ask.distance_type("dot").minimum_nprobes(probes)
+                ask = ask.maximum_nprobes(max(probes, len(self))).limit(k)
                 columns = ["row", "embedding", "embedding_crc", "_distance"]
                 found = ask.select(columns).to_arrow().combine_chunks().to_batches()[0]
             embeddings = _bytes_of(found["embedding"])

@@ -102,7 +102,7 @@ class DeviceGallery:
             best = _top_k_of_shards(
                 part, self._embeddings, wanted, min(k, shard), approximate, self._sharding.mesh
             )
-            found.append(_merge(*map(np.asarray, best), k))
+            found.append(_merge(np.asarray(best[0]), np.asarray(best[1]), k))
         scores = np.concatenate([scores for scores, _ in found])[: len(queries)]
         places = np.concatenate([places for _, places in found])[: len(queries)]
         return scores, self._rows[places]

@@ -11,41 +11,39 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
-from helpers.memory_source import png
-from helpers.paths import CONFIGS, ROOT
-from PIL import Image
+from helpers.galleries import QUESTION, content, make_gallery, picture, untrained_model
+from helpers.paths import ROOT
 
 from c2f_jax import index as indexing
-from c2f_jax.config.experiment import create_experiment, example_batch
-from c2f_jax.config.files import load_config
 from c2f_jax.errors import UserError
 from c2f_jax.galleries import chunk, gallery_index
 from c2f_jax.galleries.stores import open_index
 from c2f_jax.index import build_index
 from c2f_jax.inference import TrainedModel
 from c2f_jax.retriever import Retriever
-from c2f_jax.training.parallel import replicate
 
 CHUNK = 4  # items, so that there are several chunks
-FLAGS = ["--config.eval.batch_size=4", "--config.data.max_seconds=1.0", "--config.eval.k=3"]
-QUESTION = 0.3 * np.sin(np.arange(12_000) / 8.5)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """An untrained model: its answers are by chance, which is all that these tests need."""
-    experiment = create_experiment(load_config(f"{CONFIGS}/spoken_scenes.py:runlocal", FLAGS))
-    params = jax.jit(experiment.model.init)(jax.random.key(3), example_batch(experiment.data))
-    workdir = tmp_path_factory.mktemp("run")
-    return TrainedModel(experiment, replicate(params["params"]), 10, workdir, {})
+    return untrained_model(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(indexing, "MOST_ROWS", CHUNK)
+
+
+@pytest.fixture(params=["folder", pytest.param("lance", marks=pytest.mark.slow)])
+def store(request):
+    """What stores the rows."""
+    if request.param == "lance":
+        pytest.importorskip("lancedb", reason='needs pip install "c2f_jax[index]"')
+    return request.param
 
 
 @pytest.fixture
@@ -61,19 +59,6 @@ def read(monkeypatch):
     return names
 
 
-def picture(number, size=(40, 30)):
-    pixels = np.random.default_rng(number).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
-    return png(Image.fromarray(pixels))
-
-
-def make_gallery(folder, count=11):
-    folder.mkdir()
-    for number in range(count):
-        (folder / f"{number:02d}.png").write_bytes(picture(number))
-    (folder / "03.png").write_bytes(b"damaged")
-    return folder
-
-
 @pytest.fixture
 def gallery(tmp_path):
     return make_gallery(tmp_path / "gallery")
@@ -83,30 +68,19 @@ def names(index):
     return sorted(item.name for _, item in index.items())
 
 
-def content(index):
-    """Name -> all that is stored of an item, but for the times of its file."""
-    found = {}
-    for row, item in index.items():
-        rows = index.encoded([row])
-        parts = rows.embeddings.tobytes(), rows.tokens.tobytes(), rows.thumbnails[0]
-        about = {name: v for name, v in item.metadata.items() if name not in ("date", "modified")}
-        found[item.name] = *parts, item.content, about, item.notes
-    return found
-
-
 def files(folder):
     return {
         path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith(".lock")
     }
 
 
-def test_what_has_not_changed_is_not_decoded_again(model, gallery, tmp_path, read, capsys):
+def test_what_has_not_changed_is_not_decoded_again(model, gallery, tmp_path, store, read, capsys):
     output = tmp_path / "index"
-    index = build_index(model, output, gallery)
+    index = build_index(model, output, gallery, store=store)
     assert index.complete and len(index) == 10 and len(read) == 11
     read.clear()
     before = files(output)
-    build_index(model, output, gallery)
+    build_index(model, output, gallery, store=store)
     assert read == [] and files(output).keys() == before.keys()
     assert "03.png: not a readable image" in capsys.readouterr().out, "named each time"
 
@@ -117,21 +91,26 @@ def test_what_has_not_changed_is_not_decoded_again(model, gallery, tmp_path, rea
     (gallery / "07.png").unlink()  # removed
     (gallery / "03.png").write_bytes(picture(3))  # repaired
     shutil.copy(gallery / "08.png", gallery / "copy.png")
-    index = build_index(model, output, gallery)
+    index = build_index(model, output, gallery, store=store)
     assert sorted(read) == ["03.png", "04.png", "11.png"]
-    assert content(index) == content(build_index(model, tmp_path / "fresh", gallery))
+    assert content(index) == content(build_index(model, tmp_path / "fresh", gallery, store=store))
     assert not index.left_out()
 
     # What was replaced takes no room.
     for number in range(6):
         (gallery / "04.png").write_bytes(picture(number))
-        index = build_index(model, output, gallery)
-    assert len(index.alive) - len(index) <= CHUNK and len(index.chunks) <= 5
+        index = build_index(model, output, gallery, store=store)
+    if store == "folder":
+        assert len(index.alive) - len(index) <= CHUNK and len(index.chunks) <= 5
+    else:
+        assert index.contents["removed"] <= CHUNK + len(index) / 4
 
 
-def test_a_moved_gallery_keeps_its_index_and_another_one_is_refused(model, gallery, tmp_path, read):
+def test_a_moved_gallery_keeps_its_index_and_another_one_is_refused(
+    model, gallery, tmp_path, store, read
+):
     output = tmp_path / "index"
-    build_index(model, output, gallery)
+    build_index(model, output, gallery, store=store)
     moved = gallery.rename(tmp_path / "moved")
     read.clear()
     index = build_index(model, output, moved)
@@ -153,14 +132,14 @@ def test_a_moved_gallery_keeps_its_index_and_another_one_is_refused(model, galle
     assert (tmp_path / "file").read_text() == "precious"
 
 
-def test_one_process_changes_an_index_at_a_time(model, gallery, tmp_path):
+def test_one_process_changes_an_index_at_a_time(model, gallery, tmp_path, store):
     output = tmp_path / "index"
-    index = build_index(model, output, gallery)
+    index = build_index(model, output, gallery, store=store)
     with (
         index.locked(),
         pytest.raises(UserError, match="is being changed by another process"),
     ):
-        build_index(model, output, gallery)
+        build_index(model, output, gallery, store=store)
 
 
 class Stopped(BaseException):
@@ -322,11 +301,11 @@ def test_damage_is_found_by_the_search_that_meets_it(model, gallery, tmp_path):
         ("width < 0", []),
     ],
 )
-def test_a_condition_chooses_what_is_searched(model, gallery, tmp_path, where, expected):
+def test_a_condition_chooses_what_is_searched(model, gallery, tmp_path, store, where, expected):
     (gallery / "wide.png").write_bytes(picture(7, size=(120, 20)))
     os.utime(gallery / "00.png", (1.5e9, 1.5e9))
     retriever = Retriever(model)
-    retriever.index(gallery, tmp_path / "index")
+    retriever.index(gallery, tmp_path / "index", store=store)
     if expected is None:
         with pytest.raises(UserError, match="Give a condition in SQL on name, date, height"):
             retriever.search(QUESTION, where=where)
@@ -336,11 +315,11 @@ def test_a_condition_chooses_what_is_searched(model, gallery, tmp_path, where, e
     assert answers == (names(retriever.gallery) if expected == "all" else expected)
 
 
-def test_three_lines_for_programs(model, gallery, tmp_path, capsys):
+def test_three_lines_for_programs(model, gallery, tmp_path, store, capsys):
     retriever = Retriever(model)
     with pytest.raises(UserError, match="call index"):
         retriever.search(QUESTION)
-    retriever.index(gallery)
+    retriever.index(gallery, store=store)
     found = retriever.search(QUESTION)
     assert [answer.coarse_place for answer in found.coarse] == [1, 2, 3, 4, 5]
     assert sorted(answer.coarse_place for answer in found[:3]) == [1, 2, 3], "k = 3 are reranked"
