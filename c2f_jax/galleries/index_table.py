@@ -33,6 +33,7 @@ MOST_KEPT = 1 << 32  # bytes of embeddings that stay in memory between searches
 DELETED_AT_ONCE = 4096  # rows
 FEWEST = 10_000  # rows that approximate search is for; fewer are searched exactly
 MOST_UNINDEXED = 0.1  # share of the rows beyond which partitions are found anew
+METRIC = "l2"  # of unit vectors: the order of cosine; partitions by "dot" would be of any size
 PROBED = 0.1  # share of the partitions that approximate search looks into
 FEWEST_PROBED = 20
 ROWS_OF_PARTITION = 1000
@@ -178,7 +179,7 @@ class IndexTable(GalleryIndex):
             unknown = table.index_stats(known[0]).num_unindexed_rows if known else len(self)
             if len(self) >= FEWEST and unknown > MOST_UNINDEXED * len(self):
                 partitions = max(1, len(self) // ROWS_OF_PARTITION)
-                config = IvfFlat(distance_type="dot", num_partitions=partitions)
+                config = IvfFlat(distance_type=METRIC, num_partitions=partitions)
                 table.create_index("embedding", config=config, replace=True)
         self._state["approximate"] = True
         self._commit(table)
@@ -196,13 +197,11 @@ class IndexTable(GalleryIndex):
         probes = max(FEWEST_PROBED, int(PROBED * len(self) / ROWS_OF_PARTITION))
         scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), int)
         for number, query in enumerate(queries):
-            with self._guarded("read"):
-                ask = self._table.search(query, vector_column_name="embedding")
-                # More are looked into only where they hold fewer than k rows.
-                ask = ask.distance_type("dot").minimum_nprobes(probes)
-                ask = ask.maximum_nprobes(max(probes, len(self))).limit(k)
-                columns = ["row", "embedding", "embedding_crc", "_distance"]
-                found = ask.select(columns).to_arrow().combine_chunks().to_batches()[0]
+            found = self._near(query, k, probes)
+            if len(found) < k:  # so few are in these partitions
+                found = self._near(query, k, len(self))
+            if len(found) != k:
+                raise self._damaged(f"{len(found)} rows are found of {k}")
             embeddings = _bytes_of(found["embedding"])
             self._check(embeddings, found["embedding_crc"])
             near = np.frombuffer(b"".join(embeddings), np.float32).reshape(-1, self._size) @ query
@@ -210,6 +209,14 @@ class IndexTable(GalleryIndex):
             order = np.lexsort((known, -near))
             scores[number], rows[number] = near[order], known[order]
         return scores, rows
+
+    def _near(self, query: np.ndarray, k: int, probes: int) -> Any:
+        """Return a record batch of the rows nearest to a query (D,) in the nearest partitions."""
+        columns = ["row", "embedding", "embedding_crc", "_distance"]
+        with self._guarded("read"):
+            ask = self._table.search(query, vector_column_name="embedding").distance_type(METRIC)
+            found = ask.nprobes(probes).limit(k).select(columns).to_arrow().combine_chunks()
+            return found.to_batches()[0] if len(found) else found
 
     @property
     def _size(self) -> int:

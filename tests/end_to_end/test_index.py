@@ -70,7 +70,9 @@ def names(index):
 
 def files(folder):
     return {
-        path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith(".lock")
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.endswith(".lock")
     }
 
 
