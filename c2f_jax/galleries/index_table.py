@@ -34,7 +34,7 @@ DELETED_AT_ONCE = 4096  # rows
 FEWEST = 10_000  # rows that approximate search is for; fewer are searched exactly
 MOST_UNINDEXED = 0.1  # share of the rows beyond which partitions are found anew
 METRIC = "l2"  # of unit vectors: the order of cosine; partitions by "dot" would be of any size
-PROBED = 0.1  # share of the partitions that approximate search looks into
+PROBED = 0.25  # share of the partitions that approximate search looks into
 FEWEST_PROBED = 20
 ROWS_OF_PARTITION = 1000
 

@@ -69,20 +69,22 @@ def test_gpu_sh_names_an_unknown_part(tmp_path):
 
 def test_search_finds_what_float64_finds(monkeypatch, capsys, tmp_path):
     search = load("search", monkeypatch)
-    args = Namespace(
-        size=5000, dim=32, k=10, queries=[1, 16], rounds=1, libraries=["ours", "numpy"]
-    )
-    assert search.measure(args, tmp_path) == 0
+    libraries = ["ours", "ours-index", "numpy"]
+    args = Namespace(dim=32, k=10, queries=[1, 16], rounds=1, libraries=libraries)
+    status, milliseconds = search.measure(args, 5000, tmp_path / "first")
+    assert status == 0 and len(milliseconds) == 6
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
-    assert [row[:2] for row in rows] == [[a, q] for q in ("1", "16") for a in ("ours", "numpy")]
+    assert [row[1:3] for row in rows] == [[a, q] for q in ("1", "16") for a in libraries]
     assert all(float(row[-2].rstrip("%")) > 99 for row in rows)
+    search.plot({5000: milliseconds}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
 
     # A search that misses the best row is an error.
     first = search.exact_top_k
     monkeypatch.setattr(
         search, "exact_top_k", lambda q, g, k: (first(q, g, k)[0] + 1e-3, first(q, g, k)[1])
     )
-    assert search.measure(args, tmp_path) == 1
+    assert search.measure(args, 5000, tmp_path / "second")[0] == 1
 
 
 @pytest.mark.slow
