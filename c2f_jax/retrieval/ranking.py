@@ -103,6 +103,9 @@ def top_k_of_blocks(
                 places = np.flatnonzero(enters[query])
                 found = np.concatenate([best[query][0], scores[query, places]])
                 rows = np.concatenate([best[query][1], block_rows[begin + places]])
+                if len(found) > k:  # sorting is slow: only of those that may be among the k
+                    likely = found >= np.partition(found, len(found) - k)[len(found) - k]
+                    found, rows = found[likely], rows[likely]
                 order = np.lexsort((rows, -found))[:k]
                 best[query] = found[order], rows[order]
                 if len(order) == k:

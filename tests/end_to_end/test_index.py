@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pytest
 from helpers.galleries import QUESTION, content, make_gallery, picture, untrained_model
+from helpers.pages import python_blocks
 from helpers.paths import ROOT
 
 from c2f_jax import index as indexing
@@ -397,3 +398,36 @@ def test_a_later_format_is_refused(model, gallery, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="does not exist"):
         open_index(tmp_path / "nothing")
     assert chunk.Chunk
+
+
+def test_a_table_without_lancedb_names_its_extra(model, gallery, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lancedb", None)  # importing it raises
+    with pytest.raises(UserError, match=r'needs LanceDB: pip install "c2f_jax\[index\]"'):
+        build_index(model, tmp_path / "index", gallery, store="lance")
+    assert not (tmp_path / "index").exists()
+
+
+def test_what_is_approximate_needs_a_table(model, gallery, tmp_path):
+    with pytest.raises(UserError, match="give --store=lance with --approximate"):
+        build_index(model, tmp_path / "index", gallery, approximate=True)
+    assert not (tmp_path / "index").exists()
+    retriever = Retriever(model, build_index(model, tmp_path / "index", gallery))
+    with pytest.raises(UserError, match="is not prepared for approximate search"):
+        retriever.search(QUESTION, approximate=True)
+
+
+def test_the_documentation_reads_an_index(model, gallery, tmp_path, store, monkeypatch, capsys):
+    """docs/search.md: with NumPy and safetensors alone, or with LanceDB."""
+    index = build_index(model, tmp_path / "images.index", gallery, store=store)
+    (gallery / "04.png").unlink()
+    index = build_index(model, tmp_path / "images.index", gallery)
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    _, of_a_folder, of_a_table = python_blocks(ROOT / "docs/search.md")
+    exec(of_a_folder if store == "folder" else of_a_table, {})  # noqa: S102
+    shown = capsys.readouterr().out
+    for row, item in index.items() if store == "folder" else ():
+        shape = index.tokens_of([row])[0].shape
+        first = index.encoded([row]).embeddings[0, :3]
+        assert f"{item.name} {first} {shape}" in shown
+    assert "04.png" not in shown and "00.png" in shown
