@@ -157,8 +157,9 @@ class IndexTable(GalleryIndex):
             if crowded:
                 # The version of the header must stay until the next header is written.
                 table.optimize(cleanup_older_than=datetime.timedelta(days=365_000))
-                self._state["removed"] = 0
-                self._forget("_stored_rows")
+                # Rows are in another order there.
+                self._state |= {"removed": 0, "version": table.version}
+                self._forget("_table", "_stored_rows")
         self.complete = True
         self._commit(table)
         if crowded:
@@ -323,11 +324,11 @@ class IndexTable(GalleryIndex):
 
     def _commit(self, table: Any) -> None:
         """Make a version of the table the index, on disk and here."""
+        rows = self._stored_rows
         with self._guarded("written"):
-            rows = self._stored_rows
-            self._state |= {"version": table.version, "count": len(rows)}
+            version = table.version
+        self._state |= {"version": version, "count": len(rows), "crc": _crc_of_rows(rows)}
         self._forget("_table", "_kept_blocks", "rows")
-        self._state["crc"] = _crc_of_rows(self._stored_rows)
         self.write_header()
 
     def _forget(self, *names: str) -> None:

@@ -150,8 +150,10 @@ def test_stopped_at_any_write_the_last_version_is_whole(tmp_path, monkeypatch):
     for name, step in steps.items():
         before = stored(open_index(folder))
         shutil.copytree(folder, tmp_path / f"after-{name}")
-        step(open_index(tmp_path / f"after-{name}"))
+        index = open_index(tmp_path / f"after-{name}")
+        step(index)
         after = stored(open_index(tmp_path / f"after-{name}"))
+        assert stored(index) == after, "as it is in the process that changed it"
         for limit in itertools.count():
             copy = tmp_path / f"{name}-{limit}"
             shutil.copytree(folder, copy)
