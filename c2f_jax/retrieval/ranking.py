@@ -93,7 +93,11 @@ def top_k_of_blocks(
         while begin < len(embeddings) and k:
             piece = np.asarray(embeddings[begin : begin + size], np.float32)
             # (Q, D) . (D, n) -> (Q, n)
-            if on_host:
+            if on_host and len(queries) == 1:
+                # A product of one row is read from memory. The threads of BLAS would wait for each
+                # other at each piece: 3 to 10 times as long where others use the processor too.
+                scores = np.vecdot(piece, queries)[None]
+            elif on_host:
                 scores = queries @ piece.T
             else:
                 scores = np.asarray(inner_products(jnp.asarray(queries), jnp.asarray(piece)))

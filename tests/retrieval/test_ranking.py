@@ -323,13 +323,14 @@ def test_bad_input_is_one_clear_error(call, message):
         call()
 
 
+@pytest.mark.parametrize("count", [1, 5])
 @pytest.mark.parametrize("k", [1, 7, 60])
-def test_top_k_of_blocks_is_that_of_float64(monkeypatch, k):
+def test_top_k_of_blocks_is_that_of_float64(monkeypatch, k, count):
     """In pieces of any size and order, with ties and rows that are not wanted."""
     monkeypatch.setattr(ranking, "GALLERY_CHUNK", 3)
     rng = np.random.default_rng(k)
     gallery = rng.integers(-2, 3, (60, 4)).astype(np.float32)  # many ties, exact products
-    queries, wanted = rng.integers(-2, 3, (5, 4)).astype(np.float32), rng.random(60) < 0.8
+    queries, wanted = rng.integers(-2, 3, (count, 4)).astype(np.float32), rng.random(60) < 0.8
     cuts = [0, 1, 14, 14, 40, 60]
     order = np.r_[20:60, 0:20]  # whatever the order, of equal ones the lower row is first
     parts = [order[a:b] for a, b in itertools.pairwise(cuts)]
