@@ -376,7 +376,7 @@ class _Guard:
 
 def _import_lancedb() -> Any:
     """Import LanceDB, which says on standard error what it creates unless told not to."""
-    os.environ.setdefault("LANCE_LOG", "error")
+    os.environ.setdefault("LANCEDB_LOG", "error")
     try:
         import lancedb
     except ImportError as error:
