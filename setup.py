@@ -49,6 +49,7 @@ SPEECH = ["espeakng-loader>=0.2"]  # includes espeak-ng, which is GPL-3
 # FFmpeg's decoders, for M4A, WebM, AMR, WMA and more. The wheels hold x264 and x265, which are GPL.
 AV = ["av>=14"]
 NOTEBOOK = ["anywidget>=0.9.18"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18"]
 KERNEL = ["nbclient>=0.10", "ipykernel>=6.29", "scikit-image>=0.25"]  # to run the notebooks
 # The compiler of TPUs, which `c2f compile` runs without one; Google makes it for Linux on x86.
 TPU = ["jax[tpu]; platform_system == 'Linux' and platform_machine == 'x86_64'"]
@@ -87,7 +88,11 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["c2f_jax", "c2f_jax.*"]), "c2f_jax.configs"],
     package_dir={"c2f_jax.configs": "configs"},  # `c2f train --config=NAME` finds them there
-    package_data={"c2f_jax": ["py.typed"], "c2f_jax.reports": ["*.css", "*.js"]},
+    package_data={
+        "c2f_jax": ["py.typed"],
+        "c2f_jax.reports": ["*.css", "*.js"],
+        "c2f_jax.serving": ["static/*"],
+    },
     install_requires=["jax>=0.7.2", "flax>=0.11.2", "optax>=0.2.5"],
     extras_require={
         "train": TRAIN,
@@ -95,6 +100,7 @@ setup(
         "speech": SPEECH,  # to make spoken_scenes, and for `c2f search --say`
         "av": AV,
         "notebook": NOTEBOOK,  # to record from a microphone in Jupyter
+        "serve": SERVE,
         "hub": ["huggingface_hub>=0.30"],  # hub ids for `c2f convert`
         "gcs": GCS,
         "index": INDEX,  # `c2f index --store=lance`; not in dev: 125 MB of wheels
@@ -109,6 +115,8 @@ setup(
             *SPEECH,
             *AV,
             *NOTEBOOK,
+            *SERVE,
+            "httpx>=0.27",  # the client of the tests of c2f serve
             *KERNEL,
             *FOREIGN,
             *GCS,

@@ -32,6 +32,9 @@ EXTRA_OF_MODULE = {
     "pillow_heif": "heif",
     "anywidget": "notebook",
     "mteb": "mteb",
+    "fastapi": "serve",
+    "multipart": "serve",
+    "uvicorn": "serve",
 }
 
 

@@ -23,7 +23,7 @@ from c2f_jax.data import loader
 from c2f_jax.data.source import PairSource
 from c2f_jax.decoding.audio import SAMPLE_RATE
 from c2f_jax.errors import UserError
-from c2f_jax.models.c2f import Encoded, image_input, speech_input
+from c2f_jax.models.c2f import Encoded, Tokens, image_input, speech_input
 from c2f_jax.models.parameters import merge_params, split_params
 from c2f_jax.pretrained.weights import check_weights, load_published
 from c2f_jax.retrieval.calibration import Calibration, read_calibrations
@@ -250,6 +250,27 @@ class TrainedModel:
         rows = split_rows(self.params, (speech_tokens, speech_lengths, image_tokens))
         return match(self.experiment.model, self.params, *rows)
 
+    def attention(
+        self, speech_tokens: np.ndarray, speech_lengths: np.ndarray, image_tokens: np.ndarray
+    ) -> jax.Array:
+        """Compute where SIM looks: the weights of cross-attention of pairs.
+
+        Args:
+          speech_tokens: (b, T, W), b a multiple of the number of devices.
+          speech_lengths: (b,) valid tokens.
+          image_tokens: (b, P, W).
+
+        Returns:
+          (b, T, P) float32, the mean over heads and blocks; each row adds up to 1.
+
+        Raises:
+          UserError: the multimodal encoder has no block.
+        """
+        if not self.experiment.model.multimodal_encoder.depth:
+            raise UserError(f"{self.name} has no cross-attention: multimodal.depth is 0")
+        rows = split_rows(self.params, (speech_tokens, speech_lengths, image_tokens))
+        return cross_attention(self.experiment.model, self.params, *rows)
+
     def _encode_waveforms(self, waveforms: Sequence[np.ndarray]) -> Encoded:
         # All are padded to one length, so that one shape is compiled.
         samples = round(self.experiment.data.max_seconds * SAMPLE_RATE)
@@ -312,12 +333,45 @@ def match(
       speech_lengths: (b,) valid tokens.
       image_tokens: (b, P, W), all valid.
     """
-    image_lengths = jnp.full((image_tokens.shape[0],), image_tokens.shape[1], jnp.int32)
-    no_embedding: Any = None  # SIM does not use it
-    speech = Encoded(no_embedding, speech_tokens, speech_lengths)
-    image = Encoded(no_embedding, image_tokens, image_lengths)
-    logits: Any = model.apply({"params": params}, speech, image, method="match")
+    pair = _pair(speech_tokens, speech_lengths, image_tokens)
+    logits: Any = model.apply({"params": params}, *pair, method="match")
     return logits
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def cross_attention(
+    model: nn.Module,
+    params: Params,
+    speech_tokens: jax.Array,
+    speech_lengths: jax.Array,
+    image_tokens: jax.Array,
+) -> jax.Array:
+    """Compute the cross-attention (b, T, P) of b pairs, the mean over heads and blocks.
+
+    Args:
+      model: C2FModel, with at least one multimodal block.
+      params: its parameters.
+      speech_tokens: (b, T, W).
+      speech_lengths: (b,) valid tokens.
+      image_tokens: (b, P, W), all valid.
+    """
+    pair = _pair(speech_tokens, speech_lengths, image_tokens)
+    _, sown = model.apply({"params": params}, *pair, method="match", mutable="intermediates")
+    weights = [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(sown)
+        if any(getattr(part, "key", None) == "cross_attention" for part in path)
+    ]
+    # (blocks, b, heads, T, P) -> (b, T, P)
+    return jnp.mean(jnp.stack(weights), axis=(0, 2))
+
+
+def _pair(
+    speech_tokens: jax.Array, speech_lengths: jax.Array, image_tokens: jax.Array
+) -> tuple[Tokens, Tokens]:
+    """Return what ``C2FModel.match`` takes of token sequences; image tokens are all valid."""
+    image_lengths = jnp.full((image_tokens.shape[0],), image_tokens.shape[1], jnp.int32)
+    return Tokens(speech_tokens, speech_lengths), Tokens(image_tokens, image_lengths)
 
 
 def _step_number(checkpoints: Checkpoints, step: str | int) -> int | None:

@@ -109,7 +109,11 @@ class Retriever:
     Attributes:
       model: the model.
       gallery: the index that is searched; None before ``index`` or ``open``.
+      pairs_at_once: pairs in each call of SIM, so that every query runs the same programs; None
+        for as few as hold the candidates.
     """
+
+    pairs_at_once: int | None = None
 
     def __init__(self, model: TrainedModel, gallery: GalleryIndex | None = None) -> None:
         self.model, self.gallery = model, gallery
@@ -346,6 +350,36 @@ class Retriever:
         order = fine_order(scores[self.model.experiment.eval.score])
         return _Fine(logits, probability, order)
 
+    def attention(self, answer: Answer, query: DecodedItem) -> np.ndarray:
+        """Compute which parts of an image SIM looked at in each moment of a recording.
+
+        Args:
+          answer: an answer, or another item of the index.
+          query: what was asked, a result of ``read``.
+
+        Returns:
+          (T, P) float32, the mean over heads and blocks of the cross-attention of each valid speech
+          token, [CLS] first, to each image token, [CLS] first; each row adds up to 1.
+
+        Raises:
+          UserError: the model has no cross-attention, or SIM is not trained.
+        """
+        if not self.model.has_sim:
+            raise UserError(f"{self.model.name}: SIM is not trained at this step")
+        about = self._gallery.about
+        asked = "speech" if about.kind == "image" else "image"
+        encoded = self.model.encode_items(asked, [query.array])
+        tokens, lengths = self._gallery.tokens([answer.row])
+        tokens = tokens.astype(np.float32)
+        pair = np.asarray(encoded.tokens), np.asarray(encoded.lengths), tokens
+        if about.kind == "speech":
+            pair = tokens, lengths, np.asarray(encoded.tokens)
+
+        # Copies give each device a row.
+        rows = round_up_rows(self.model.params, 1)
+        repeated = [np.repeat(part, rows, axis=0) for part in pair]
+        return np.asarray(self.model.attention(*repeated))[0, : int(pair[1][0])]
+
     @property
     def _direction(self) -> str:
         return "s2i" if self._gallery.about.kind == "image" else "i2s"
@@ -389,7 +423,9 @@ class Retriever:
         direction = self._direction
         # All candidates of a query are matched at once, many queries in batches of one shape.
         pairs = self.model.pair_batch_size
-        if count * k < pairs:
+        if self.pairs_at_once is not None:
+            pairs = round_up_rows(self.model.params, self.pairs_at_once)
+        elif count * k < pairs:
             pairs = round_up_rows(self.model.params, count * k)
 
         item_bytes = 4 * about.max_tokens * about.token_width

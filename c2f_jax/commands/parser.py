@@ -14,6 +14,7 @@ from c2f_jax.commands import (
     features,
     index,
     search,
+    serve,
     train,
 )
 
@@ -33,6 +34,7 @@ COMMANDS = {
     "index": index,
     "search": search,
     "export": export,
+    "serve": serve,
     "compile": compile,
     "ablate": ablate,
     "convert": convert,

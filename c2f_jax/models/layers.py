@@ -211,16 +211,8 @@ def dot_product_attention(
     Reference:
       Vaswani et al. 2017, section 3.2.1.
     """
-    query = jnp.swapaxes(query / math.sqrt(query.shape[-1]), 1, 2)
-    key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
-
-    # (n, h, T, d) . (n, h, S, d) -> (n, h, T, S)
-    logits = jnp.einsum("nhtd,nhsd->nhts", query, key, preferred_element_type=jnp.float32)
-    if bias is not None:
-        logits += bias
-    # A large finite number, not -inf: with length 0 the difference of the logits is 0, not nan.
-    if lengths is not None:
-        logits = jnp.where(length_mask(lengths, key.shape[2])[:, None, None], logits, -1e30)
+    logits = _attention_logits(query, key, bias, lengths)
+    value = jnp.swapaxes(value, 1, 2)
     # The softmax does not depend on the subtracted maximum, so its gradient is left out.
     weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
 
@@ -230,6 +222,43 @@ def dot_product_attention(
     )
     attended /= jnp.sum(weights, axis=-1, keepdims=True)
     return jnp.swapaxes(attended, 1, 2).astype(value.dtype)
+
+
+def attention_weights(
+    query: jax.Array,
+    key: jax.Array,
+    bias: jax.Array | None = None,
+    lengths: jax.Array | None = None,
+) -> jax.Array:
+    """Compute softmax(Q K^T / sqrt(d) + bias), the weights of ``dot_product_attention``.
+
+    Args:
+      query: (n, T, heads, d).
+      key: (n, S, heads, d).
+      bias: what broadcasts to (n, heads, T, S), or None.
+      lengths: (n,) keys that are attended to, or None for all.
+
+    Returns:
+      (n, heads, T, S) float32; each row adds up to 1.
+    """
+    return jax.nn.softmax(_attention_logits(query, key, bias, lengths), axis=-1)
+
+
+def _attention_logits(
+    query: jax.Array, key: jax.Array, bias: jax.Array | None, lengths: jax.Array | None
+) -> jax.Array:
+    """Return Q K^T / sqrt(d) + bias, (n, heads, T, S) float32, as ``dot_product_attention``."""
+    query = jnp.swapaxes(query / math.sqrt(query.shape[-1]), 1, 2)
+    key = jnp.swapaxes(key, 1, 2)
+
+    # (n, h, T, d) . (n, h, S, d) -> (n, h, T, S)
+    logits = jnp.einsum("nhtd,nhsd->nhts", query, key, preferred_element_type=jnp.float32)
+    if bias is not None:
+        logits += bias
+    # A large finite number, not -inf: with length 0 the difference of the logits is 0, not nan.
+    if lengths is not None:
+        logits = jnp.where(length_mask(lengths, key.shape[2])[:, None, None], logits, -1e30)
+    return logits
 
 
 def cudnn_attention(
@@ -322,6 +351,10 @@ class Attention(nn.Module):
 
         attend = cudnn_attention if self.implementation == "cudnn" else dot_product_attention
         attended = attend(query, key, value, bias, context_lengths)
+        # Only for those who ask for them: the normal pass does not compute them.
+        if self.is_mutable_collection("intermediates"):
+            weights = attention_weights(query, key, bias, context_lengths)
+            self.sow("intermediates", "weights", weights)
 
         # (n, T, heads, W / heads) . (heads, W / heads, W) -> (n, T, W)
         return DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="out")(attended)
