@@ -33,7 +33,7 @@ EXTRA_OF_MODULE = {
     "anywidget": "notebook",
     "mteb": "mteb",
     "fastapi": "serve",
-    "multipart": "serve",
+    "python_multipart": "serve",
     "uvicorn": "serve",
 }
 

@@ -25,7 +25,7 @@ def serve(
     Raises:
       UserError: the port is taken or the host is not one of this machine.
     """
-    import multipart  # noqa: F401  without it, the first form would fail and not the start
+    import python_multipart  # noqa: F401  without it, the first form would fail and not the start
     import uvicorn
 
     from c2f_jax.serving.app import create_app

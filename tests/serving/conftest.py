@@ -11,7 +11,7 @@ from helpers.paths import CONFIGS
 from PIL import Image
 
 pytest.importorskip("fastapi")
-pytest.importorskip("multipart")
+pytest.importorskip("python_multipart")
 
 from c2f_jax.config.experiment import create_experiment, example_batch  # noqa: E402
 from c2f_jax.config.files import load_config  # noqa: E402
