@@ -350,11 +350,11 @@ class Retriever:
         order = fine_order(scores[self.model.experiment.eval.score])
         return _Fine(logits, probability, order)
 
-    def attention(self, answer: Answer, query: DecodedItem) -> np.ndarray:
+    def attention(self, row: int, query: DecodedItem) -> np.ndarray:
         """Compute which parts of an image SIM looked at in each moment of a recording.
 
         Args:
-          answer: an answer, or another item of the index.
+          row: of an answer, or of another item of the index.
           query: what was asked, a result of ``read``.
 
         Returns:
@@ -369,7 +369,7 @@ class Retriever:
         about = self._gallery.about
         asked = "speech" if about.kind == "image" else "image"
         encoded = self.model.encode_items(asked, [query.array])
-        tokens, lengths = self._gallery.tokens([answer.row])
+        tokens, lengths = self._gallery.tokens([row])
         tokens = tokens.astype(np.float32)
         pair = np.asarray(encoded.tokens), np.asarray(encoded.lengths), tokens
         if about.kind == "speech":

@@ -73,7 +73,7 @@ class Service:
             item = retriever.read(question)
             answers = retriever.answer([item], top=1)[0]
             if answers and self._can_show_attention:
-                retriever.attention(answers[0], item)
+                retriever.attention(answers[0].row, item)
         if not self.most_candidates:
             return
 
@@ -166,8 +166,7 @@ class Service:
         metadata = self._item(kept.find, row).metadata
         if not self._can_show_attention:
             raise UserError(f"{self.model.name}: its image tokens are not patches in a grid")
-        answer = Answer("", row, 0.0, None, 0, metadata)
-        weights = retriever.attention(answer, kept.item)
+        weights = retriever.attention(row, kept.item)
 
         # Without [CLS], which is no moment and no place.
         patches = weights[1:, 1:].astype(np.float64)

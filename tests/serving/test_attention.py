@@ -78,6 +78,6 @@ def test_of_an_answer_and_its_query(retrievers, wav, picture):
         retriever = retrievers[kind]
         query = retriever.read(question)
         answer = retriever.answer([query])[0][0]
-        weights = retriever.attention(answer, query)
+        weights = retriever.attention(answer.row, query)
         assert weights.ndim == 2 and weights.shape[1] == retriever.model.token_shape("image")[0]
         np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
