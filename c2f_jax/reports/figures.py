@@ -13,6 +13,8 @@ import numpy as np
 from c2f_jax.objectives import COLLAPSE_VALUE
 from c2f_jax.reports.examples import SHOWN, Example
 from c2f_jax.reports.html import Media
+from c2f_jax.retrieval.calibration import Reliability
+from c2f_jax.retrieval.result import ARROWS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,6 +116,32 @@ def histogram_png(
         axes.set_xlim(0, edges[-1])
     if drawn:
         axes.set_xlabel(label, **SMALL)
+    return _png(figure, path)
+
+
+def reliability_png(
+    path: Path | None, reliability: Mapping[str, Mapping[str, Reliability]]
+) -> bytes:
+    """Draw how often pairs of a probability match, before and after calibration.
+
+    Args:
+      path: file to write; None for none.
+      reliability: "s2i" and "i2s" -> "before" and "after" -> the comparison.
+
+    Returns:
+      The PNG.
+    """
+    figure = _figure(4.4 * max(len(reliability), 1), 3.6)
+    figure.set_layout_engine("constrained", w_pad=0.14, h_pad=0.12)
+    for place, (direction, both) in enumerate(reliability.items(), 1):
+        axes = figure.add_subplot(1, len(reliability), place)
+        axes.plot([0, 1], [0, 1], color=GRAY, lw=1, ls=":")
+        for (name, one), color in zip(both.items(), (GRAY, COLORS[direction]), strict=True):
+            label = f"{name} (error {one.error:.3f})"
+            axes.plot(one.predicted, one.observed, color=color, marker="o", ms=4, label=label)
+        _style_panel(axes, ARROWS[direction])
+        axes.set_xlabel("probability", **SMALL)
+        axes.set_ylabel("share that matches", **SMALL)
     return _png(figure, path)
 
 

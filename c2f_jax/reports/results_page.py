@@ -5,6 +5,7 @@ from html import escape
 from os import PathLike
 
 from c2f_jax.reports.examples import Example, PageExamples
+from c2f_jax.reports.figures import reliability_png
 from c2f_jax.reports.html import (
     BRAND,
     Media,
@@ -54,6 +55,16 @@ def write_results_page(
         source = data_uri(Media(curves_png, "image/png"))
         curves = f'<img class="curves" alt="learning curves" src="{source}">'
         body += section("Learning curves", "", curves)
+
+    if result.reliability:
+        source = data_uri(Media(reliability_png(None, result.reliability), "image/png"))
+        body += section(
+            "Probabilities",
+            "Pairs of a query and one of its candidates: how many match of those that are given a "
+            "probability. Before: the sigmoid of SIM's match logit. After: calibrated on the "
+            "validation split. Error: expected calibration error.",
+            f'<img class="curves" alt="reliability diagram" src="{source}">',
+        )
 
     # A group without examples gets no section.
     examples = examples or PageExamples()

@@ -4,8 +4,9 @@ A pair of a query and a candidate with score s matches with
 
     P(match | s) = sigmoid(s / T + b - log(N / N_v)).
 
-Temperature T and bias b are fitted on the validation split, whose gallery has N_v items. The last
-term is the prior: in a gallery of N items that holds the right one, N - 1 others can score as much.
+Temperature T and bias b are fitted on the validation split, whose gallery shows N_v different things.
+The last term is the prior: in a gallery of N that holds the right one, N - 1 others can score as
+much. Several recordings of one image count once.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Calibration:
       score: name of the score, see ``reranking.fine_scores``.
       temperature: T.
       bias: b.
-      gallery: N_v, items of the gallery of the fit.
+      gallery: N_v, different ids in the gallery of the fit.
       pairs: number of pairs of the fit.
     """
 
@@ -48,7 +49,7 @@ class Calibration:
 
         Args:
           scores: scores of pairs, any shape.
-          gallery: N, items that were searched.
+          gallery: N, different things that were searched.
 
         Returns:
           float64, the shape of scores.
@@ -115,7 +116,7 @@ def fit_calibration(
       scores: (Q, k) scores of candidates.
       hits: (Q, k) bool, which of them match.
       score: name of the score.
-      gallery: items of the gallery.
+      gallery: different ids in the gallery.
 
     Returns:
       The calibration; None if all pairs match or none does, or if a higher score does not mean a

@@ -180,7 +180,7 @@ class _Pairs:
 
     scores: dict[str, np.ndarray]  # name -> (q, k)
     hits: np.ndarray  # (q, k) bool
-    gallery: int
+    gallery: int  # different ids
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ def _rank_direction(
         start = time.perf_counter()
         scored, reranked = matcher.rerank(direction, rows, coarse, cosine)
         rankings |= reranked
-        pairs = _Pairs(scored, coarse.hits[:, : config.k], len(gallery.ids))
+        pairs = _Pairs(scored, coarse.hits[:, : config.k], len(np.unique(gallery.ids)))
         seconds[f"fine_{direction}"] = time.perf_counter() - start
     return _RankedDirection(queries, gallery, rows, rankings, seconds, pairs)
 

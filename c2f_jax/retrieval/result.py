@@ -350,6 +350,11 @@ class EvaluationResult:
             lines += _direction_lines(self, direction)
         lines.append(_row("mean R@K", 14, _mean_cells(self)))
         lines += _score_lines(self)
+        for direction, both in (self.reliability or {}).items():
+            lines.append(
+                f"probabilities, {ARROWS[direction]}: expected calibration error "
+                f"{both['after'].error:.3f}, before calibration {both['before'].error:.3f}"
+            )
 
         paired = ", fine - coarse paired." if self.fine is not None else "."
         lines.append(
