@@ -4,9 +4,9 @@ A pair of a query and a candidate with score s matches with
 
     P(match | s) = sigmoid(s / T + b - log(N / N_v)).
 
-Temperature T and bias b are fitted on the validation split, whose gallery shows N_v different things.
-The last term is the prior: in a gallery of N that holds the right one, N - 1 others can score as
-much. Several recordings of one image count once.
+Temperature T and bias b are fitted on the validation split, whose gallery shows N_v different
+things. The last term is the prior: in a gallery of N that holds the right one, N - 1 others can
+score as much. Several recordings of one image count once.
 """
 
 from __future__ import annotations
