@@ -167,7 +167,6 @@ def _add_items(app: Any, service: Service) -> None:
     @app.get("/api/items/{row}/media")
     def media(row: int, find: str = main) -> FileResponse:
         """Return the file of an item, if it is still there."""
-        # A sandbox, since a gallery may hold files with scripts.
         return FileResponse(service.media(find, row))
 
     del thumbnail, media

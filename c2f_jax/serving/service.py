@@ -278,7 +278,9 @@ class Service:
 
 def _label(retriever: Retriever) -> str:
     gallery: Any = retriever.gallery
-    return os.path.basename(str(gallery.about.gallery).rstrip("/"))
+    label = str(gallery.about.gallery)
+    # Of a folder only the name: where it is on the server is nobody's business.
+    return label if gallery.about.root is None else os.path.basename(label.rstrip("/"))
 
 
 def _devices() -> list:

@@ -190,11 +190,14 @@ function element(tag, text = "", name = "") {
   return made;
 }
 
+// Lines of scores: the probability of a match if it is known, else its log-odds.
 function scores(answer) {
-  const cosine = `cosine ${answer.cosine.toFixed(2)}`;
-  if (answer.probability != null) return `${cosine} · ${(100 * answer.probability).toFixed(0)} %`;
-  if (answer.match_logit == null) return cosine;
-  return `${cosine} · match ${answer.match_logit >= 0 ? "+" : ""}${answer.match_logit.toFixed(1)}`;
+  const lines = [`cosine ${answer.cosine.toFixed(2)}`];
+  if (answer.probability != null) lines.push(`match ${(100 * answer.probability).toFixed(0)} %`);
+  else if (answer.match_logit != null) {
+    lines.push(`match logit ${answer.match_logit >= 0 ? "+" : ""}${answer.match_logit.toFixed(1)}`);
+  }
+  return lines.map((line) => element("span", line));
 }
 
 const itemUrl = (query, answer, what) => `api/items/${answer.row}/${what}?find=${query.find}`;
@@ -210,7 +213,7 @@ function showAnswers(list, query, answers) {
       image.alt = nameOf(answer);
       button.append(image);
     }
-    button.append(element("b", `${place + 1}. ${nameOf(answer)}`), element("span", scores(answer)));
+    button.append(element("b", `${place + 1}. ${nameOf(answer)}`), ...scores(answer));
     button.onclick = () => showDetail(query, answer);
     const item = element("li");
     item.append(button);
