@@ -1,6 +1,7 @@
 """The JSON API: answers, limits, and what is refused with which words."""
 
 import asyncio
+import sys
 import threading
 
 import pytest
@@ -245,3 +246,13 @@ def test_without_sim(model, retrievers, monkeypatch, wav):
     assert found["answers"] == found["coarse"]
     monkeypatch.undo()
     retrievers["image"].pairs_at_once = model.experiment.eval.k
+
+
+def test_the_command_names_what_is_wrong(capsys, monkeypatch):
+    from c2f_jax.main import main
+
+    assert main(["serve", "--workdir=run", "--index=a", "--gallery=b"]) == 2
+    assert "leave out --gallery" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    assert main(["serve", "--workdir=run"]) == 2
+    assert "pip install 'c2f_jax[serve]'" in capsys.readouterr().err
