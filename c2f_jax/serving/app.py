@@ -99,8 +99,8 @@ def _add_search(app: Any, service: Service, worker: Worker, metrics: Metrics) ->
     decoders = asyncio.Semaphore(DECODERS)
     main = next(iter(service.retrievers))
 
-    async def ask(query: str, top: int, rerank: int | None, where: str | None) -> dict:
-        found = await worker.run(lambda: service.answer(query, top, rerank, where))
+    async def ask(query: str, **options: Any) -> dict:
+        found = await worker.run(lambda: service.answer(query, **options))
         metrics.add_seconds(found["seconds"])
         return found
 
@@ -111,19 +111,28 @@ def _add_search(app: Any, service: Service, worker: Worker, metrics: Metrics) ->
         top: int = 5,
         rerank: int | None = None,
         where: str | None = None,
+        min_probability: float | None = None,
     ) -> dict:
         """Find the items that match a recording (find=image) or an image (find=speech)."""
         body = await _body(request)
         async with decoders:
             query = await asyncio.to_thread(service.read, body, find, "the query")
-        return await ask(query, top, rerank, where)
+        return await ask(
+            query, top=top, rerank=rerank, where=where, min_probability=min_probability
+        )
 
     @app.get("/api/queries/{query}/answers")
     async def answers(
-        query: str, top: int = 5, rerank: int | None = None, where: str | None = None
+        query: str,
+        top: int = 5,
+        rerank: int | None = None,
+        where: str | None = None,
+        min_probability: float | None = None,
     ) -> dict:
         """Answer a query again, with other parameters."""
-        return await ask(query, top, rerank, where)
+        return await ask(
+            query, top=top, rerank=rerank, where=where, min_probability=min_probability
+        )
 
     @app.get("/api/queries/{query}/attention/{row}")
     async def attention(query: str, row: int) -> dict:

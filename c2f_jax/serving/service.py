@@ -121,7 +121,12 @@ class Service:
         return query
 
     def answer(
-        self, query: str, top: int = 5, rerank: int | None = None, where: str | None = None
+        self,
+        query: str,
+        top: int = 5,
+        rerank: int | None = None,
+        where: str | None = None,
+        min_probability: float | None = None,
     ) -> dict[str, Any]:
         """Answer a query that was read.
 
@@ -130,6 +135,7 @@ class Service:
           top: answers to return.
           rerank: candidates of SIM; None for the run's eval.k.
           where: SQL condition on the metadata.
+          min_probability: answers that match with a smaller probability are left out.
 
         Raises:
           UserError: an argument cannot be used.
@@ -143,7 +149,9 @@ class Service:
             if not least <= value <= most:
                 raise UserError(f"{name}={value}: must be from {least} to {most}")
         retriever = self.retrievers[kept.find]
-        answers = retriever.answer([kept.item], top=top, rerank=rerank, where=where)[0]
+        answers = retriever.answer(
+            [kept.item], top=top, rerank=rerank, where=where, min_probability=min_probability
+        )[0]
         return self._to_json(query, kept.find, answers)
 
     def attention(self, query: str, row: int) -> dict[str, Any]:
