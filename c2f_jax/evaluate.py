@@ -4,14 +4,16 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 from os import PathLike
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from numpy.typing import ArrayLike
 
-from c2f_jax.data.files import content_hash
+from c2f_jax.data.files import check_writable, content_hash, printable
 from c2f_jax.data.manifest import is_manifest
 from c2f_jax.data.source import PairSource
 from c2f_jax.decoding.audio import decode_audio
@@ -76,7 +78,8 @@ def evaluate_source(
 ) -> tuple[EvaluationResult, epath.Path]:
     """Evaluate a split and write ``eval/<data set>-<split>[-<protocol>].{json,html,png}``.
 
-    The files of another data set of the same label stay: a part of a hash is added to the name.
+    The files of another data set of the same label stay: a part of a hash is added to the name. The
+    name of a checkpoint that is not the best of its run has its step.
 
     Several processes, all of which must call this, share the work; the first writes the files.
 
@@ -88,7 +91,11 @@ def evaluate_source(
 
     Returns:
       The result, and the path of the page.
+
+    Raises:
+      UserError: too much of the split cannot be read, or the files cannot be written.
     """
+    _check_eval_folder(model)
     coarse_only = model.experiment.method.sim_weight and not model.has_sim
     if coarse_only and jax.process_index() == 0:
         log.warning(
@@ -103,17 +110,7 @@ def evaluate_source(
         evaluate = functools.partial(evaluate_encoded, model)
         result, encoded = evaluate_protocol(protocol, encoded, evaluate)
 
-    # Where the numbers come from, for the files.
-    result = dataclasses.replace(
-        result,
-        data_set=source.name,
-        split=source.split,
-        trained_on=model.experiment.data.name,
-        step=int(model.step),
-        model=model.fingerprint,
-        data=source.identity(),
-        bad_items=source.bad_items.reasons,
-    )
+    result = _with_origin(result, model, source)
     page = in_first_process(lambda: _write_files(model, source, encoded, result))
     return result, page
 
@@ -121,8 +118,9 @@ def evaluate_source(
 def evaluate_by_voice(model: TrainedModel, source: PairSource) -> dict[str, EvaluationResult]:
     """Evaluate voices that training heard and other voices separately, each on all images.
 
-    Writes ``eval/<data set>-<split>-voices.json`` below the workdir. Several processes, all of
-    which must call this, share the work; the first writes the file.
+    Writes ``eval/<data set>-<split>-voices.json`` below the workdir, named as by
+    `evaluate_source`. Several processes, all of which must call this, share the work; the first
+    writes the file.
 
     Args:
       model: the model.
@@ -132,22 +130,22 @@ def evaluate_by_voice(model: TrainedModel, source: PairSource) -> dict[str, Eval
       "heard" and "unheard".
 
     Raises:
-      UserError: the data set does not name its speakers.
+      UserError: the data set does not name its speakers, or the file cannot be written.
     """
+    _check_eval_folder(model)
     data = model.experiment.data
     # All speakers of the training split count as heard.
     train = data.load(data.train_split)
     heard = {train.recording(row)["speaker"] for row in range(len(train))}
     groups = split_voices(model.encode_split(source, progress=True), source, heard)
-    identity = source.identity()
-    results = {}
-    for name, encoded in groups.items():
-        result = evaluate_encoded(model, encoded)
-        results[name] = dataclasses.replace(result, model=model.fingerprint, data=identity)
+    results = {
+        name: _with_origin(evaluate_encoded(model, encoded), model, source)
+        for name, encoded in groups.items()
+    }
 
     def write() -> None:
         values = {name: result.to_json() for name, result in results.items()}
-        path = _eval_folder(model) / f"{data_set_label(source)}-{source.split}-voices.json"
+        path = _result_path(model, source, "-voices", next(iter(results.values())))
         path.write_text(json.dumps(values, indent=2) + "\n")
 
     in_first_process(write)
@@ -178,6 +176,8 @@ def evaluate_baseline(
     Raises:
       UserError: the embeddings cannot be used, or do not fit the pairs.
     """
+    if output is not None:
+        check_writable(output, "--output")
     files = {
         "speech": read_embeddings(speech, "the speech array"),
         "image": read_embeddings(image, "the image array"),
@@ -284,42 +284,79 @@ def _write_baseline(
     )
 
 
-def _eval_folder(model: TrainedModel) -> epath.Path:
+def _check_eval_folder(model: TrainedModel) -> None:
+    """Raise UserError if no results can be written; all processes must call this."""
+    folder = epath.Path(model.workdir) / "eval"
+    in_first_process(lambda: check_writable(folder, "--workdir", folder=True))
+
+
+def _with_origin(
+    result: EvaluationResult, model: TrainedModel, source: PairSource
+) -> EvaluationResult:
+    """Say where numbers come from, for the files."""
+    return dataclasses.replace(
+        result,
+        data_set=source.name,
+        split=source.split,
+        trained_on=model.experiment.data.name,
+        step=int(model.step),
+        model=model.fingerprint,
+        data=source.identity(),
+        bad_items=source.bad_items.reasons,
+    )
+
+
+def _result_path(
+    model: TrainedModel, source: PairSource, what: str, result: EvaluationResult
+) -> epath.Path:
+    """Return the path of the numbers of an evaluation; what it replaces is said."""
     folder = epath.Path(model.workdir) / "eval"
     folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    stem = f"{data_set_label(source)}-{source.split}{what}"
+    if not model.is_best:
+        stem += f"-step{model.step}"
+    path = folder / f"{stem}.json"
+    stored = _stored(path)
+    if stored and stored["data_set"] != result.data_set and stored["data"] != result.data:
+        path = folder / f"{stem}-{content_hash(os.fsencode(source.name))[:8]}.json"
+        stored = _stored(path)
+
+    values = result.to_json()
+    other = [key for key in ("step", "k", "score", "data") if stored.get(key) != values.get(key)]
+    if stored and other:
+        log.warning("%s is replaced: its result is of other %s", path, ", ".join(other))
+    return path
 
 
-def _is_of_other_data(path: epath.Path, result: EvaluationResult) -> bool:
-    """Return whether a file holds the result of another data set that has the same label."""
+def _stored(path: epath.Path) -> dict[str, Any]:
+    """Return a stored result, the first of those by voice; {} if none says its data."""
     try:
         stored = json.loads(path.read_text())
-        return stored["data_set"] != result.data_set and stored["data"] != result.data
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or no such result
-        return False
+        stored = stored.get("heard") or stored.get("unheard") or stored
+        return stored if stored.keys() >= {"data_set", "data"} else {}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def _write_files(
     model: TrainedModel, source: PairSource, encoded: EncodedSplit, result: EvaluationResult
 ) -> epath.Path:
     """Write the JSON, the page and the figure of an evaluation; return the path of the page."""
-    folder = _eval_folder(model)
-    stem, title = f"{data_set_label(source)}-{source.split}", f"{source.name}, {source.split}"
+    title, protocol = f"{printable(source.name)}, {source.split}", ""
     where = f"{title} split"
     if result.protocol is not None:
-        stem += f"-{result.protocol.name}"
+        protocol = f"-{result.protocol.name}"
         where += f", protocol {result.protocol.name}"
 
-    if _is_of_other_data(folder / f"{stem}.json", result):
-        stem += f"-{content_hash(source.name.encode())[:8]}"
-    (folder / f"{stem}.json").write_text(json.dumps(result.to_json(), indent=2) + "\n")
+    path = _result_path(model, source, protocol, result)
+    path.write_text(json.dumps(result.to_json(), indent=2) + "\n")
     curves = None
     if model.history:
         curves_path = epath.Path(model.workdir) / "learning_curves.png"
         curves = learning_curves_png(curves_path, model.history)
 
     examples = choose_examples(source, encoded, result)
-    page = folder / f"{stem}.html"
+    page = path.with_suffix(".html")
     write_results_page(
         page,
         title="Speech-image retrieval, coarse to fine",
@@ -331,7 +368,7 @@ def _write_files(
 
     # The first of the same examples, as an image for README files and slides.
     results_png(
-        folder / f"{stem}.png",
+        path.with_suffix(".png"),
         examples.speech[:SHEET_EXAMPLES],
         title=f"{title}: spoken query, coarse and fine top five",
     )

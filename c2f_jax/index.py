@@ -15,12 +15,13 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
+from c2f_jax.data.files import printable
 from c2f_jax.data_check.findings import KINDS
 from c2f_jax.decoding.audio import SAMPLE_RATE
 from c2f_jax.errors import BadFileError, UserError
 from c2f_jax.galleries.gallery_index import About, GalleryIndex
 from c2f_jax.galleries.item import EncodedItems, Item
-from c2f_jax.galleries.media import count_suffixes, printable, shortlist
+from c2f_jax.galleries.media import count_suffixes, shortlist
 from c2f_jax.galleries.stores import create_index, index_exists, open_index
 from c2f_jax.inference import TrainedModel
 from c2f_jax.items import DecodedItem, Gallery, open_gallery, read_item

@@ -49,6 +49,7 @@ class TrainedModel:
       history: learning curves, metric name -> [[step, value], ...].
       calibrations: "s2i" and "i2s" -> what turns scores into probabilities; empty if this step was
         not evaluated on the validation split, or SIM was not trained.
+      is_best: whether the step is the best of the run.
     """
 
     experiment: Experiment
@@ -57,6 +58,7 @@ class TrainedModel:
     workdir: str | PathLike[str]
     history: Mapping[str, Sequence]
     calibrations: Mapping[str, Calibration] = dataclasses.field(default_factory=dict)
+    is_best: bool = True
 
     @classmethod
     def load(
@@ -103,7 +105,8 @@ class TrainedModel:
         _, frozen = split_params(load_published(model, experiment.weights, batch), model.frozen)
         params = replicate(merge_params(params, frozen))
         calibrations = read_calibrations(progress.get("calibrations", {}), number)
-        return cls(experiment, params, number, workdir, progress["history"], calibrations)
+        is_best = step == "best" or number == checkpoints.best_step
+        return cls(experiment, params, number, workdir, progress["history"], calibrations, is_best)
 
     @property
     def name(self) -> str:

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from c2f_jax.data.files import check_writable, printable
 from c2f_jax.decoding.audio import decode_audio
 from c2f_jax.errors import UserError
 from c2f_jax.galleries.gallery_index import GalleryIndex
-from c2f_jax.galleries.media import printable
 from c2f_jax.inference import TrainedModel
 from c2f_jax.items import DecodedItem
 from c2f_jax.reports.examples import Example
@@ -114,6 +114,8 @@ def search(model: TrainedModel, query: Query) -> epath.Path | None:
       UserError: a query cannot be read, or the index does not fit the query or the model.
     """
     page = query.output or (None if query.as_json else epath.Path(model.workdir) / "search.html")
+    if page is not None:
+        check_writable(page, "--output")
     # Queries first: reading them is quick, encoding a gallery is not.
     began = time.perf_counter()
     asked = [

@@ -20,6 +20,7 @@ from c2f_jax.config.caches import prepare_features
 from c2f_jax.config.experiment import Experiment, create_experiment, example_batch
 from c2f_jax.config.files import load_saved_config, save_config
 from c2f_jax.data import batch_plan, loader
+from c2f_jax.data.files import check_writable
 from c2f_jax.data.source import PairSource
 from c2f_jax.datasets.registry import make_data_set
 from c2f_jax.errors import UserError
@@ -122,6 +123,7 @@ def train_and_evaluate(
     parallel.check_batch_size(experiment.batch_size)
     if experiment.init_from:
         load_saved_config(experiment.init_from)  # fails early if there is no such run
+    in_first_process(lambda: check_writable(workdir, "--workdir", folder=True))
     source, validation, test_source = _open_splits(experiment, test)
 
     # From here on, files are written. The first process answers for the workdir.
@@ -156,6 +158,7 @@ def train_and_evaluate(
         state, start = _resume_or_start(run, state)
         if start < experiment.steps:
             state = _train(run, state, start)
+        _report_bad_items(run)  # the result of the test split names its own
 
         # All processes restore the best checkpoint and evaluate it together.
         evaluation = page = None
@@ -386,7 +389,6 @@ def _train(run: _Run, state: C2FTrainState, start: int) -> C2FTrainState:
             if stopping:
                 recorder.close()
                 raise Preempted(f"stopped at step {step}; repeat the command to resume from there")
-    _report_bad_items(run)
     return state
 
 
@@ -487,8 +489,7 @@ def _best_model(run: _Run, state: C2FTrainState) -> TrainedModel:
 def _report_bad_items(run: _Run) -> None:
     for bad in (run.source.bad_items, run.validation.bad_items):
         if len(bad):
-            names = "\n".join(f"  {name}: {reason}" for name, reason in bad.reasons.items())
-            run.recorder.say(f"left out of {bad.where}: {len(bad)} of {bad.total} items\n{names}")
+            run.recorder.say(bad.text())
 
 
 def _alarm_from(experiment: Experiment) -> int | None:

@@ -23,7 +23,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="seeds per row (default: %(default)s)")
     parser.add_argument(
         "--noise",
-        type=float,
+        type=arguments.number,
         default=0.3,
         help="share of shuffled captions in the noisy rows (default: %(default)s)",
     )

@@ -1,5 +1,6 @@
 """Arguments that several commands share."""
 
+import math
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 
 DATA_SETS_HELP = (
@@ -22,6 +23,21 @@ def directory(text: str) -> str:
     if not text:
         raise ArgumentTypeError("the directory is empty: give a path")
     return text
+
+
+def number(text: str) -> float:
+    """Return a finite number: NaN would switch off what it is compared with.
+
+    Raises:
+      ArgumentTypeError: if it is none.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
 
 
 def add_run(parser: ArgumentParser, *, required: bool = True) -> None:

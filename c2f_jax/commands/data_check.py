@@ -25,7 +25,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     limits = parser.add_mutually_exclusive_group()
     limits.add_argument(
         "--max-seconds",
-        type=float,
+        type=arguments.number,
         default=30.0,
         help="report recordings longer than this (default: %(default)s)",
     )
@@ -38,12 +38,22 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Check the data set, print the report and write what was asked for."""
+    from c2f_jax.data.files import check_writable
     from c2f_jax.data_check.check import RunLimits, check_data
-    from c2f_jax.data_check.clean_manifest import check_name, count_dropped, write_clean_manifest
+    from c2f_jax.data_check.clean_manifest import (
+        check_name,
+        count_dropped,
+        joined_ids,
+        write_clean_manifest,
+    )
     from c2f_jax.data_check.findings import EXIT_CODES
+    from c2f_jax.galleries.media import shortlist
 
+    # Before hours of decoding.
+    if args.output:
+        check_writable(args.output, "--output", folder=True)
     if args.fix:
-        check_name(args.fix)  # before hours of decoding
+        check_name(args.fix, args.data)
     limits = {"max_seconds": args.max_seconds}
     if args.workdir:
         from c2f_jax.config.experiment import create_experiment
@@ -76,4 +86,9 @@ def run(args: Namespace) -> int:
         print(f"{written:,} pairs written: {args.fix}")
         for what, count in count_dropped(report, written).items():
             print(f"  left out: {count:,} {what}")
+        for split in report.sources:
+            joined = joined_ids(report, split).items()
+            if joined:
+                names = shortlist(f"{gone!r} with {kept!r}" for gone, kept in joined)
+                print(f"  image_ids of {split} joined, since images are the same: {names}")
     return EXIT_CODES[report.severity]

@@ -28,7 +28,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-bad-share",
-        type=float,
+        type=arguments.number,
         default=0.01,
         help="stop if more than this share of the items is bad (default: %(default)s)",
     )
@@ -36,7 +36,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Prepare the data set, or only say what is missing."""
-    from c2f_jax.datasets.prepare import dry_run, prepare
+    from c2f_jax.datasets.prepare import dry_run, left_out_text, prepare
 
     where = {"manual_dir": args.manual_dir, "data_dir": args.data_dir, "name": args.name}
     if args.dry_run:
@@ -49,5 +49,8 @@ def run(args: Namespace) -> int:
         max_bad_share=args.max_bad_share,
         **where,
     )
+    left_out = left_out_text(ready, args.data_dir)
+    if left_out:
+        print(left_out)
     print(f"prepared; use it with --config.data.name={ready}")
     return 0

@@ -38,7 +38,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-seconds",
-        type=float,
+        type=arguments.number,
         default=30.0,
         help="cut recordings to this length (default: %(default)s)",
     )

@@ -52,7 +52,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--min-probability",
-        type=float,
+        type=arguments.number,
         metavar="P",
         help="leave out answers that match with a smaller probability; there may be none",
     )

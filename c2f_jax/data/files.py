@@ -1,13 +1,20 @@
-"""Which file is which: one path for each file however it is spelled, and what tells a change."""
+"""Files: one path for each however it is spelled, what tells a change, what can be written."""
 
 import functools
 import hashlib
 import os
 import posixpath
 import stat
+import tempfile
 import unicodedata
+import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
+
+from c2f_jax.errors import UserError
+
+BUCKETS = ("gs", "s3", "az", "hf")  # what etils.epath reads
 
 State = list[int | str]
 
@@ -77,6 +84,61 @@ def content_hash(data: bytes | str) -> str:
             ).hexdigest()
     except Exception:  # each kind of bucket has its own errors
         return ""
+
+
+def check_scheme(path: str) -> None:
+    """Raise UserError for a path that is a URL, unless it is one of a bucket."""
+    scheme, separator, _ = path.partition("://")
+    if separator and scheme.lower() not in BUCKETS:
+        raise UserError(
+            f"{path!r} is a URL of {scheme}, which is not read: give the path of a file"
+        )
+
+
+def check_writable(path: str | os.PathLike, option: str, *, folder: bool = False) -> None:
+    """Check that an output can be written, before the work of which it is the result.
+
+    Nothing is left behind: a file without a name is made in the folder of the output, or in the
+    first one above it that exists.
+
+    Args:
+      path: path of the output, local or in a bucket.
+      option: what the user calls it, such as "--output".
+      folder: whether the output is a folder of files, rather than a file.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    try:
+        if "://" in str(path):
+            from etils import epath
+
+            probe = epath.Path(path) / uuid.uuid4().hex if folder else epath.Path(f"{path}.probe")
+            probe.write_bytes(b"")
+            probe.unlink()
+            return
+        place = Path(path)
+        if not folder and place.exists():
+            open(place, "ab").close()
+        place = place if folder else place.parent
+        while not os.path.lexists(place):
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except ImportError:  # what reads the bucket is not installed
+        raise
+    except Exception as error:  # each kind of bucket has its own errors
+        what = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else f"{error}"
+        raise UserError(f"{option}={path} cannot be written ({what}): give another path") from error
+
+
+def printable(name: str) -> str:
+    r"""Return a name with replacement characters for what cannot be written or would move a cursor.
+
+    >>> printable("caf\udce9.png"), printable("a\nb.png")
+    ('caf\ufffd.png', 'a\ufffdb.png')
+    """
+    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") else c for c in name)
 
 
 class FileNames:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from c2f_jax.data.files import FileNames
+from c2f_jax.data.files import FileNames, check_scheme
 from c2f_jax.data.rows import COLUMNS, REQUIRED, plain_name, read_rows
 from c2f_jax.decoding.audio import SAMPLE_RATE
 from c2f_jax.errors import UserError
@@ -263,8 +263,8 @@ def _check_row(row: Mapping, where: str) -> dict:
         "speaker": _name("speaker", row.get("speaker")),
     }
     for column, value in checked.items():
-        if not isinstance(value, str):
-            continue
+        if column == "where" or not isinstance(value, str):
+            continue  # a folder may have any name
         if "\0" in value:
             raise ValueError(f"the text under {column!r} holds a NUL byte: {value!a}")
         if value.isascii():
@@ -273,6 +273,8 @@ def _check_row(row: Mapping, where: str) -> dict:
             value.encode()
         except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
             raise ValueError(f"the text under {column!r} is not Unicode: {value!a}") from None
+    check_scheme(checked["image"])
+    check_scheme(checked["audio"])
     return checked
 
 

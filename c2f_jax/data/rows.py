@@ -3,10 +3,12 @@
 import csv
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from c2f_jax.data.files import check_scheme
 from c2f_jax.decoding.audio import read_bytes
 from c2f_jax.errors import UserError
 
@@ -35,6 +37,7 @@ def read_rows(path: str, report: Report) -> Iterator[tuple[int, dict]]:
       UserError: the file cannot be read, is not text in UTF-8 or has another format, or a column is
         missing.
     """
+    check_scheme(path)
     parse = _parse_csv if path.lower().endswith(".csv") else _parse_jsonl
     yield from parse(path, _decode(path, read_bytes(path)), report)
 
@@ -149,12 +152,10 @@ def _parse_csv(path: str, text: str, report: Report) -> Iterator[tuple[int, dict
 
         # An open quote swallows rows up to the next quote: each is there to be seen.
         where = f"{path}:{number - count + 1}"
-        swallowed = 0
+        swallowed = False
         if count > 1:
             known = splits | set(record[split_column : split_column + 1])
-            swallowed = _swallowed(
-                lines[number - count + 1 : number], len(header), split_column, known
-            )
+            swallowed = _swallowed(lines[number - count : number], len(header), split_column, known)
         if swallowed:
             report(where, "not CSV (a quote is opened and not closed before the next row)")
             number -= count - 1
@@ -185,16 +186,25 @@ def _csv_record(lines: Sequence[str], number: int) -> tuple[list[str], int]:
         return next(reader, []), reader.line_num
 
 
-def _swallowed(lines: Sequence[str], columns: int, split_column: int, splits: set[str]) -> int:
-    """Count the lines inside of a record that are rows themselves, of a split that there is."""
-    count = 0
-    for line in lines:
+def _swallowed(lines: Sequence[str], columns: int, split_column: int, splits: set[str]) -> bool:
+    """Return whether a record of several lines holds rows, each of a split that there is.
+
+    A line between the first and the last tells by itself. The last one also ends a row whose first
+    column goes over several lines; if it is a row of its own, then the first line is one, too.
+    """
+
+    def is_row(line: str, open_quote: bool = False) -> bool:
         try:
-            record = next(csv.reader([line], strict=True), [])
+            record = next(csv.reader([line], strict=not open_quote), [])
+            if open_quote:  # what follows the quote is one value: read it as if there were none
+                record[-1:] = next(csv.reader(record[-1:]), [""])
         except csv.Error:
-            continue
-        count += len(record) == columns and record[split_column] in splits
-    return count
+            return False
+        return len(record) == columns and record[split_column] in splits
+
+    if any(is_row(line) for line in lines[1:-1]):
+        return True
+    return is_row(lines[-1]) and is_row(lines[0], open_quote=True)
 
 
 def _check_header(path: str, header: list[str]) -> list[str]:
@@ -225,5 +235,6 @@ def _check_header(path: str, header: list[str]) -> list[str]:
 
 
 def plain_name(name: str) -> str:
-    """Return the name of a column without case, spaces, quotes and hyphens."""
+    """Return a name without case, spaces, quotes, hyphens and characters that are not seen."""
+    name = "".join(c for c in name if unicodedata.category(c) != "Cf")
     return name.strip().strip("'\"").strip().lower().replace("-", "_").replace(" ", "_")

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from c2f_jax.data.feature_cache import FeatureCache
-from c2f_jax.data.files import Stamp, content_hash
+from c2f_jax.data.files import Stamp, content_hash, printable
 from c2f_jax.errors import UserError
 
 MIN_SAMPLES = 400  # HuBERT's first frame needs this many
@@ -121,6 +121,13 @@ class BadItems:
             lines.append(f"  and {len(self._reasons) - MOST_SHOWN} more")
         lines.append("fix or remove them, or raise max_bad_share")
         return "\n".join(lines)
+
+    def text(self) -> str:
+        """Say what was left out, an item a line under the count; "" if nothing was."""
+        lines = [f"left out of {printable(self.where)}: {len(self):,} of {self.total:,} items"]
+        for name, reason in self.reasons.items():
+            lines.append(f"  {printable(name)}: {printable(reason)}")
+        return "\n".join(lines) if len(self) else ""
 
     @property
     def reasons(self) -> dict[str, str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from etils import epath
 
+from c2f_jax.data.files import check_writable, printable
 from c2f_jax.data.manifest import ManifestSource
 from c2f_jax.data_check.findings import Report
 from c2f_jax.errors import UserError
@@ -16,23 +17,32 @@ DUPLICATES = ("duplicate image", "duplicate recording", "repeated image")
 Item = tuple[str, str]  # split and name
 
 
-def check_name(path: str | os.PathLike) -> epath.Path:
-    """Check the name of a manifest that will be written.
+def check_name(path: str | os.PathLike, data: str = "") -> epath.Path:
+    """Check the path of a manifest that will be written.
 
     Args:
       path: path of the manifest.
+      data: path of the data that it will name.
 
     Returns:
       The path.
 
     Raises:
-      UserError: it does not end in .jsonl, or exists.
+      UserError: it does not end in .jsonl, exists or cannot be written, or JSON cannot hold the
+        names of files in another folder.
     """
     file = epath.Path(path)
     if file.suffix != ".jsonl":
         raise UserError(f"--fix={path}: give a name that ends in .jsonl")
     if file.exists():
         raise UserError(f"--fix={path}: already exists; give another name")
+    check_writable(path, "--fix")
+    folder = os.path.dirname(os.path.abspath(data))
+    if printable(folder) != folder and os.path.dirname(os.path.abspath(path)) != folder:
+        raise UserError(
+            f"--fix={path}: the name of the folder {printable(folder)} is not Unicode, and a "
+            "manifest elsewhere cannot hold it: give a file in that folder"
+        )
     return file
 
 
@@ -40,7 +50,8 @@ def write_clean_manifest(report: Report, path: str | os.PathLike) -> int:
     """Write a manifest of what can be used; the data themselves are not touched.
 
     It leaves out pairs that cannot be read. What is in two splits stays in the test split, else in
-    validation. Duplicate images of a split get one image_id. Lengths are filled in.
+    validation. Duplicate images of a split get one image_id, and so do all images of their ids; see
+    `joined_ids`. Lengths are filled in.
     Paths are relative if the files are below the manifest's folder.
 
     Args:
@@ -96,6 +107,44 @@ def count_dropped(report: Report, written: int) -> dict[str, int]:
     return {what: count for what, count in counts.items() if count}
 
 
+def joined_ids(report: Report, split: str) -> dict[str, str]:
+    """Join the image_ids of images that are the same.
+
+    Equal images match, and so do images of equal image_id: all images of the joined ids do.
+
+    Args:
+      report: what the check found.
+      split: name of the split.
+
+    Returns:
+      image_id -> the one that takes its place, for those that change.
+    """
+    ids = {row["image"]: row["image_id"] for row in report.sources[split].rows}
+    # Images by the first that they are like, which may be in another split.
+    alike: dict[Item, list[str]] = collections.defaultdict(list)
+    for finding in report.findings:
+        if finding.like is None or finding.item is None or finding.item[0] != "image":
+            continue
+        for its_split, name in (finding.like, (finding.split, finding.name)):
+            if its_split == split:
+                alike[finding.like].append(ids[name])
+
+    joined: dict[str, str] = {}
+    for first, *others in alike.values():
+        for other in others:
+            kept, gone = _last(joined, first), _last(joined, other)
+            if kept != gone:
+                joined[gone] = kept
+    return {gone: _last(joined, gone) for gone in joined}
+
+
+def _last(joined: dict[str, str], name: str) -> str:
+    """Follow a name to the one that takes its place."""
+    while name in joined:
+        name = joined[name]
+    return name
+
+
 def _leaks(report: Report) -> set[Item]:
     """Find the items that are also in a more important split, and all their copies."""
     alike: dict[Item, set[Item]] = collections.defaultdict(set)  # by the first of their kind
@@ -120,13 +169,7 @@ def _clean_rows(
     """Return the rows of a split that are kept."""
     source = report.sources[split]
 
-    # Images that look the same get the image_id of the first of them.
-    ids = {row["image"]: row["image_id"] for row in source.rows}
-    first_of = {}
-    for finding in report.findings:
-        if finding.kind == "duplicate image":
-            first_of[finding.name] = finding.like[1]
-
+    joined = joined_ids(report, split)
     usable = [row for k, row in enumerate(source.rows) if k not in report.left_out[split]]
     rows = []
     for seconds, row in zip(report.seconds[split], usable, strict=True):
@@ -137,7 +180,7 @@ def _clean_rows(
                 "image": _relative(row["image"], folder),
                 "audio": _relative(row["audio"], folder),
                 "split": split,
-                "image_id": ids[first_of.get(row["image"], row["image"])],
+                "image_id": joined.get(row["image_id"], row["image_id"]),
                 "caption": row["caption"],
                 "speaker": row["speaker"],
                 "seconds": round(float(seconds), 4),

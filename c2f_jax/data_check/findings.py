@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from c2f_jax.data.files import printable
 from c2f_jax.data.source import MIN_SAMPLES, PairSource
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
@@ -185,13 +186,13 @@ class Report:
         Returns:
           Lines of text.
         """
-        lines = [self.name, *self._table()]
+        lines = [printable(self.name), *self._table()]
         for kind, count in self.counts().items():
             severity, meaning = KINDS[kind]
             lines.append(f"{severity}: {kind}, {count:,} ({meaning})")
             found = [finding for finding in self.findings if finding.kind == kind]
             for finding in found[:most]:
-                lines.append(f"  {finding.name}: {finding.detail}")
+                lines.append(f"  {printable(finding.name)}: {printable(finding.detail)}")
             if count > most:
                 lines.append(f"  and {count - most:,} more")
         lines.append(self.verdict)
@@ -206,7 +207,7 @@ class Report:
         for split, about in self.splits.items():
             seconds = about["seconds"]
             lines.append(
-                f"  {split:14}{about['images']:>10,}{about['recordings']:>12,}"
+                f"  {printable(split):14}{about['images']:>10,}{about['recordings']:>12,}"
                 f"{about['usable']:>9,}{captions_of(about):>10}{about['hours']:>8.1f}  "
                 f"{seconds['min']:.2f} to {seconds['max']:.2f}, median {seconds['median']:.2f}"
             )

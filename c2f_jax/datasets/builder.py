@@ -186,7 +186,13 @@ class FilePairs(tfds.core.ShardBasedBuilder, skip_registration=True):
         listing = self._read(self._folders(dl_manager))
         listing.resolve()
         shards = _divide(listing)
-        self._left_out = {split: listing.left_out_of(split) for split in shards}
+        # Lines of a split of which no row is left count in each of the others.
+        lost = {
+            where: reason
+            for where, (split, reason) in listing.left_out.items()
+            if split and split not in shards
+        }
+        self._left_out = {split: listing.left_out_of(split) | lost for split in shards}
         self.info.metadata[MADE_FROM] = {
             "listing": self.origin,
             "fingerprint": _fingerprint(listing),

@@ -13,6 +13,8 @@ from c2f_jax.datasets.registry import (
     check_data_dir,
     data_set_name,
     layout_of,
+    load_pairs,
+    open_builder,
     published_builder,
 )
 from c2f_jax.datasets.spoken_scenes.source import known_config, prepared_builder
@@ -89,6 +91,19 @@ def prepare(
             f"{spec} could not be prepared ({e}); the same command resumes where it stopped"
         ) from e
     return spec if spec in PUBLISHED else str(builder.data_dir)
+
+
+def left_out_text(ready: str, data_dir: str | None = None) -> str:
+    """Say what preparation left out of each split, item by item; "" if nothing was.
+
+    Args:
+      ready: what `prepare` returned.
+      data_dir: as for `prepare`.
+    """
+    texts = []
+    for split in open_builder(ready, data_dir).info.splits:
+        texts.append(load_pairs(ready, split, data_dir, max_bad_share=1.0).bad_items.text())
+    return "\n".join(filter(None, texts))
 
 
 def dry_run(

@@ -3,12 +3,12 @@
 import collections
 import dataclasses
 import os
-import unicodedata
 from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from c2f_jax.data.files import printable
 from c2f_jax.decoding.images import SUFFIXES
 from c2f_jax.errors import UserError
 
@@ -78,15 +78,6 @@ def list_media(folder: str | PathLike[str], kind: str) -> MediaFolder:
         found = "".join(f"\n  {line}" for line in lines)
         raise UserError(f"{printable(str(root))} contains no {what} that can be read{found}")
     return MediaFolder(sorted(taken), lines)
-
-
-def printable(name: str) -> str:
-    r"""Return a name with replacement characters for what cannot be written or would move a cursor.
-
-    >>> printable("caf\udce9.png"), printable("a\nb.png")
-    ('caf\ufffd.png', 'a\ufffdb.png')
-    """
-    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") else c for c in name)
 
 
 def shortlist(names: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from c2f_jax.data.feature_cache import with_current_names
+from c2f_jax.data.files import check_writable
 from c2f_jax.errors import UserError
 from c2f_jax.models.c2f import C2FModel
 from c2f_jax.models.networks.vision_transformer import resize_positions
@@ -47,6 +48,9 @@ def convert(
         raise UserError(
             f"{output} holds converted weights already: remove it or give another --output"
         )
+    if "://" in str(output):
+        raise UserError(f"--output={output}: must be a folder on a disk, which runs read it from")
+    check_writable(output, "--output", folder=True)
     card, params = read_published(sources, part=part, normalize=normalize, license=license)
     try:
         save_weights(output, card, params)

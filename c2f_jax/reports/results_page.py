@@ -51,6 +51,10 @@ def write_results_page(
         stages = "Embeddings of another model, ranked by cosine."
     note = f"{stages} 95 % intervals in small print."
     body += section("Metrics", note, _metrics(result))
+    if result.bad_items:
+        lines = "\n".join(result.left_out())
+        note = f"{len(result.bad_items):,} files or lines of the split cannot be used."
+        body += section("Left out", note, f"<pre>{escape(lines)}</pre>")
     if curves_png:
         source = data_uri(Media(curves_png, "image/png"))
         curves = f'<img class="curves" alt="learning curves" src="{source}">'

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from c2f_jax.data.files import printable
 from c2f_jax.retrieval.calibration import Calibration, Reliability
 from c2f_jax.retrieval.recall import RECALL_AT, Metric
 from c2f_jax.retrieval.reranking import SCORES
@@ -22,6 +23,7 @@ TABLE_METRICS = {"R@1": 1, "R@5": 1, "R@10": 1, "median_rank": 1, "MRR": 3}
 OPTIONAL = ("data_set", "split", "trained_on", "step", "model", "data", "bad_items", "baseline")
 COLUMN = 27  # characters
 HASH_SHOWN = 8  # characters of a file's hash
+MOST_NAMED = 20  # items that could not be used
 
 
 @dataclass(frozen=True)
@@ -361,7 +363,17 @@ class EvaluationResult:
             f"\nR@K in %. [95 % intervals]: {self.bootstrap.resamples} bootstrap resamples of "
             f"{self.bootstrap.units} image ids, all queries of an image together{paired}"
         )
+        if self.bad_items:
+            lines.append(f"\nleft out, since they cannot be used: {len(self.bad_items):,}")
+            lines += self.left_out()
         return "\n".join(lines)
+
+    def left_out(self) -> list[str]:
+        """Return a line for each of the first items that could not be used, and count the rest."""
+        bad = list((self.bad_items or {}).items())
+        lines = [f"  {printable(name)}: {printable(reason)}" for name, reason in bad[:MOST_NAMED]]
+        more = len(bad) - MOST_NAMED
+        return [*lines, f"  and {more:,} more, named in the .json"] if more > 0 else lines
 
     def __repr__(self) -> str:
         # The data set, if it is known, and the numbers of the last stage.
