@@ -213,7 +213,7 @@ def data_set_label(source: PairSource) -> str:
     A manifest is named after its folder, and after itself unless it is called "manifest"; a
     prepared manifest, manifest_pairs/<name>/<version>, after its name.
     """
-    path = epath.Path(source.name)
+    path = epath.Path(printable(source.name))  # logs take Unicode alone
     if path.parent.parent.name == "manifest_pairs":
         return path.parent.name
     if is_manifest(source.name):

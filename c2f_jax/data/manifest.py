@@ -224,7 +224,7 @@ def manifest_in(folder: str) -> str | None:
             for suffix in MANIFEST_SUFFIXES
             if (path := epath.Path(folder) / f"manifest{suffix}").exists()
         ]
-    except (OSError, ValueError):  # no name that a folder can have
+    except (OSError, ValueError, KeyError):  # no name that a folder can have, or a URL
         return None
     if len(found) > 1:
         raise UserError(f"{folder} holds manifest.jsonl and manifest.csv: name one of them")

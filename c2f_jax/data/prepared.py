@@ -165,7 +165,7 @@ def is_prepared(path: str) -> bool:
     """Return whether a path is the directory of a prepared set."""
     try:
         return (epath.Path(path) / "dataset_info.json").exists()
-    except (OSError, ValueError):  # the path cannot name a directory
+    except (OSError, ValueError, KeyError):  # the path cannot name a directory, or is a URL
         return False
 
 

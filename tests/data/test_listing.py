@@ -1,6 +1,8 @@
 """A bad line costs itself alone; one file is one item however its name is spelled; what names
 nothing is no identity."""
 
+import csv
+import itertools
 import json
 import os
 import unicodedata
@@ -13,6 +15,7 @@ from PIL import Image
 from c2f_jax.data.listing import read_listing
 from c2f_jax.data.manifest import load_manifest
 from c2f_jax.errors import UserError
+from c2f_jax.main import main
 
 GOOD = "a.png,a.wav,test,fine\n"
 HEADER = "image,audio,split,caption\n"
@@ -83,6 +86,47 @@ def test_quoted_lines_are_read_and_those_that_swallow_rows_are_not(folder):
     listing = read(text)
     assert places(listing) == ["m.csv:2"]
     assert [row["caption"] for row in listing.rows] == ["fine", 'close"', "fine"]
+
+
+@pytest.mark.parametrize("columns", itertools.permutations(("image", "audio", "split", "caption")))
+@pytest.mark.parametrize(
+    "caption", ["a dog\nruns 1", "a dog,\n\nruns, fast", 'a "dog"\nruns, 1, 2']
+)
+def test_captions_of_several_lines_in_any_column(folder, columns, caption):
+    rows = [pair(caption=text) for text in ("fine", caption, caption, "fine")]
+    with open("m.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    listing = read_listing("m.csv")
+    assert [row["caption"] for row in listing.rows] == ["fine", caption, caption, "fine"]
+
+
+def test_a_row_that_is_swallowed_from_the_first_column_on(folder):
+    """Quotes that are opened in line 3 and closed in line 4, each before a whole row."""
+    good = "fine,a.png,a.wav,test\n"
+    text = (
+        "caption,image,audio,split\n" + good + '"open,b.png,b.wav,test\nclose",a.png,a.wav,test\n'
+    )
+    listing = read(text + good)
+    assert places(listing) == ["m.csv:3"]
+    assert [row["caption"] for row in listing.rows] == ["fine", 'close"', "fine"]
+
+
+@pytest.mark.parametrize("url", ["file:///data/a.png", "https://example.org/a.png", "HTTP://a.png"])
+def test_a_url_is_told_to_be_one(folder, url):
+    listing = read_listing(jsonl([pair(), pair(image=url)]), strict=False)
+    (reason,) = listing.left_out_of("test").values()
+    assert "is a URL of" in reason and url in reason and len(listing.rows) == 1
+    with pytest.raises(UserError, match="is a URL of https"):
+        read_listing("https://example.org/m.jsonl")
+    assert main(["data", "check", "https://example.org/data"]) == 2
+
+
+def test_a_split_with_characters_that_are_not_seen_is_like_the_one_without(folder):
+    rows = [pair(), pair(), pair("b", split="\u200btest"), pair("b", split="te\u00adst")]
+    notes = [note.detail for note in read_listing(jsonl(rows)).notes if note.kind == "splits alike"]
+    assert len(notes) == 2 and r"'\u200btest', which is not 'test'" in notes[0]
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,20 @@ def test_bad_lines_are_left_out_counted_and_named(tmp_path, prepared):
     assert "1 lines or items were left out before" in report.text()
 
 
+def test_what_is_left_out_of_a_prepared_set_is_printed(tmp_path, capsys):
+    """A line that is cut off, a picture that is gone, and the one line of a split."""
+    path = make(tmp_path / "data", "red", [f"p{k}" for k in range(40)])
+    (tmp_path / "data" / "p7.png").unlink()
+    with open(path, "a") as file:
+        file.write('{"image": \n{"image": "p1.png", "split": "validation"}\n')
+    sets = f"--data-dir={tmp_path / 'sets'}"
+    assert main(["data", "prepare", path, sets, "--max-bad-share=0.2"]) == 0
+    told = capsys.readouterr().out
+    assert "split test: 3 of 82 items" in told and "prepared; use it" in told
+    for part in (f"{path}:41: not JSON", f"{path}:42: 'audio' is missing", "p7.png: "):
+        assert part in told
+
+
 def test_the_names_on_the_command_line(tmp_path, capsys):
     path, sets = make(tmp_path / "my data", "red"), str(tmp_path / "sets")
     assert main(["data", "prepare", path, "--name=mine", "--dry-run"]) == 0

@@ -19,7 +19,12 @@ from c2f_jax.data.items import load_wave
 from c2f_jax.datasets.registry import load_pairs
 from c2f_jax.decoding.images import decode_image
 from c2f_jax.errors import UserError
-from c2f_jax.evaluate import evaluate_baseline, evaluate_encoded, evaluate_source
+from c2f_jax.evaluate import (
+    evaluate_baseline,
+    evaluate_by_voice,
+    evaluate_encoded,
+    evaluate_source,
+)
 from c2f_jax.index import build_index
 from c2f_jax.inference import TrainedModel, encode_speech
 from c2f_jax.retrieval.evaluation import EvalConfig
@@ -195,3 +200,80 @@ def test_a_result_names_its_model_and_data_and_spares_those_of_other_data(settin
     assert evaluate(tmp_path / "x" / "data" / ".." / "data" / "manifest.jsonl") == "data-test.html"
     shutil.copy(tmp_path / "y/data/manifest.jsonl", tmp_path / "y/data/clean.jsonl")
     assert evaluate(tmp_path / "y" / "data" / "clean.jsonl") == "data-clean-test.html"
+
+
+def test_a_checkpoint_that_is_not_the_best_does_not_replace_the_result_of_the_best(
+    setting, tmp_path, caplog
+):
+    best = dataclasses.replace(model_on(jax.devices()[:1], setting), workdir=tmp_path)
+    other = dataclasses.replace(best, step=2, is_best=False)
+    pages = [evaluate_source(model, setting[2], progress=False)[1] for model in (best, other)]
+    assert pages[1].name == pages[0].name.replace(".html", "-step2.html")
+    stored = [json.loads(page.with_suffix(".json").read_text())["step"] for page in pages]
+    assert stored == [10, 2] and not caplog.records
+
+    # The same checkpoint by other options: what is replaced is said.
+    changed = dataclasses.replace(best.experiment.eval, k=7)
+    experiment = dataclasses.replace(best.experiment, eval=changed)
+    evaluate_source(dataclasses.replace(best, experiment=experiment), setting[2], progress=False)
+    assert "is replaced: its result is of other k" in caplog.text
+
+
+def test_voices_of_another_data_set_of_the_same_label_stay(setting, tmp_path):
+    model = dataclasses.replace(model_on(jax.devices()[:1], setting), workdir=tmp_path / "run")
+    for number, name in enumerate(("x", "y")):
+        folder = tmp_path / name / "data"
+        folder.mkdir(parents=True)
+        rows = []
+        for k in range(4):
+            Image.new("RGB", (8, 8), (60 * k, number, 0)).save(folder / f"{k}.png")
+            wave = 0.1 * np.random.default_rng(k).standard_normal(3000 + number)
+            (folder / f"{k}.wav").write_bytes(wav(wave))
+            row = {"image": f"{k}.png", "audio": f"{k}.wav", "speaker": "ab"[k % 2]}
+            rows += [row | {"split": "test"}] + [row | {"split": "train"}] * (k % 2)
+        (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = dataclasses.replace(model.experiment.data, name=str(folder / "manifest.jsonl"))
+        experiment = dataclasses.replace(model.experiment, data=data)
+        on_data = dataclasses.replace(model, experiment=experiment)
+        for _ in range(2):
+            found = evaluate_by_voice(on_data, load_pairs(data.name, "test"))
+            assert found.keys() == {"heard", "unheard"}
+    stored = [
+        json.loads(path.read_text()) for path in (tmp_path / "run/eval").glob("*voices*.json")
+    ]
+    sets = {voices["heard"]["data_set"].split("/")[-3] for voices in stored}
+    assert len(stored) == 2 and sets == {"x", "y"}
+
+
+def test_what_is_left_out_is_named_in_the_table_and_on_the_page(setting, tmp_path):
+    model = dataclasses.replace(model_on(jax.devices()[:1], setting), workdir=tmp_path / "run")
+    rows = []
+    for k in range(100):
+        Image.new("RGB", (8, 8), (2 * k, 0, 0)).save(tmp_path / f"{k}.png")
+        wave = 0.1 * np.random.default_rng(k).standard_normal(3000)
+        (tmp_path / f"{k}.wav").write_bytes(wav(wave))
+        row = json.dumps({"image": f"{k}.png", "audio": f"{k}.wav", "split": "test"})
+        rows.append((row if k != 5 else row[:30]) + "\n")
+    (tmp_path / "8.png").unlink()
+    (tmp_path / "9.png").write_bytes(b"<script>")
+    (tmp_path / "m.jsonl").write_text("".join(rows))
+    source = load_pairs(str(tmp_path / "m.jsonl"), "test", max_bad_share=0.1)
+    result, page = evaluate_source(model, source, progress=False)
+    for told in (result.table(), page.read_text()):
+        for part in ("m.jsonl:6: not JSON", "8.png: no such file", "9.png: "):
+            assert part in told
+    assert "left out, since they cannot be used: 3" in result.table()
+    many = dataclasses.replace(result, bad_items={f"\x1b{k}": "gone" for k in range(23)})
+    assert "and 3 more" in many.table() and "\x1b" not in many.table()
+
+
+def test_a_workdir_that_cannot_be_written_is_told_before_anything_is_encoded(setting, tmp_path):
+    (tmp_path / "eval").write_text("a file")
+    model = dataclasses.replace(model_on(jax.devices()[:1], setting), workdir=tmp_path)
+    source = Memory([800])  # too short to be encoded with anything
+    for evaluate in (evaluate_source, evaluate_by_voice):
+        with pytest.raises(UserError, match=f"--workdir={tmp_path}/eval cannot be written"):
+            evaluate(model, source)
+    images = Query(images=[str(tmp_path / "none.png")], output=tmp_path / "eval" / "x.html")
+    with pytest.raises(UserError, match="--output=.*cannot be written"):
+        search(model, images)

@@ -161,6 +161,14 @@ def test_restored_parameters_are_those_that_were_saved(unbroken):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(model.params), state.params)
 
 
+def test_a_model_knows_whether_its_checkpoint_is_the_best(unbroken):
+    best = TrainedModel.load(unbroken[0])
+    steps = Checkpoints(unbroken[0], read_only=True).steps
+    assert best.is_best and len(steps) > 1
+    for step in steps:
+        assert TrainedModel.load(unbroken[0], step).is_best == (step == best.step)
+
+
 def test_loading_a_run_warns_of_nothing(unbroken, caplog):
     TrainedModel.load(unbroken[0])
     assert not caplog.records
