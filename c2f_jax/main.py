@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from c2f_jax.commands.parser import create_parser
+from c2f_jax.data.files import printable
 from c2f_jax.errors import UserError, missing_extra
 
 CACHE_BYTES = 2 * 2**30
@@ -38,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except UserError as error:
-        print(f"{args.parser.prog}: {error}", file=sys.stderr)
+        text = "\n".join(map(printable, str(error).split("\n")))  # names hold any characters
+        print(f"{args.parser.prog}: {text}", file=sys.stderr)
         return 2
     except ImportError as error:
         line = missing_extra(args.parser.prog, error)

@@ -95,6 +95,8 @@ def test_names_cannot_move_the_cursor(tmp_path, capsys):
     assert main(["data", "check", f"{tmp_path}/m.jsonl"]) == 3
     told = capsys.readouterr().out
     assert "\ufffd[2J\ufffd1.wav" in told and "\x1b" not in told
+    assert main(["data", "check", f"{tmp_path}/\x1b.jsonl"]) == 2
+    assert "/\ufffd.jsonl: cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "long"])

@@ -144,6 +144,10 @@ def test_a_damaged_index_a_short_configuration_and_an_unwritable_output_are_name
     folder, _ = published
     with pytest.raises(UserError, match="README.md cannot be written"):
         convert([folder], folder / "README.md")
+    # Before anything is read: there are no such weights.
+    for place, problem in (("/proc/x/y", "cannot be written"), ("gs://bucket/x", "on a disk")):
+        with pytest.raises(UserError, match=f"--output={place}.*{problem}"):
+            convert(["nowhere"], place)
     for config, message in (
         ('{"model_type": "whisper"}', "Hugging Face Whisper: config.json has no d_model"),
         (
