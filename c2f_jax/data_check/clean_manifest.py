@@ -37,8 +37,10 @@ def check_name(path: str | os.PathLike, data: str = "") -> epath.Path:
     if file.exists():
         raise UserError(f"--fix={path}: already exists; give another name")
     check_writable(path, "--fix")
-    folder = os.path.dirname(os.path.abspath(data))
-    if printable(folder) != folder and os.path.dirname(os.path.abspath(path)) != folder:
+    place = os.path.abspath(data)
+    folder = place if os.path.isdir(place) else os.path.dirname(place)
+    elsewhere = os.path.dirname(os.path.abspath(path)) != folder
+    if elsewhere and os.path.exists(place) and not _is_unicode(folder):
         raise UserError(
             f"--fix={path}: the name of the folder {printable(folder)} is not Unicode, and a "
             "manifest elsewhere cannot hold it: give a file in that folder"
@@ -200,4 +202,10 @@ def _relative(name: str, folder: str) -> str:
     if "://" in name:
         return name
     name = os.path.abspath(name)
-    return os.path.relpath(name, folder) if name.startswith(folder + os.sep) else name
+    below = name.startswith(folder + os.sep)
+    return os.path.relpath(name, folder) if below or not _is_unicode(name) else name
+
+
+def _is_unicode(name: str) -> bool:
+    """Return whether a manifest can hold a name: JSON is Unicode, names of files are bytes."""
+    return name.encode(errors="replace") == name.encode(errors="surrogatepass")

@@ -16,7 +16,7 @@ from c2f_jax.main import main
 def write_set(folder, rows, copies=()):
     """A manifest of (image, split, image_id); each row has a recording of its own."""
     for name in {image for image, _, _ in rows} - {copy for copy, _ in copies}:
-        put(folder / name, jpeg(ord(name[0])))
+        put(folder / name, jpeg(ord(name[-5])))
     for copy, of in copies:
         shutil.copy(folder / of, folder / copy)
     lines = []
@@ -75,14 +75,17 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_is_read(tmp_pa
 
 
 def test_a_manifest_is_read_in_a_folder_whose_name_is_not_unicode(tmp_path, capsys):
-    folder = tmp_path / "caf\udce9"
-    folder.mkdir()
-    path = write_set(folder, [("a.jpg", "train", ""), ("b.jpg", "train", "")])
-    assert main(["data", "check", path, f"--fix={tmp_path}/clean.jsonl"]) == 2
-    told = capsys.readouterr()
-    assert "give a file in that folder" in told.err and not told.out
+    folder = tmp_path / "caf\udce9" / "data"
+    folder.mkdir(parents=True)
+    path = write_set(folder, [("a.jpg", "train", ""), ("../b.jpg", "train", "")])
+    shutil.move(path, folder / "manifest.jsonl")
+    path = str(folder / "manifest.jsonl")
+    for data in (path, str(folder)):
+        assert main(["data", "check", data, f"--fix={tmp_path}/clean.jsonl"]) == 2
+        told = capsys.readouterr()
+        assert "give a file in that folder" in told.err and not told.out
     assert main(["data", "check", path, f"--fix={folder}/clean.jsonl", f"--output={folder}"]) == 0
-    assert [row["image"] for row in read(folder / "clean.jsonl")] == ["a.jpg", "b.jpg"]
+    assert [row["image"] for row in read(folder / "clean.jsonl")] == ["a.jpg", "../b.jpg"]
     told = capsys.readouterr().out
     assert "passed" in told and "\udce9" not in told
 
