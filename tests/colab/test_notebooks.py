@@ -19,7 +19,7 @@ from helpers.paths import ROOT
 from PIL import Image
 
 NAMES = sorted(path.stem for path in (ROOT / "colab").glob("*.ipynb"))
-LONGEST = ("published_encoders", "search_your_photos")  # half a minute each
+LONGEST = ("losses_in_your_project", "published_encoders", "search_your_photos")
 MOST_BYTES = {"image/png": 300_000, "image/jpeg": 300_000, "file": 3_000_000}
 OF_A_MACHINE = re.compile(
     r"(?<![\w.:/])/(home|root|tmp|usr|opt|work|workspace|content|Users)/|site-packages"

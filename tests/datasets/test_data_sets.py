@@ -411,6 +411,7 @@ def test_the_shipped_configuration_with_light_encoders_opens(name):
         load_config(f"{path}:small")
 
 
+@pytest.mark.slow
 def test_one_command_trains_and_evaluates_zero_shot(tmp_path, flickr, capsys):
     """Trained on SpokenCOCO, evaluated on Flickr8k Audio by protocol and on a manifest, then again
     by `evaluate`."""

@@ -211,8 +211,8 @@ def test_a_manifest_and_a_feature_cache_in_a_bucket_equal_those_on_a_disk(bucket
         name = f"cached/eval/{name.replace('.html', '.json')}"
         read = contents(bucket, name) if place != tmp_path else (tmp_path / name).read_bytes()
         results[place] = json.loads(read)
-    for entry in ("seconds", "data_set", "trained_on", "data"):
-        results[place].pop(entry)
+        for entry in ("seconds", "data_set", "trained_on", "data"):
+            results[place].pop(entry)
     here, there = results.values()
     assert {name for name in here if here[name] != there[name]} == set()
     stored = {name for _, name in bucket[0].storage.objects if name.startswith("features/")}

@@ -182,6 +182,7 @@ def test_checkpoint_of_another_model_is_refused(unbroken):
         Checkpoints(workdir, read_only=True).restore(6, abstract(other))
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_parameters_of_another(flags, unbroken, tmp_path):
     changes = [
         f"--config.init_from={unbroken[0]}",

@@ -19,8 +19,10 @@ PACKAGE = Path(c2f_jax.__file__).parent
 FIXED = {
     "datasets/spoken_scenes/builder.py",
     "datasets/spoken_scenes/speech.py",
+    "exported/programs.py",
     "pretrained/extract_features.py",
     "search.py",
+    "serving/service.py",
 }
 MAKERS = {"default_rng", "SeedSequence", "RandomState", "fold_in", "split", "PRNGKey", "seed"}
 

@@ -348,6 +348,7 @@ def overrides(data, workdir_features):
     ]
 
 
+@pytest.mark.slow
 def test_a_run_on_cached_speech_and_foreign_image_tokens(data, tmp_path, capsys):
     config = tmp_path / "config.py"
     config.write_text(f"""
