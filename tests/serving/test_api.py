@@ -159,10 +159,10 @@ def test_a_full_queue_is_503(service, wav):
         running, go_on = threading.Event(), threading.Event()
         answer = service.answer
 
-        def wait(*args):
+        def wait(*args, **options):
             running.set()
             assert go_on.wait(20)
-            return answer(*args)
+            return answer(*args, **options)
 
         service.answer = wait
         try:
