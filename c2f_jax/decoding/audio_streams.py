@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from c2f_jax.decoding.flac_frames import flac_samples, is_whole
-from c2f_jax.decoding.mpeg_frames import is_mpeg, mpeg_streams, tag_bytes
+from c2f_jax.decoding.mpeg_frames import begins_as_mpeg, mpeg_streams, tag_bytes
 from c2f_jax.errors import BadFileError
 
 Note = tuple[str, str]  # a kind of `data_check.findings.KINDS`, and the detail
@@ -73,7 +73,7 @@ def audio_streams(encoded: bytes, name: str) -> tuple[list[Stream], list[Note]]:
         streams = _ogg(encoded, notes)
     elif magic == b"fLaC":
         streams = _flac(encoded, name, notes)
-    elif start or is_mpeg(encoded, tag_bytes(encoded, 0)):
+    elif start or begins_as_mpeg(encoded, tag_bytes(encoded, 0)):
         streams = _mpeg(encoded, name, notes)
     else:
         streams = [Stream(part) for part in _joined_files(encoded)]

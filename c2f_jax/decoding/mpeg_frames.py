@@ -138,6 +138,21 @@ def is_mpeg(encoded: bytes, place: int = 0) -> bool:
     return True
 
 
+def begins_as_mpeg(encoded: bytes, place: int) -> bool:
+    """Return whether a file is MPEG audio, of which the first frame may be damaged.
+
+    libsndfile takes it for that by the first header, and stops early where the next does not
+    follow.
+
+    Args:
+      encoded: the file.
+      place: behind the tags at its beginning.
+    """
+    if is_mpeg(encoded, place):
+        return True
+    return _at(encoded, place) is not None and is_mpeg(encoded, _next_sync(encoded, place + 1))
+
+
 def mpeg_streams(encoded: bytes) -> tuple[list[MpegStream], int, int]:
     """Split a file of MPEG audio where a stream begins.
 

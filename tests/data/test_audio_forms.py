@@ -1,12 +1,14 @@
 """Recordings as people have them: whatever the container, the codec and the header, what is decoded
 is what a player plays, or an error that says what is wrong."""
 
+import io
 import shutil
 import struct
 import sys
 
 import numpy as np
 import pytest
+import soundfile
 from helpers import audio_forms
 from helpers.audio_forms import RATE, patched, speech, stored
 from helpers.audio_table import judge
@@ -202,6 +204,19 @@ def test_mp3_cut_anywhere_is_read_or_named():
                 assert len(decode_audio(whole[:size])) <= 3200 + 2000
             except BadFileError:
                 pass
+
+
+def test_an_mp3_whose_first_frame_is_damaged_is_read_to_its_end():
+    """libsndfile stops early: the next frame is not where the first says."""
+    whole = stored(WAVE, container="MP3")
+    expected = len(decode_audio(whole))
+    other_rate = bytes([*whole[:2], whole[2] ^ 0xC0, whole[3]]) + whole[4:]
+    for data in (other_rate, whole[:60] + bytes(range(200)) * 8 + whole[60:]):
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            assert len(file.read()) < 0.9 * expected
+        found = read_recording(data)
+        assert abs(len(found.samples) - expected) <= 3000
+        assert "bytes left out" in [kind for kind, _ in found.notes]
 
 
 def test_frames_that_turn_to_free_format_end():
