@@ -99,7 +99,7 @@ def build_index(
             index = _open(output, _about(model, listed, kind), store, approximate)
             held.enter_context(index.locked())
             opened.append(open_index(output))  # as it is under the lock
-            return _make_plan(opened[0], listed)
+            return _make_plan(opened[0], listed, progress)
 
         plan = in_first_process(start)
         in_first_process(lambda: _copy(opened[0], listed, plan))
@@ -173,7 +173,7 @@ def check_fingerprint(index: GalleryIndex, fingerprint: str, name: str) -> None:
         )
 
 
-def _make_plan(index: GalleryIndex, listed: Gallery) -> _Plan:
+def _make_plan(index: GalleryIndex, listed: Gallery, progress: bool) -> _Plan:
     """Compare an index with its gallery, reading as few files as can tell."""
     known: dict[str, tuple[int | None, Item | None]] = {}
     rows_of: dict[tuple[str, str], int] = {}
@@ -186,7 +186,8 @@ def _make_plan(index: GalleryIndex, listed: Gallery) -> _Plan:
         sizes.update(good.stamp[0][:1])
 
     plan, kept = _Plan(encode=[], copy=[], replaced=set(), gone=[]), 0
-    for number, name in enumerate(tqdm(listed.names, "comparing", leave=False, disable=None)):
+    hidden = None if progress else True  # None: but on a terminal
+    for number, name in enumerate(tqdm(listed.names, "comparing", leave=False, disable=hidden)):
         row, item = known.pop(name, (None, None))
         stamp = listed.stamp(number)
         if item is not None and stamp.matches(list(item.stamp)):

@@ -96,6 +96,7 @@ class GalleryIndex(abc.ABC):
 
     def __init__(self, path: epath.Path, header: Header) -> None:
         self.path, self.about, self.complete = path, header.about, header.complete
+        self._selected: dict[str, np.ndarray] = {}
 
     @property
     @abc.abstractmethod
@@ -221,7 +222,7 @@ class GalleryIndex(abc.ABC):
           UserError: the condition cannot be understood, a file is damaged, or the index is not
             prepared for approximate search.
         """
-        chosen = np.array(select_rows(self.items(), where), np.int64) if where else None
+        chosen = self._select(where) if where else None
         k = min(k, len(self) if chosen is None else len(chosen))
         if self._on_devices is not None:
             return self._on_devices.top_k(queries, k, chosen, approximate)
@@ -233,7 +234,7 @@ class GalleryIndex(abc.ABC):
 
     def count(self, where: str | None = None) -> int:
         """Return the number of items that meet a condition; see ``search``."""
-        return len(select_rows(self.items(), where)) if where else len(self)
+        return len(self._select(where)) if where else len(self)
 
     def check_approximate(self) -> None:
         """Raise UserError unless the index is prepared for approximate search."""
@@ -284,6 +285,7 @@ class GalleryIndex(abc.ABC):
     def write_header(self) -> None:
         """Make ``about``, ``complete`` and ``contents`` those of the index on disk."""
         self.__dict__.pop("_on_devices", None)
+        self._selected = {}
         header = Header(self.about, self.complete, self.store, self.contents)
         content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(header)}
         text = json.dumps(content | {"checksum": _checksum(content)}, indent=1) + "\n"
@@ -293,6 +295,12 @@ class GalleryIndex(abc.ABC):
         written = self.path / f"{HEADER}.part"
         written.write_text(text)
         written.replace(self.path / HEADER)
+
+    def _select(self, where: str) -> np.ndarray:
+        """Return the rows (n,) that meet a condition; the last condition is remembered."""
+        if where not in self._selected:
+            self._selected = {where: np.array(select_rows(self.items(), where), np.int64)}
+        return self._selected[where]
 
     def _chosen_blocks(self, chosen: np.ndarray | None) -> Iterator[Block]:
         """Yield the blocks, of which only chosen rows can be found; None for all."""

@@ -1,36 +1,5 @@
-// A recorder for a page: one button, the seconds left, the recording to listen to. It hands over
-// 16-bit PCM WAV at 16 kHz, mono, so that nothing but the browser needs a decoder of what browsers
-// record (WebM, Ogg or MP4).
-
-const SAMPLE_RATE = 16000;
-
-// Decode a recording of any type and encode it as WAV; bytes.
-async function toWav(blob) {
-  // Decoding resamples to the rate of the context, and needs no permission to play sound.
-  const context = new OfflineAudioContext(1, 1, SAMPLE_RATE);
-  const audio = await context.decodeAudioData(await blob.arrayBuffer());
-  const bytes = new DataView(new ArrayBuffer(44 + 2 * audio.length));
-  const text = (offset, letters) =>
-    [...letters].forEach((letter, i) => bytes.setUint8(offset + i, letter.charCodeAt(0)));
-  text(0, "RIFF");
-  bytes.setUint32(4, 36 + 2 * audio.length, true);
-  text(8, "WAVEfmt ");
-  bytes.setUint32(16, 16, true); // size of this chunk
-  bytes.setUint16(20, 1, true); // PCM
-  bytes.setUint16(22, 1, true); // channels
-  bytes.setUint32(24, audio.sampleRate, true);
-  bytes.setUint32(28, 2 * audio.sampleRate, true); // bytes per second
-  bytes.setUint16(32, 2, true); // bytes per sample of all channels
-  bytes.setUint16(34, 16, true); // bits per sample
-  text(36, "data");
-  bytes.setUint32(40, 2 * audio.length, true);
-  const channels = Array.from({ length: audio.numberOfChannels }, (_, c) => audio.getChannelData(c));
-  for (let i = 0; i < audio.length; i++) {
-    const mean = channels.reduce((sum, samples) => sum + samples[i], 0) / channels.length;
-    bytes.setInt16(44 + 2 * i, Math.round(32767 * Math.max(-1, Math.min(1, mean))), true);
-  }
-  return new Uint8Array(bytes.buffer);
-}
+// A recorder for a page: one button, the seconds left, the recording to listen to. It hands over the
+// WAV of wav.js.
 
 function toBase64(bytes) {
   let letters = "";
@@ -93,7 +62,7 @@ function drawRecorder(element, seconds, done, once = false) {
     clearInterval(clock);
     stream.getTracks().forEach((track) => track.stop());
 
-    const wav = await toWav(new Blob(pieces, { type: recorder.mimeType }));
+    const wav = toWav(await decode(new Blob(pieces, { type: recorder.mimeType })));
     line.textContent = `${((wav.length - 44) / 2 / SAMPLE_RATE).toFixed(1)} s recorded`;
     element.querySelector("audio")?.remove();
     const player = document.createElement("audio");

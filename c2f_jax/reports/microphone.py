@@ -119,7 +119,8 @@ def record(seconds: float = 6) -> Recording:
 
 @cache
 def _script() -> str:
-    return resources.files("c2f_jax.reports").joinpath("microphone.js").read_text("utf-8")
+    files = resources.files("c2f_jax.reports")
+    return "\n".join(files.joinpath(n).read_text("utf-8") for n in ("wav.js", "microphone.js"))
 
 
 @cache

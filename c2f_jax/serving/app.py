@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from c2f_jax import reports
 from c2f_jax.errors import UserError
 from c2f_jax.serving.limits import Limits, Refusal
 from c2f_jax.serving.metrics import Metrics
@@ -15,6 +16,7 @@ from c2f_jax.serving.uploads import UploadGuard
 from c2f_jax.serving.worker import Worker
 
 STATIC = Path(__file__).parent / "static"
+WAV = Path(reports.__file__).parent / "wav.js"  # shared with the recorder of notebooks
 DECODERS = 2  # uploads that are decoded at once
 WRONG_TYPES = ("text/", "video/x-", "application/json", "application/x-www-form-urlencoded")
 # The page takes nothing from elsewhere; blob: is what was recorded.
@@ -206,5 +208,9 @@ def _add_page(app: Any, service: Service, worker: Worker, metrics: Metrics) -> N
     async def page() -> FileResponse:
         return FileResponse(STATIC / "index.html")
 
+    @app.get("/static/wav.js", include_in_schema=False)
+    async def wav() -> FileResponse:
+        return FileResponse(WAV)
+
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
-    del healthz, show_metrics, about, page
+    del healthz, show_metrics, about, page, wav

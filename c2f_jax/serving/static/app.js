@@ -1,46 +1,11 @@
 // The page of `c2f serve`: record or choose a query, show its answers, explain one of them.
+// decode and toWav are those of wav.js.
 
-const SAMPLE_RATE = 16000;
 const TOP = 6;
 const $ = (id) => document.getElementById(id);
 const page = { about: null, queries: [], current: null, recorder: null, maps: new Map(), turn: 0 };
 
 // Recording
-
-// Decode audio of any type as 16 kHz mono samples.
-async function decode(blob) {
-  // Decoding resamples to the rate of the context, and needs no permission to play sound.
-  const context = new OfflineAudioContext(1, 1, SAMPLE_RATE);
-  const audio = await context.decodeAudioData(await blob.arrayBuffer());
-  const channels = Array.from({ length: audio.numberOfChannels }, (_, c) => audio.getChannelData(c));
-  return Float32Array.from(
-    channels[0],
-    (_, i) => channels.reduce((sum, samples) => sum + samples[i], 0) / channels.length,
-  );
-}
-
-// Encode samples as a 16-bit WAV.
-function toWav(samples) {
-  const bytes = new DataView(new ArrayBuffer(44 + 2 * samples.length));
-  const text = (offset, letters) =>
-    [...letters].forEach((letter, i) => bytes.setUint8(offset + i, letter.charCodeAt(0)));
-  text(0, "RIFF");
-  bytes.setUint32(4, 36 + 2 * samples.length, true);
-  text(8, "WAVEfmt ");
-  bytes.setUint32(16, 16, true); // size of this chunk
-  bytes.setUint16(20, 1, true); // PCM
-  bytes.setUint16(22, 1, true); // channels
-  bytes.setUint32(24, SAMPLE_RATE, true);
-  bytes.setUint32(28, 2 * SAMPLE_RATE, true); // bytes per second
-  bytes.setUint16(32, 2, true); // bytes per sample
-  bytes.setUint16(34, 16, true); // bits per sample
-  text(36, "data");
-  bytes.setUint32(40, 2 * samples.length, true);
-  samples.forEach((sample, i) =>
-    bytes.setInt16(44 + 2 * i, Math.round(32767 * Math.max(-1, Math.min(1, sample))), true),
-  );
-  return new Blob([bytes.buffer], { type: "audio/wav" });
-}
 
 const MICROPHONE_PROBLEMS = {
   NotAllowedError: "The browser does not allow this page to use the microphone.",
@@ -60,7 +25,7 @@ async function record() {
     const audio = { echoCancellation: false, noiseSuppression: false, autoGainControl: false };
     stream = await navigator.mediaDevices.getUserMedia({ audio });
     const samples = await decode(await takeDown(stream));
-    await ask(toWav(samples), "image", `Recording ${page.queries.length + 1}`, samples);
+    await ask(new Blob([toWav(samples)], { type: "audio/wav" }), "image", `Recording ${page.queries.length + 1}`, samples);
   } catch (error) {
     warn(MICROPHONE_PROBLEMS[error.name] || `Not recorded: ${error.message}`);
   } finally {
