@@ -324,18 +324,11 @@ class Retriever:
         k = self.model.experiment.eval.k if rerank is None else rerank
         if k < 0:
             raise UserError(f"rerank must be 0 or more, the number of candidates; got {rerank}")
-        if not self.model.has_sim:
-            k = 0
-        if min_probability is None:
-            return k
-        if not 0 <= min_probability <= 1:
-            raise UserError(f"min_probability must be from 0 to 1; got {min_probability}")
-        if not k or self._direction not in self.model.calibrations:
-            why = "SIM is left out" if not k else "it was not evaluated on a validation split"
-            raise UserError(
-                f"{self.model.name} gives no probabilities: {why}; leave out min_probability"
-            )
-        return k
+        if min_probability is not None:
+            if not 0 <= min_probability <= 1:
+                raise UserError(f"min_probability must be from 0 to 1; got {min_probability}")
+            check_probabilities(self.model, self._direction, k)
+        return k if self.model.has_sim else 0
 
     def _fine(self, queries: Encoded, cosine: np.ndarray, rows: np.ndarray, searched: int) -> _Fine:
         """Match the candidates (Q, k) of each query, of a number of items searched."""
@@ -462,6 +455,23 @@ class Retriever:
             what = os.path.realpath(gallery)
         told = content_hash(repr((what, kind, split)).encode())[:16]
         return os.path.join(workdir, INDEXES, told)
+
+
+def check_probabilities(model: TrainedModel, direction: str, k: int) -> None:
+    """Raise UserError unless the answers of a search have probabilities.
+
+    Args:
+      model: the model.
+      direction: "s2i" for spoken queries, "i2s" for images.
+      k: candidates that SIM is to rerank.
+    """
+    why = ""
+    if not model.has_sim or not k:
+        why = "SIM is left out" if model.has_sim else "SIM is not trained at this step"
+    elif direction not in model.calibrations:
+        why = "this step was not evaluated on the validation split in training"
+    if why:
+        raise UserError(f"{model.name} gives no probabilities: {why}; leave out min_probability")
 
 
 def read_question(

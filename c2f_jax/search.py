@@ -24,7 +24,14 @@ from c2f_jax.reports.examples import Example
 from c2f_jax.reports.figures import results_png
 from c2f_jax.reports.html import Media, speech_media
 from c2f_jax.reports.results_page import write_search_page
-from c2f_jax.retriever import Answer, Answers, Question, Retriever, read_question
+from c2f_jax.retriever import (
+    Answer,
+    Answers,
+    Question,
+    Retriever,
+    check_probabilities,
+    read_question,
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,8 @@ class Query:
         for name, value, least in (("top", self.top, 1), ("rerank", self.rerank, 0)):
             if value is not None and value < least:
                 raise UserError(f"--{name}={value}: must be at least {least}")
+        if self.min_probability is not None and not 0 <= self.min_probability <= 1:
+            raise UserError(f"--min-probability={self.min_probability}: must be from 0 to 1")
         if self.output is not None and epath.Path(self.output).suffix != ".html":
             raise UserError(f"--output={self.output}: must be a file that ends in .html")
         for text in self.say:
@@ -116,6 +125,9 @@ def search(model: TrainedModel, query: Query) -> epath.Path | None:
     page = query.output or (None if query.as_json else epath.Path(model.workdir) / "search.html")
     if page is not None:
         check_writable(page, "--output")
+    if query.min_probability is not None:
+        k = model.experiment.eval.k if query.rerank is None else query.rerank
+        check_probabilities(model, "s2i" if query.kind == "speech" else "i2s", k)
     # Queries first: reading them is quick, encoding a gallery is not.
     began = time.perf_counter()
     asked = [
@@ -236,10 +248,12 @@ def _write_page(
     for name, answers in zip(query.names, found, strict=True):
         label = printable(name if query.say else PurePath(name).name)
         asked = _media(query.kind, answers.query.thumbnail, "; ".join([label, *answers.notes]))
-        unknown = [False] * len(answers)  # the correct answers are unknown
-        example = Example(asked, list(map(show, answers.coarse)), unknown)
-        if any(answer.match_logit is not None for answer in answers):
-            example = dataclasses.replace(example, fine=list(map(show, answers)), fine_hits=unknown)
+        # The correct answers are unknown.
+        example = Example(asked, list(map(show, answers.coarse)), [False] * len(answers.coarse))
+        if any(answer.match_logit is not None for answer in [*answers.coarse, *answers]):
+            example = dataclasses.replace(
+                example, fine=list(map(show, answers)), fine_hits=[False] * len(answers)
+            )
         examples.append(example)
 
     searched = f"{len(gallery):,} {_items(gallery)} of {printable(gallery.about.gallery)}"

@@ -281,4 +281,5 @@ def _list(name: str, items: Sequence[Media], hits: Sequence[bool], direction: st
             alt = escape(f"{label} {media.caption}".strip())
             body = f'<img alt="{alt}" title="{alt}" src="{data_uri(media)}">'
         entries += f"<li{frame}>{mark}{body}</li>"
-    return f"<div><h3>{name}</h3><ol>{entries}</ol></div>"
+    body = f"<ol>{entries}</ol>" if entries else '<p class="note">nothing matches</p>'
+    return f"<div><h3>{name}</h3>{body}</div>"

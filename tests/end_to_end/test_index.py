@@ -1,6 +1,7 @@
 """The index of a gallery: brought up to date without decoding again, stopped at any moment,
 damaged, filtered; what is not its gallery or its model is refused."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ import time
 
 import numpy as np
 import pytest
+import soundfile
 from helpers.galleries import QUESTION, content, make_gallery, picture, untrained_model
 from helpers.pages import python_blocks
 from helpers.paths import ROOT
@@ -23,6 +25,8 @@ from c2f_jax.galleries import chunk, gallery_index
 from c2f_jax.galleries.stores import open_index
 from c2f_jax.index import build_index
 from c2f_jax.inference import TrainedModel
+from c2f_jax.main import main
+from c2f_jax.retrieval.calibration import Calibration
 from c2f_jax.retriever import Retriever
 
 CHUNK = 4  # items, so that there are several chunks
@@ -330,8 +334,6 @@ def test_three_lines_for_programs(model, gallery, tmp_path, store, capsys):
     assert found[0].metadata["width"] == 40 and found.searched == 10
     assert found.seconds.keys() == {"read", "encode", "coarse", "fine"}
 
-    import soundfile
-
     path = tmp_path / "question.wav"
     soundfile.write(path, QUESTION, 16_000, subtype="FLOAT")
     for question in (path, str(path), path.read_bytes(), QUESTION.astype(np.float32)):
@@ -371,11 +373,40 @@ def test_a_question_that_cannot_be_used_is_named(model, gallery, tmp_path, quest
         retriever.search(QUESTION, top=0)
 
 
+def test_probabilities_of_answers(model, gallery, tmp_path, capsys, monkeypatch):
+    """Those of the calibration, for the number of items that were searched."""
+    calibration = Calibration("joint", temperature=2.0, bias=0.5, gallery=20, pairs=100)
+    calibrated = dataclasses.replace(model, calibrations={"s2i": calibration})
+    retriever = Retriever(calibrated)
+    retriever.index(gallery, tmp_path / "index")
+    for where, searched in ((None, 10), ("name < '06'", 5)):
+        found = retriever.search(QUESTION, where=where)
+        assert found.searched == searched
+        for answer in found[:3]:
+            joint = answer.cosine / model.tau + answer.match_logit
+            log_odds = joint / 2 + 0.5 - np.log(searched / 20)
+            assert answer.probability == pytest.approx(1 / (1 + np.exp(-log_odds)), rel=1e-5)
+        assert found[3].probability is None
+    found = retriever.search(QUESTION)
+    least = found[1].probability
+    kept = retriever.search(QUESTION, min_probability=least)
+    assert [a.path for a in kept] == [a.path for a in found[:2]]
+    assert kept.coarse == found.coarse
+    assert len(retriever.search(QUESTION, min_probability=1.0)) == 0
+
+    monkeypatch.setattr(TrainedModel, "load", lambda *_: calibrated)
+    path = tmp_path / "question.wav"
+    soundfile.write(path, QUESTION, 16_000)
+    words = ["search", "--workdir=run", f"--gallery={gallery}", "--audio", str(path)]
+    page = tmp_path / "page.html"
+    assert main([*words, "--min-probability=1", f"--output={page}"]) == 0
+    assert "nothing matches" in capsys.readouterr().out
+    assert "nothing matches" in page.read_text()
+    with pytest.raises(UserError, match="gives no probabilities: SIM is left out"):
+        retriever.search(QUESTION, rerank=0, min_probability=0.5)
+
+
 def test_lines_of_json(model, gallery, tmp_path, capsys, monkeypatch):
-    import soundfile
-
-    from c2f_jax.main import main
-
     monkeypatch.setattr(TrainedModel, "load", lambda *_: model)
     path = tmp_path / "question.wav"
     soundfile.write(path, QUESTION, 16_000)
@@ -386,6 +417,10 @@ def test_lines_of_json(model, gallery, tmp_path, capsys, monkeypatch):
     assert [line["query"] for line in lines] == [str(path)] * 2
     assert len(lines[0]["answers"]) == 5 and lines[0]["answers"][0]["match_logit"] is not None
     assert "03.png: not a readable image" in captured.err
+    for wrong, problem in (("2", "from 0 to 1"), ("0.5", "was not evaluated")):
+        assert main([*words, f"--min-probability={wrong}"]) == 2
+        captured = capsys.readouterr()
+        assert problem in captured.err and "indexed" not in captured.out, "before the gallery"
     assert main([*words, "--rerank=-1"]) == 2 and "--rerank=-1" in capsys.readouterr().err
 
 

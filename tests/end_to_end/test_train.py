@@ -154,6 +154,26 @@ def _level(result):
     return dataclasses.replace(result, **level)
 
 
+def test_probabilities_are_calibrated_on_the_validation_split(unbroken):
+    """Each evaluated step has its own; the test split says how reliable they are."""
+    workdir, _, result = unbroken
+    for step in (4, 6):
+        model = TrainedModel.load(workdir, step)
+        fitted = evaluate_encoded(
+            model, model.encode_split(model.experiment.data.load("validation")), calibrate=True
+        )
+        assert model.calibrations.keys() == fitted.calibrations.keys()
+        for direction, one in model.calibrations.items():
+            assert one.temperature == pytest.approx(
+                fitted.calibrations[direction].temperature, rel=1e-3
+            )
+    best = TrainedModel.load(workdir)
+    assert (result.evaluation.calibrations or {}) == best.calibrations
+    for both in (result.evaluation.reliability or {}).values():
+        assert both.keys() == {"before", "after"} and sum(both["after"].counts) > 0
+    assert ("Probabilities" in result.page.read_text()) == bool(best.calibrations)
+
+
 def test_restored_parameters_are_those_that_were_saved(unbroken):
     workdir, state, *_ = unbroken
     model = TrainedModel.load(workdir, "latest")
