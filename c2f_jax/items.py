@@ -15,17 +15,26 @@ from c2f_jax.data.files import Stamp, file_stamp
 from c2f_jax.data.source import MIN_SAMPLES
 from c2f_jax.datasets.config import DataConfig
 from c2f_jax.datasets.registry import is_data_set, load_pairs
-from c2f_jax.decoding.audio import SAMPLE_RATE, level_notes, read_recording, to_pcm16
+from c2f_jax.decoding.audio import (
+    SAMPLE_RATE,
+    level_notes,
+    peak_level,
+    read_recording,
+    to_pcm16,
+)
 from c2f_jax.decoding.image_modes import Note
 from c2f_jax.decoding.images import make_square, read_image
-from c2f_jax.errors import BadFileError
+from c2f_jax.errors import BadFileError, UserError
 from c2f_jax.galleries.media import list_media
 from c2f_jax.reports.html import image_media
 from c2f_jax.training.distributed import first_process_first
 
 THUMBNAIL = 128  # side in pixels
 
+AUDIBLE = 1 / 32768  # of full scale: one step of 16 bits
+
 File = str | bytes  # path or content
+Question = str | os.PathLike[str] | bytes | np.ndarray
 
 # Arrays of samples -> how a WAV file holds them unchanged.
 SUBTYPES = {"int16": "PCM_16", "int32": "PCM_32", "float32": "FLOAT", "float64": "DOUBLE"}
@@ -255,3 +264,78 @@ def wave_file(samples: np.ndarray, rate: int, name: str) -> bytes:
     data = io.BytesIO()
     soundfile.write(data, samples, rate, format="WAV", subtype=subtype)
     return data.getvalue()
+
+
+def read_question(
+    data: DataConfig, kind: str, question: Question, name: str | None = None
+) -> DecodedItem:
+    """Decode a query.
+
+    Args:
+      data: options of the run, which say how items are prepared.
+      kind: what it must be: "speech" or "image".
+      question: path or content of a file; or (S,) float samples at 16 kHz; or (H, W, 3) uint8.
+      name: what messages call it; by default the path.
+
+    Returns:
+      The query, with what is odd about it.
+
+    Raises:
+      UserError: it cannot be used; the message says why and what to do.
+    """
+    if isinstance(question, np.ndarray):
+        return _from_array(data, kind, question, name or "the query")
+    file = question if isinstance(question, bytes) else os.fspath(question)
+    name = name or (file if isinstance(file, str) else "the query")
+    try:
+        item = read_item(data, kind, file, name)
+        return _checked(item, kind, name)
+    except BadFileError as error:
+        problem = error
+    if problem.kind in ("too short", "silence"):
+        raise UserError(f"{problem}: check the microphone and record the query again")
+    if problem.kind == "silent start":
+        raise problem
+
+    # The wrong kind is a usual mistake.
+    other = "image" if kind == "speech" else "speech"
+    try:
+        read_item(data, other, file, name)
+    except BadFileError:
+        raise problem from None
+    what = {"speech": "a recording", "image": "an image"}
+    option = {"speech": "--audio", "image": "--image"}[other]
+    raise UserError(f"{name} is {what[other]}, not {what[kind]}: ask with {option}")
+
+
+def _checked(item: DecodedItem, kind: str, name: str) -> DecodedItem:
+    if kind == "speech" and peak_level(item.array) < AUDIBLE:
+        if any(found == "silent start" for found, _ in item.notes):
+            raise BadFileError(
+                f"{name}: the first {len(item.array) / SAMPLE_RATE:g} s are silent, and what "
+                "follows is not heard: cut the silence off",
+                "silent start",
+            )
+        raise BadFileError(f"{name}: silent: nothing can be heard", "silence")
+    return item
+
+
+def _from_array(data: DataConfig, kind: str, array: np.ndarray, name: str) -> DecodedItem:
+    """Take samples or pixels that a program has."""
+    from PIL import Image
+
+    if kind == "image":
+        if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+            raise UserError(f"{name} must be (H, W, 3) uint8; got {array.shape} {array.dtype}")
+        file = io.BytesIO()
+        Image.fromarray(array).save(file, "PNG")
+        return read_item(data, kind, file.getvalue(), name)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.floating):
+        raise UserError(
+            f"{name} must be (S,) floats in [-1, 1] at {SAMPLE_RATE} Hz, one channel; got "
+            f"{array.shape} {array.dtype}"
+        )
+    if not np.isfinite(array).all():
+        raise UserError(f"{name} has samples that are not finite")
+    heard = hear(array.astype(np.float32), name, data.max_seconds)
+    return _checked(heard, kind, name)

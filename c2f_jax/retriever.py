@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import tempfile
 import time
@@ -15,24 +14,20 @@ import numpy as np
 from etils import epath
 
 from c2f_jax.data.files import content_hash
-from c2f_jax.decoding.audio import SAMPLE_RATE, peak_level
-from c2f_jax.errors import BadFileError, UserError
+from c2f_jax.errors import UserError
 from c2f_jax.galleries.gallery_index import GalleryIndex
 from c2f_jax.galleries.item import Item
 from c2f_jax.galleries.stores import index_exists, open_index
 from c2f_jax.index import build_index, check_fingerprint
 from c2f_jax.inference import LENGTH_BUCKETS, TrainedModel
-from c2f_jax.items import DecodedItem, hear, read_item
+from c2f_jax.items import DecodedItem, Question, read_question
 from c2f_jax.models.c2f import Encoded
 from c2f_jax.retrieval.reranking import fine_order, fine_scores, match_candidates
 from c2f_jax.training.distributed import say
 from c2f_jax.training.parallel import round_up_rows
 
-AUDIBLE = 1 / 32768  # of full scale: one step of 16 bits
 MOST_TOKEN_BYTES = 1 << 28  # of candidates that are matched at once
 INDEXES = "indexes"  # folder of a workdir
-
-Question = str | PathLike[str] | bytes | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -264,7 +259,7 @@ class Retriever:
           UserError: it cannot be used; the message says why and what to do.
         """
         kind = "speech" if self._gallery.about.kind == "image" else "image"
-        return read_question(self.model, kind, question, name)
+        return read_question(self.model.experiment.data, kind, question, name)
 
     def answer(
         self,
@@ -472,79 +467,3 @@ def check_probabilities(model: TrainedModel, direction: str, k: int) -> None:
         why = "this step was not evaluated on the validation split in training"
     if why:
         raise UserError(f"{model.name} gives no probabilities: {why}; leave out min_probability")
-
-
-def read_question(
-    model: TrainedModel, kind: str, question: Question, name: str | None = None
-) -> DecodedItem:
-    """Decode a query.
-
-    Args:
-      model: the model that will encode it.
-      kind: what it must be: "speech" or "image".
-      question: path or content of a file; or (S,) float samples at 16 kHz; or (H, W, 3) uint8.
-      name: what messages call it; by default the path.
-
-    Returns:
-      The query, with what is odd about it.
-
-    Raises:
-      UserError: it cannot be used; the message says why and what to do.
-    """
-    experiment = model.experiment
-    if isinstance(question, np.ndarray):
-        return _from_array(model, kind, question, name or "the query")
-    file = question if isinstance(question, bytes) else os.fspath(question)
-    name = name or (file if isinstance(file, str) else "the query")
-    try:
-        item = read_item(experiment.data, kind, file, name)
-        return _checked(item, kind, name)
-    except BadFileError as error:
-        problem = error
-    if problem.kind in ("too short", "silence"):
-        raise UserError(f"{problem}: check the microphone and record the query again")
-    if problem.kind == "silent start":
-        raise problem
-
-    # The wrong kind is a usual mistake.
-    other = "image" if kind == "speech" else "speech"
-    try:
-        read_item(experiment.data, other, file, name)
-    except BadFileError:
-        raise problem from None
-    what = {"speech": "a recording", "image": "an image"}
-    option = {"speech": "--audio", "image": "--image"}[other]
-    raise UserError(f"{name} is {what[other]}, not {what[kind]}: ask with {option}")
-
-
-def _checked(item: DecodedItem, kind: str, name: str) -> DecodedItem:
-    if kind == "speech" and peak_level(item.array) < AUDIBLE:
-        if any(found == "silent start" for found, _ in item.notes):
-            raise BadFileError(
-                f"{name}: the first {len(item.array) / SAMPLE_RATE:g} s are silent, and what "
-                "follows is not heard: cut the silence off",
-                "silent start",
-            )
-        raise BadFileError(f"{name}: silent: nothing can be heard", "silence")
-    return item
-
-
-def _from_array(model: TrainedModel, kind: str, array: np.ndarray, name: str) -> DecodedItem:
-    """Take samples or pixels that a program has."""
-    from PIL import Image
-
-    if kind == "image":
-        if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
-            raise UserError(f"{name} must be (H, W, 3) uint8; got {array.shape} {array.dtype}")
-        file = io.BytesIO()
-        Image.fromarray(array).save(file, "PNG")
-        return read_item(model.experiment.data, kind, file.getvalue(), name)
-    if array.ndim != 1 or not np.issubdtype(array.dtype, np.floating):
-        raise UserError(
-            f"{name} must be (S,) floats in [-1, 1] at {SAMPLE_RATE} Hz, one channel; got "
-            f"{array.shape} {array.dtype}"
-        )
-    if not np.isfinite(array).all():
-        raise UserError(f"{name} has samples that are not finite")
-    heard = hear(array.astype(np.float32), name, model.experiment.data.max_seconds)
-    return _checked(heard, kind, name)

@@ -19,19 +19,12 @@ from c2f_jax.decoding.audio import decode_audio
 from c2f_jax.errors import UserError
 from c2f_jax.galleries.gallery_index import GalleryIndex
 from c2f_jax.inference import TrainedModel
-from c2f_jax.items import DecodedItem
+from c2f_jax.items import DecodedItem, Question, read_question
 from c2f_jax.reports.examples import Example
 from c2f_jax.reports.figures import results_png
 from c2f_jax.reports.html import Media, speech_media
 from c2f_jax.reports.results_page import write_search_page
-from c2f_jax.retriever import (
-    Answer,
-    Answers,
-    Question,
-    Retriever,
-    check_probabilities,
-    read_question,
-)
+from c2f_jax.retriever import Answer, Answers, Retriever, check_probabilities
 
 
 @dataclass(frozen=True)
@@ -184,9 +177,9 @@ def to_json(name: str, answers: Answers) -> dict[str, Any]:
 def _read(model: TrainedModel, query: Query, name: str, question: Question) -> DecodedItem:
     """Decode a query."""
     if not query.say:
-        return read_question(model, query.kind, question, name)
+        return read_question(model.experiment.data, query.kind, question, name)
     try:
-        return read_question(model, query.kind, question, f"--say {name!r}")
+        return read_question(model.experiment.data, query.kind, question, f"--say {name!r}")
     except UserError as error:
         problem = str(error).partition(": check the microphone")[0]
         raise UserError(f"{problem}: give a longer sentence in English") from error
