@@ -302,6 +302,8 @@ def _encode_block(
         try:
             label = file if isinstance(file, str) else name
             decoded = read_item(model.experiment.data, kind, file, label)
+            if listed.tokens is not None:
+                decoded = dataclasses.replace(decoded, array=listed.tokens(number))
         except BadFileError as error:
             reason = printable(str(error).removeprefix(f"{label}: "))
             return dataclasses.replace(item, left_out=[error.kind, reason]), None

@@ -20,6 +20,7 @@ from c2f_jax.config.caches import check_features
 from c2f_jax.config.experiment import Experiment, create_experiment, example_batch
 from c2f_jax.config.files import load_saved_config
 from c2f_jax.data import loader
+from c2f_jax.data.feature_cache import open_features
 from c2f_jax.data.source import PairSource
 from c2f_jax.decoding.audio import SAMPLE_RATE
 from c2f_jax.errors import UserError
@@ -83,10 +84,8 @@ class TrainedModel:
         number = _step_number(checkpoints, step)
 
         # Training from a feature cache needs no network; new recordings and images do.
-        model, raw = experiment.model, []
-        for kind, encoder in (("speech", model.speech_encoder), ("image", model.image_encoder)):
-            if getattr(encoder, "tower", None) is not None:
-                raw.append(kind)
+        model = experiment.model
+        raw = list(filter(experiment.can_encode, ("speech", "image")))
         batch = example_batch(experiment.data, raw=raw)
 
         # Onto one local device, whatever devices the checkpoint was written from.
@@ -197,7 +196,8 @@ class TrainedModel:
         Args:
           kind: "speech" or "image".
           items: n waveforms (S,) float32 at 16 kHz, at most ``data.max_seconds`` long, or n images
-            (side, side, 3) uint8.
+            (side, side, 3) uint8; or n arrays of tokens, each (T, C) float16, where the model
+            encodes nothing else.
           batch_size: rows encoded at once; None for as many as there are items, at most
             ``eval.batch_size``.
 
@@ -206,7 +206,7 @@ class TrainedModel:
         """
         size = batch_size or min(self.experiment.eval.batch_size, len(items))
         size = round_up_rows(self.params, size)
-        encode = self._encode_waveforms if kind == "speech" else self._encode_images
+        encode = self._encode_speech if kind == "speech" else self._encode_images
 
         parts = []
         for start in range(0, len(items), size):
@@ -223,18 +223,15 @@ class TrainedModel:
         Args:
           kind: "speech" or "image".
         """
-        data, model = self.experiment.data, self.experiment.model
+        model, one = self.experiment.model, self._longest(kind)
+        item = jax.ShapeDtypeStruct((1, *one.shape), one.dtype)
         if kind == "speech":
-            samples = round(data.max_seconds * SAMPLE_RATE)
-            wave = jax.ShapeDtypeStruct((1, samples), jnp.float32)
             lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
             shapes = jax.eval_shape(
-                functools.partial(encode_speech, model), self.params, wave, lengths
+                functools.partial(encode_speech, model), self.params, item, lengths
             )
         else:
-            side = data.image_size
-            image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8)
-            shapes = jax.eval_shape(functools.partial(encode_image, model), self.params, image)
+            shapes = jax.eval_shape(functools.partial(encode_image, model), self.params, item)
         return shapes.tokens.shape[1:]
 
     def match(
@@ -274,11 +271,26 @@ class TrainedModel:
         rows = split_rows(self.params, (speech_tokens, speech_lengths, image_tokens))
         return cross_attention(self.experiment.model, self.params, *rows)
 
-    def _encode_waveforms(self, waveforms: Sequence[np.ndarray]) -> Encoded:
+    def _longest(self, kind: str) -> jax.ShapeDtypeStruct:
+        """Return shape and type of the longest item that the model is given."""
+        data = self.experiment.data
+        if not self.experiment.can_encode(kind):
+            features = open_features(str(data.features_path(kind)))
+            count = features.most_tokens
+            if kind == "speech":
+                count = features.tokens_of_samples(round(data.max_seconds * SAMPLE_RATE))
+            return jax.ShapeDtypeStruct((count, *features.shape), np.float16)
+        if kind == "speech":
+            return jax.ShapeDtypeStruct((round(data.max_seconds * SAMPLE_RATE),), np.float32)
+        return jax.ShapeDtypeStruct((data.image_size, data.image_size, 3), np.uint8)
+
+    def _encode_speech(self, items: Sequence[np.ndarray]) -> Encoded:
         # All are padded to one length, so that one shape is compiled.
-        samples = round(self.experiment.data.max_seconds * SAMPLE_RATE)
-        padded = np.stack([np.pad(wave, (0, samples - len(wave))) for wave in waveforms])
-        lengths = np.array([len(wave) for wave in waveforms], np.int32)
+        longest = self._longest("speech")
+        padded = np.zeros((len(items), *longest.shape), longest.dtype)
+        for row, item in zip(padded, items, strict=True):
+            row[: len(item)] = item
+        lengths = np.array(list(map(len, items)), np.int32)
         rows = split_rows(self.params, (padded, lengths))
         return encode_speech(self.experiment.model, self.params, *rows)
 

@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 
 from c2f_jax.config.experiment import Experiment
-from c2f_jax.data.files import Stamp, file_stamp
-from c2f_jax.data.source import MIN_SAMPLES
+from c2f_jax.data.feature_cache import FeatureCache, open_features
+from c2f_jax.data.files import Stamp, content_hash, file_stamp
+from c2f_jax.data.listing import folder_of
+from c2f_jax.data.manifest import is_manifest
+from c2f_jax.data.source import MIN_SAMPLES, PairSource
 from c2f_jax.datasets.config import DataConfig
 from c2f_jax.datasets.registry import is_data_set, load_pairs
 from c2f_jax.decoding.audio import (
@@ -45,7 +48,8 @@ class DecodedItem:
     """One recording or image.
 
     Attributes:
-      array: what the model is given: (side, side, 3) uint8, or (S,) float32, cut if too long.
+      array: what the model is given: (side, side, 3) uint8; or (S,) float32, cut if too long; or
+        (T, C) float16 tokens.
       thumbnail: a small file that shows or plays it.
       notes: kind and detail of each oddity.
       metadata: what can be asked for in a search.
@@ -70,6 +74,8 @@ class Gallery:
       stamp: row -> what tells whether its content has changed.
       read: row -> path or content of its file.
       metadata: row -> what is known of it without decoding.
+      tokens: row -> what the model is given in place of the item, if it can be given nothing else;
+        raises BadFileError for an item without tokens.
       left_out: lines that count and name what is passed over.
     """
 
@@ -79,6 +85,7 @@ class Gallery:
     stamp: Callable[[int], Stamp]
     read: Callable[[int], File]
     metadata: Callable[[int], Mapping[str, Any]]
+    tokens: Callable[[int], np.ndarray] | None = None
     left_out: Sequence[str] = ()
 
 
@@ -99,38 +106,88 @@ def open_gallery(
     Raises:
       UserError: there is no such gallery, or nothing in it.
     """
+    data = experiment.data
     if gallery is not None and not is_data_set(gallery):
+        if not experiment.can_encode(kind):
+            raise UserError(
+                f"{gallery}: the model takes {kind} tokens of another tool and cannot encode "
+                f"files: give a data set whose items are in {data.features_path(kind)}"
+            )
         return _open_folder(gallery, kind)
 
     # A gallery is shown and played, so it is opened without feature caches.
-    data = experiment.data
+    name = gallery or data.name
     source = first_process_first(
         lambda: load_pairs(
-            gallery or data.name,
-            split or data.test_split,
-            data.data_dir,
-            max_bad_share=data.max_bad_share,
+            name, split or data.test_split, data.data_dir, max_bad_share=data.max_bad_share
         )
     )
-    label = f"{source.name}, {source.split}"
-    if kind == "image":
-        names = [source.image_id(row) for row in range(source.num_images)]
-        stamp = lambda row: source.stamp("image", row)  # noqa: E731
-        return Gallery(label, None, names, stamp, source.image, lambda row: {})
+    listed = _list_images(source) if kind == "image" else _list_recordings(source)
+    if is_manifest(name):
+        listed = _with_paths(listed, source, kind, folder_of(name))
+    if len(set(listed.names)) < len(listed.names):
+        numbered = [f"{kind} {row}" for row in range(len(listed.names))]
+        listed = dataclasses.replace(listed, names=numbered, root=None)
+    if experiment.can_encode(kind):
+        return listed
+    return _with_tokens(listed, source, kind, open_features(str(data.features_path(kind))))
 
+
+def _list_images(source: PairSource) -> Gallery:
+    return Gallery(
+        label=f"{source.name}, {source.split}",
+        root=None,
+        names=[source.image_id(row) for row in range(source.num_images)],
+        stamp=lambda row: source.stamp("image", row),
+        read=source.image,
+        metadata=lambda row: {"image_id": source.image_id(row)},
+    )
+
+
+def _list_recordings(source: PairSource) -> Gallery:
     def about(row: int) -> Mapping[str, Any]:
         recording = source.recording(row)
         found = {name: recording[name] for name in ("caption", "speaker")}
+        found["image_id"] = source.image_id(int(source.image_index[row]))
         return {name: value for name, value in found.items() if value}
 
     return Gallery(
-        label,
-        None,
-        [f"recording {row}" for row in range(len(source))],
-        lambda row: source.stamp("speech", row),
-        lambda row: source.recording(row)["audio"],
-        about,
+        label=f"{source.name}, {source.split}",
+        root=None,
+        names=[f"recording {row}" for row in range(len(source))],
+        stamp=lambda row: source.stamp("speech", row),
+        read=lambda row: source.recording(row)["audio"],
+        metadata=about,
     )
+
+
+def _with_paths(listed: Gallery, source: PairSource, kind: str, folder: str) -> Gallery:
+    """Name the items of a manifest by their paths."""
+    key_of = source.image_key if kind == "image" else source.recording_key
+    root = folder if "://" in folder else os.path.abspath(folder)
+    keys = [key_of(row) for row in range(len(listed.names))]
+    return dataclasses.replace(listed, names=keys, root=root)
+
+
+def _with_tokens(listed: Gallery, source: PairSource, kind: str, features: FeatureCache) -> Gallery:
+    """Give the model tokens in place of the items."""
+    key_of = source.image_key if kind == "image" else source.recording_key
+
+    def tokens(row: int) -> np.ndarray:
+        key = key_of(row)
+        try:
+            features.check(key, source.stamp(kind, row))
+            return np.array(features.tokens(key))
+        except UserError as error:
+            raise BadFileError(str(error), "no features") from error
+
+    def stamp(row: int) -> Stamp:
+        file, key = listed.stamp(row), key_of(row)
+        told = content_hash(features.tokens(key).tobytes()) if key in features else ""
+        state = [*file.state, told] if file.state else []
+        return Stamp(state, lambda: content_hash(f"{file.content()} {told}".encode()))
+
+    return dataclasses.replace(listed, tokens=tokens, stamp=stamp)
 
 
 def _open_folder(folder: str, kind: str) -> Gallery:
@@ -157,7 +214,7 @@ def _open_folder(folder: str, kind: str) -> Gallery:
         lambda row: file_stamp(found.paths[row]),
         lambda row: found.paths[row],
         about,
-        found.left_out,
+        left_out=found.left_out,
     )
 
 

@@ -53,13 +53,20 @@ class Experiment(RunOptions):
         if name == self.data.name:
             return self.data
         changes: dict[str, Any] = {}
-        for part in ("speech", "image"):
-            encoder = getattr(self.model, f"{part}_encoder")
-            if getattr(encoder, "tower", None) is not None:
-                changes[f"{part}_features"] = None
+        for part in filter(self.can_encode, ("speech", "image")):
+            changes[f"{part}_features"] = None
         if "speech_features" in changes:
             changes["speech_copies"] = 0
         return dataclasses.replace(self.data, name=name, **changes)
+
+    def can_encode(self, kind: str) -> bool:
+        """Return whether the model encodes any item, and not only tokens of another tool.
+
+        Args:
+          kind: "speech" or "image".
+        """
+        encoder = getattr(self.model, f"{kind}_encoder")
+        return getattr(encoder, "tower", encoder) is not None
 
 
 def create_experiment(

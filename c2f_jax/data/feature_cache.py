@@ -118,7 +118,10 @@ class FeatureCache:
 
     def _rows(self, key: str) -> TokenRows:
         if key not in self._items:
-            raise UserError(f"no features of {key} in {self.path}: run `c2f features` again")
+            what_to_do = "run `c2f features` again"
+            if self.path.endswith(".npz"):
+                what_to_do = "add its tokens to the file"
+            raise UserError(f"no features of {key} in {self.path}: {what_to_do}")
         return self._items[key]
 
     def tokens_of_samples(self, samples: int) -> int:

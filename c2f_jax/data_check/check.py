@@ -215,7 +215,7 @@ def _with_features(
     source: PairSource, kind: str, facts: list[Facts], data: DataConfig
 ) -> list[Facts]:
     """Add what a run's feature cache lacks; training makes a cache that is not there."""
-    path = data.speech_features if kind == "speech" else data.image_features
+    path = data.features_path(kind)
     if path is None or not os.path.exists(path):
         return facts
     features, found = open_features(path), []

@@ -142,6 +142,14 @@ class DataConfig:
             prefetch=self.prefetch,
         )
 
+    def features_path(self, kind: str) -> str | None:
+        """Return speech_features or image_features.
+
+        Args:
+          kind: "speech" or "image".
+        """
+        return self.speech_features if kind == "speech" else self.image_features
+
     def copy_caches(self) -> list[str]:
         """Return the paths of the caches of speech_copies."""
         folder = str(self.speech_features).rstrip("/")

@@ -139,6 +139,66 @@ def test_a_moved_gallery_keeps_its_index_and_another_one_is_refused(
     assert (tmp_path / "file").read_text() == "precious"
 
 
+def write_manifest(folder, ids):
+    """List the pictures of a gallery with a recording each, in the split test."""
+    soundfile.write(folder / "question.wav", QUESTION, 16_000)
+    lines = [
+        {"image": f"{number:02d}.png", "audio": "question.wav", "split": "test", "image_id": name}
+        for number, name in enumerate(ids)
+    ]
+    path = folder / "manifest.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_items_of_a_manifest_are_named_by_their_files(model, gallery, tmp_path, read):
+    """Images of equal ids are two items; recordings of one file have only their numbers."""
+    listed = write_manifest(gallery, ["cat", "cat", "dog"])
+    index = build_index(model, tmp_path / "index", listed)
+    assert names(index) == ["00.png", "01.png", "02.png"]
+    read.clear()
+    build_index(model, tmp_path / "index", listed)
+    assert read == []
+
+    retriever = Retriever(model, index)
+    answers = retriever.search(QUESTION, where="image_id = 'cat'")
+    paths = {str(gallery / "00.png"), str(gallery / "01.png")}
+    assert {answer.path for answer in answers} == paths
+    heard = build_index(model, tmp_path / "heard", listed, kind="speech")
+    assert names(heard) == ["speech 0", "speech 1", "speech 2"]
+
+
+def test_tokens_of_another_tool_are_indexed_with_their_images(gallery, tmp_path, read, capsys):
+    """A model that takes nothing else indexes a data set, whose files it shows."""
+    rng, cache = np.random.default_rng(0), tmp_path / "tokens.npz"
+    tokens = rng.normal(size=(3, 4, 8)).astype(np.float16)
+    keys = [f"{number:02d}.png" for number in range(3)]
+    np.savez(cache, names=keys, tokens=tokens)
+    listed = write_manifest(gallery, "abcd")  # the last of them has no tokens
+    model = untrained_model(tmp_path / "run", image_tokens=cache)
+    (gallery / "03.png").write_bytes(picture(3))
+    output = tmp_path / "index"
+    index = build_index(model, output, listed)
+    assert names(index) == keys and index.thumbnail(0)
+    assert "left out: 03.png: no features of 03.png" in capsys.readouterr().out
+    expected = model.encode_items("image", list(tokens))
+    np.testing.assert_allclose(index.encoded([0, 1, 2]).embeddings, expected.embedding, atol=1e-6)
+    assert Retriever(model, index).search(QUESTION)[0].path.startswith(str(gallery))
+
+    read.clear()
+    build_index(model, output, listed)
+    assert read == []
+    np.savez(cache, names=[*keys, "03.png"], tokens=np.concatenate([tokens[[0, 2, 1]], tokens[:1]]))
+    index = build_index(model, output, listed)
+    assert sorted(read) == ["01.png", "02.png", "03.png"] and len(index) == 4
+
+    with pytest.raises(UserError, match="takes image tokens of another tool.*tokens.npz"):
+        build_index(model, tmp_path / "other", gallery)
+    heard = build_index(model, tmp_path / "heard", listed, kind="speech")
+    with pytest.raises(UserError, match="takes image tokens of another tool and cannot encode a q"):
+        Retriever(model, heard).search(np.zeros((8, 8, 3), np.uint8))
+
+
 def test_one_process_changes_an_index_at_a_time(model, gallery, tmp_path, store):
     output = tmp_path / "index"
     index = build_index(model, output, gallery, store=store)

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 from helpers.memory_source import png
 from helpers.paths import CONFIGS
+from ml_collections import ConfigDict
 from PIL import Image
 
 from c2f_jax.config.experiment import create_experiment, example_batch
@@ -15,9 +16,13 @@ FLAGS = ["--config.eval.batch_size=4", "--config.data.max_seconds=1.0", "--confi
 QUESTION = 0.3 * np.sin(np.arange(12_000) / 8.5)
 
 
-def untrained_model(workdir):
-    """An untrained model: its answers are by chance."""
-    experiment = create_experiment(load_config(f"{CONFIGS}/spoken_scenes.py:runlocal", FLAGS))
+def untrained_model(workdir, image_tokens=None):
+    """An untrained model, of image tokens in a file if there is one: its answers are by chance."""
+    config = load_config(f"{CONFIGS}/spoken_scenes.py:runlocal", FLAGS)
+    if image_tokens:
+        config.data.image_features = str(image_tokens)
+        config.model.image = ConfigDict({"name": "tokens", "width": 32, "heads": 2, "depth": 1})
+    experiment = create_experiment(config)
     params = jax.jit(experiment.model.init)(jax.random.key(3), example_batch(experiment.data))
     return TrainedModel(experiment, replicate(params["params"]), 10, workdir, {})
 
