@@ -24,7 +24,7 @@ from etils import epath
 
 from c2f_jax.errors import UserError
 from c2f_jax.galleries.item import EncodedItems, Item
-from c2f_jax.galleries.item_filter import select_rows
+from c2f_jax.galleries.item_filter import ItemTable
 from c2f_jax.retrieval.device_search import DeviceGallery
 from c2f_jax.retrieval.ranking import Block, top_k_of_blocks
 
@@ -284,7 +284,8 @@ class GalleryIndex(abc.ABC):
 
     def write_header(self) -> None:
         """Make ``about``, ``complete`` and ``contents`` those of the index on disk."""
-        self.__dict__.pop("_on_devices", None)
+        for kept in ("_on_devices", "_table"):
+            self.__dict__.pop(kept, None)
         self._selected = {}
         header = Header(self.about, self.complete, self.store, self.contents)
         content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(header)}
@@ -299,7 +300,7 @@ class GalleryIndex(abc.ABC):
     def _select(self, where: str) -> np.ndarray:
         """Return the rows (n,) that meet a condition; the last condition is remembered."""
         if where not in self._selected:
-            self._selected = {where: np.array(select_rows(self.items(), where), np.int64)}
+            self._selected = {where: np.array(self._table.select(where), np.int64)}
         return self._selected[where]
 
     def _chosen_blocks(self, chosen: np.ndarray | None) -> Iterator[Block]:
@@ -313,6 +314,11 @@ class GalleryIndex(abc.ABC):
             # Rows behind the last are of items that were removed.
             wanted = wanted & member[np.minimum(rows, len(member) - 1)]
             yield rows, embeddings, wanted
+
+    @cached_property
+    def _table(self) -> ItemTable:
+        """What conditions are asked of; reading a million items takes some seconds."""
+        return ItemTable(self.items())
 
     @cached_property
     def _on_devices(self) -> DeviceGallery | None:

@@ -123,6 +123,57 @@ def test_record_search_and_look(service, tmp_path, width):
         assert driver.execute_script("return document.querySelectorAll('#history li').length") == 2
 
 
+# Holds the fine answers back until window.release is called.
+HOLD = """const straight = window.fetch;
+const held = new Promise((resolve) => (window.release = resolve));
+window.fetch = async (url, options) => {
+  if (String(url).includes('/answers')) await held;
+  return straight(url, options);
+};"""
+PRESS = """document.dispatchEvent(
+  new KeyboardEvent('keydown', {key: arguments[0], bubbles: true}));"""
+DROP = """const [bytes, name, type] = arguments, items = new DataTransfer();
+items.items.add(new File([new Uint8Array(bytes)], name, {type}));
+document.dispatchEvent(new DragEvent('dragover', {dataTransfer: items, cancelable: true}));
+document.dispatchEvent(new DragEvent('drop', {dataTransfer: items, cancelable: true}));"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromedriver"), reason="needs Chromium and its driver")
+def test_drop_keys_and_coarse_answers_first(service, wav, picture, tmp_path):
+    file = tmp_path / "tone.wav"
+    soundfile.write(file, 0.3 * np.sin(np.arange(96_000) / 20), 48_000, "PCM_16")
+    microphone = f"--use-file-for-fake-audio-capture={file}"
+    with running(service) as address, browser(1200, microphone) as driver:
+        driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": HOLD})
+        driver.get(f"http://{address.replace('127.0.0.1', 'localhost')}/")
+        wait(driver, "!!(page.about && document.getElementById('record').onclick)")
+        count = "document.querySelectorAll('#{} .answer').length"
+        driver.execute_script(DROP, list(wav(0.7)), "said.wav", "audio/wav")
+        wait(driver, count.format("coarse"))
+        assert not driver.execute_script(f"return {count.format('fine')}")
+        driver.execute_script("window.release()")
+        wait(driver, count.format("fine"))
+        driver.execute_script(DROP, list(picture(1)), "seen.png", "image/png")
+        wait(driver, "page.current.find === 'speech' && !!page.current.fine")
+        assert driver.execute_script("return document.getElementById('asked').naturalWidth") == 40
+
+        # The space bar begins to record and Esc ends it.
+        recording = "document.getElementById('record').classList.contains('on')"
+        driver.execute_script(PRESS, " ")
+        wait(driver, recording)
+        time.sleep(0.3)
+        driver.execute_script(PRESS, "Escape")
+        wait(driver, f"!{recording} && page.queries.length === 3 && !!page.current.fine")
+
+        driver.execute_script(DROP, list(b"a letter"), "letter.txt", "text/plain")
+        end = time.monotonic() + 20
+        problem = "return document.getElementById('warning').textContent"
+        while not driver.execute_script(problem) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert "text/plain cannot be searched with" in driver.execute_script(problem)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("chromedriver"), reason="needs Chromium and its driver")
 def test_without_a_secure_address(service):
