@@ -324,12 +324,12 @@ def wave_file(samples: np.ndarray, rate: int, name: str) -> bytes:
 
 
 def read_question(
-    data: DataConfig, kind: str, question: Question, name: str | None = None
+    experiment: Experiment, kind: str, question: Question, name: str | None = None
 ) -> DecodedItem:
     """Decode a query.
 
     Args:
-      data: options of the run, which say how items are prepared.
+      experiment: of the run, which says how items are prepared.
       kind: what it must be: "speech" or "image".
       question: path or content of a file; or (S,) float samples at 16 kHz; or (H, W, 3) uint8.
       name: what messages call it; by default the path.
@@ -340,6 +340,12 @@ def read_question(
     Raises:
       UserError: it cannot be used; the message says why and what to do.
     """
+    data = experiment.data
+    if not experiment.can_encode(kind):
+        raise UserError(
+            f"the model takes {kind} tokens of another tool and cannot encode "
+            f"{name or 'a query'}: its queries are of the other kind"
+        )
     if isinstance(question, np.ndarray):
         return _from_array(data, kind, question, name or "the query")
     file = question if isinstance(question, bytes) else os.fspath(question)

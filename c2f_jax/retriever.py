@@ -259,11 +259,7 @@ class Retriever:
           UserError: it cannot be used; the message says why and what to do.
         """
         kind = "speech" if self._gallery.about.kind == "image" else "image"
-        if not self.model.experiment.can_encode(kind):
-            raise UserError(
-                f"{self.model.name} takes {kind} tokens of another tool and cannot encode a query"
-            )
-        return read_question(self.model.experiment.data, kind, question, name)
+        return read_question(self.model.experiment, kind, question, name)
 
     def answer(
         self,

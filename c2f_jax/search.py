@@ -177,9 +177,9 @@ def to_json(name: str, answers: Answers) -> dict[str, Any]:
 def _read(model: TrainedModel, query: Query, name: str, question: Question) -> DecodedItem:
     """Decode a query."""
     if not query.say:
-        return read_question(model.experiment.data, query.kind, question, name)
+        return read_question(model.experiment, query.kind, question, name)
     try:
-        return read_question(model.experiment.data, query.kind, question, f"--say {name!r}")
+        return read_question(model.experiment, query.kind, question, f"--say {name!r}")
     except UserError as error:
         problem = str(error).partition(": check the microphone")[0]
         raise UserError(f"{problem}: give a longer sentence in English") from error

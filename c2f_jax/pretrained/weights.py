@@ -134,6 +134,8 @@ def load_published(
     Returns:
       The part of the nested dict of all parameters that is published.
     """
+    if not weights:
+        return {}
     # Shapes alone: the networks' random parameters would be as large as the published ones.
     shapes = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
     loaded = {}

@@ -101,8 +101,13 @@ def top_k_of_blocks(
                 scores = queries @ piece.T
             else:
                 scores = np.asarray(inner_products(jnp.asarray(queries), jnp.asarray(piece)))
+            chosen = wanted[begin : begin + size]
+            if len(piece) > k and np.isneginf(worst).any():
+                # The k-th best of the first piece bounds what is worth sorting.
+                known = np.where(chosen, scores, np.float32(-np.inf))
+                worst = np.partition(known, len(piece) - k, axis=1)[:, len(piece) - k, None]
             # One that equals the worst enters if its row is lower.
-            enters = (scores >= worst) & wanted[begin : begin + size]
+            enters = (scores >= worst) & chosen
             for query in np.flatnonzero(enters.any(1)):
                 places = np.flatnonzero(enters[query])
                 found = np.concatenate([best[query][0], scores[query, places]])

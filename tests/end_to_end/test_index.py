@@ -195,7 +195,9 @@ def test_tokens_of_another_tool_are_indexed_with_their_images(gallery, tmp_path,
     with pytest.raises(UserError, match="takes image tokens of another tool.*tokens.npz"):
         build_index(model, tmp_path / "other", gallery)
     heard = build_index(model, tmp_path / "heard", listed, kind="speech")
-    with pytest.raises(UserError, match="takes image tokens of another tool and cannot encode a q"):
+    with pytest.raises(
+        UserError, match="takes image tokens of another tool and cannot encode a query"
+    ):
         Retriever(model, heard).search(np.zeros((8, 8, 3), np.uint8))
 
 
