@@ -55,7 +55,7 @@ class Direction:
         """Return the logits (queries, k); pairs are matched at once."""
         speech = self.name == "s2i"
         return match_candidates(
-            self.model.match,
+            self.model.staged_match,
             self.tokens[0][queries],
             self.tokens[1],
             self.candidates[queries, :k],
@@ -198,7 +198,7 @@ def main():
     if not model.has_sim:
         sys.exit(f"{model.name} has no SIM to rerank with")
     data = model.experiment.data
-    encoded = model.encode_split(data.load(data.test_split), progress=True)
+    encoded = model.encode_split(data.load(data.test_split), progress=sys.stderr.isatty())
     ks = [2**power for power in range(20) if 2**power <= args.most]
     found = {}
     for name in DIRECTIONS:

@@ -59,7 +59,7 @@ def evaluate_encoded(
     result = evaluate_retrieval(
         encoded,
         config,
-        model.match if model.has_sim else None,
+        model.staged_match if model.has_sim else None,
         tau=model.tau,
         length_buckets=LENGTH_BUCKETS,
         share_work=share_work,

@@ -24,11 +24,13 @@ from c2f_jax.data.feature_cache import open_features
 from c2f_jax.data.source import PairSource
 from c2f_jax.decoding.audio import SAMPLE_RATE
 from c2f_jax.errors import UserError
-from c2f_jax.models.c2f import Encoded, Tokens, image_input, speech_input
+from c2f_jax.matcher import cross_attention, match, staged_match
+from c2f_jax.models.c2f import Encoded, image_input, speech_input
 from c2f_jax.models.parameters import merge_params, split_params
 from c2f_jax.pretrained.weights import check_weights, load_published
 from c2f_jax.retrieval.calibration import Calibration, read_calibrations
 from c2f_jax.retrieval.encoded import EncodedSplit
+from c2f_jax.retrieval.reranking import StagedMatch
 from c2f_jax.training.checkpoints import Checkpoints
 from c2f_jax.training.distributed import share_work
 from c2f_jax.training.parallel import replicate, round_up_rows, split_rows
@@ -237,7 +239,7 @@ class TrainedModel:
     def match(
         self, speech_tokens: np.ndarray, speech_lengths: np.ndarray, image_tokens: np.ndarray
     ) -> jax.Array:
-        """Compute the SIM logits of pairs, as ``reranking.match_candidates`` asks for them.
+        """Compute the SIM logits of pairs.
 
         Args:
           speech_tokens: (b, T, W), b a multiple of the number of devices.
@@ -249,6 +251,12 @@ class TrainedModel:
         """
         rows = split_rows(self.params, (speech_tokens, speech_lengths, image_tokens))
         return match(self.experiment.model, self.params, *rows)
+
+    @functools.cached_property
+    def staged_match(self) -> StagedMatch:
+        """What ``match`` computes, for ``reranking.match_candidates``: faster for many pairs."""
+        shapes = self.token_shape("speech"), self.token_shape("image")
+        return staged_match(self.experiment.model, self.params, *shapes)
 
     def attention(
         self, speech_tokens: np.ndarray, speech_lengths: np.ndarray, image_tokens: np.ndarray
@@ -329,64 +337,6 @@ def encode_image(model: nn.Module, params: Params, image: jax.Array) -> Encoded:
     """
     encoded: Any = model.apply({"params": params}, image, method="encode_image")
     return encoded
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def match(
-    model: nn.Module,
-    params: Params,
-    speech_tokens: jax.Array,
-    speech_lengths: jax.Array,
-    image_tokens: jax.Array,
-) -> jax.Array:
-    """Compute the SIM logits (b, 2) of b pairs of token sequences.
-
-    Args:
-      model: C2FModel.
-      params: its parameters.
-      speech_tokens: (b, T, W).
-      speech_lengths: (b,) valid tokens.
-      image_tokens: (b, P, W), all valid.
-    """
-    pair = _pair(speech_tokens, speech_lengths, image_tokens)
-    logits: Any = model.apply({"params": params}, *pair, method="match")
-    return logits
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def cross_attention(
-    model: nn.Module,
-    params: Params,
-    speech_tokens: jax.Array,
-    speech_lengths: jax.Array,
-    image_tokens: jax.Array,
-) -> jax.Array:
-    """Compute the cross-attention (b, T, P) of b pairs, the mean over heads and blocks.
-
-    Args:
-      model: C2FModel, with at least one multimodal block.
-      params: its parameters.
-      speech_tokens: (b, T, W).
-      speech_lengths: (b,) valid tokens.
-      image_tokens: (b, P, W), all valid.
-    """
-    pair = _pair(speech_tokens, speech_lengths, image_tokens)
-    _, sown = model.apply({"params": params}, *pair, method="match", mutable="intermediates")
-    weights = [
-        leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(sown)
-        if any(getattr(part, "key", None) == "cross_attention" for part in path)
-    ]
-    # (blocks, b, heads, T, P) -> (b, T, P)
-    return jnp.mean(jnp.stack(weights), axis=(0, 2))
-
-
-def _pair(
-    speech_tokens: jax.Array, speech_lengths: jax.Array, image_tokens: jax.Array
-) -> tuple[Tokens, Tokens]:
-    """Return what ``C2FModel.match`` takes of token sequences; image tokens are all valid."""
-    image_lengths = jnp.full((image_tokens.shape[0],), image_tokens.shape[1], jnp.int32)
-    return Tokens(speech_tokens, speech_lengths), Tokens(image_tokens, image_lengths)
 
 
 def _step_number(checkpoints: Checkpoints, step: str | int) -> int | None:

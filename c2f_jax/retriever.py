@@ -427,7 +427,7 @@ class Retriever:
                 lengths = np.asarray(queries.lengths)[start:stop]
             found.append(
                 match_candidates(
-                    self.model.match,
+                    self.model.staged_match,
                     np.asarray(queries.tokens)[start:stop],
                     tokens.astype(np.float32),
                     places.reshape(-1, k),

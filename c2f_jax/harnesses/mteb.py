@@ -230,7 +230,7 @@ def _rank(
     cosine, coarse = coarse_top_k(queries.embedding, gallery.embedding, max(options.k, top_k))
     speech = queries if modality == "audio" else gallery
     logits = match_candidates(
-        model.match,
+        model.staged_match,
         np.asarray(queries.tokens),
         np.asarray(gallery.tokens),
         coarse[:, : options.k],

@@ -145,6 +145,24 @@ class C2FModel(nn.Module):
             speech.tokens, speech.lengths, image.tokens, image.lengths, keys
         )
 
+    def prepare_speech(self, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+        """Compute what all pairs of a recording share; see ``MultimodalEncoder``."""
+        return self.multimodal_encoder.prepare_speech(tokens, lengths)
+
+    def prepare_image(self, tokens: jax.Array) -> jax.Array:
+        """Compute what all pairs of an image share."""
+        return self.multimodal_encoder.prepare_image(tokens)
+
+    def match_prepared(
+        self,
+        speech: jax.Array,
+        speech_lengths: jax.Array,
+        image: jax.Array,
+        image_lengths: jax.Array,
+    ) -> jax.Array:
+        """Return the SIM logits (n, 2) of n pairs whose sides are prepared."""
+        return self.multimodal_encoder.match_prepared(speech, speech_lengths, image, image_lengths)
+
     @property
     def embedding_size(self) -> int:
         """Entries of an embedding, M D."""

@@ -304,6 +304,11 @@ def cudnn_attention(
     return attended[:, :queries]
 
 
+def attention_of(implementation: str) -> Callable[..., jax.Array]:
+    """Return ``dot_product_attention`` for "xla", or ``cudnn_attention`` for "cudnn"."""
+    return {"xla": dot_product_attention, "cudnn": cudnn_attention}[implementation]
+
+
 class Attention(nn.Module):
     """Multi-head attention.
 
@@ -349,8 +354,7 @@ class Attention(nn.Module):
         key, value = projection(name="key")(context), projection(name="value")(context)
         bias = None if positions is None else self._gate(x) * positions.astype(self.dtype)
 
-        attend = cudnn_attention if self.implementation == "cudnn" else dot_product_attention
-        attended = attend(query, key, value, bias, context_lengths)
+        attended = attention_of(self.implementation)(query, key, value, bias, context_lengths)
         # Only for those who ask for them: the normal pass does not compute them.
         if self.is_mutable_collection("intermediates"):
             weights = attention_weights(query, key, bias, context_lengths)
@@ -553,9 +557,8 @@ class Transformer(nn.Module):
         Other passes are not looped: a frozen network is in the online and in the momentum pass,
         and XLA computes it once, but not two equal loops.
         """
-        is_alike = not self.cross_attention or self.style.cross_every == 1
         is_trained = keys is not None and not self.is_initializing()
-        return self.remat and is_alike and is_trained and self.depth > 1
+        return self.remat and not self.cross_attention and is_trained and self.depth > 1
 
     def _run_loop(self, run_block: Callable, x: jax.Array) -> list[jax.Array]:
         """Return the depth + 1 hidden states of a loop over the stacked parameters."""

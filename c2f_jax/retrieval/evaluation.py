@@ -19,7 +19,7 @@ from c2f_jax.retrieval.calibration import (
 from c2f_jax.retrieval.checks import check_finite
 from c2f_jax.retrieval.encoded import EncodedSplit
 from c2f_jax.retrieval.recall import Metric
-from c2f_jax.retrieval.reranking import SCORES, MatchFunction, ShareWork, do_alone
+from c2f_jax.retrieval.reranking import SCORES, MatchFunction, ShareWork, StagedMatch, do_alone
 from c2f_jax.retrieval.result import (
     DIRECTIONS,
     Bootstrap,
@@ -55,7 +55,7 @@ class EvalConfig:
 def evaluate_retrieval(
     encoded: EncodedSplit,
     config: EvalConfig,
-    match_fn: MatchFunction | None = None,
+    match_fn: MatchFunction | StagedMatch | None = None,
     *,
     tau: float,
     length_buckets: int = 1,
@@ -196,7 +196,7 @@ class _Matcher:
     """What SIM says about the pairs of one split."""
 
     encoded: EncodedSplit
-    match_fn: MatchFunction
+    match_fn: MatchFunction | StagedMatch
     tau: float
     config: EvalConfig
     length_buckets: int

@@ -23,6 +23,26 @@ SCORES = ("sic", "sim", "sum", "prob", "joint")
 # (speech tokens (b, T, W), speech lengths (b,), image tokens (b, P, W)) -> logits (b, 2)
 MatchFunction: TypeAlias = Callable[[np.ndarray, np.ndarray, np.ndarray], ArrayLike]
 
+
+@dataclass(frozen=True)
+class StagedMatch:
+    """A match function in two stages, so that what all pairs of an item share is computed once.
+
+    Attributes:
+      prepare_speech: (tokens (r, T, W), lengths (r,), size) -> array of size rows, the first r of
+        them of these recordings.
+      prepare_image: (tokens (g, P, W), size) -> the same of images.
+      match: (prepared speech (s, ...), lengths (s,), prepared images (s, ...), rows of speech (b,),
+        rows of images (b,)) -> logits (b, 2).
+      most_items: recordings, or images, to be prepared at once, for the memory they take.
+    """
+
+    prepare_speech: Callable[[np.ndarray, np.ndarray, int], Any]
+    prepare_image: Callable[[np.ndarray, int], Any]
+    match: Callable[..., ArrayLike]
+    most_items: int
+
+
 # (work) -> results of work(p, n) for each of n processes p, as ``training.distributed.share_work``
 ShareWork: TypeAlias = Callable[[Callable[[int, int], Any]], list]
 
@@ -33,7 +53,7 @@ def do_alone(work: Callable[[int, int], Any]) -> list:
 
 
 def match_candidates(
-    match_fn: MatchFunction,
+    match_fn: MatchFunction | StagedMatch,
     query_tokens: np.ndarray,
     gallery_tokens: np.ndarray,
     candidates: ArrayLike,
@@ -50,7 +70,8 @@ def match_candidates(
 
     Args:
       match_fn: SIM logits (b, 2) of b pairs; always called with b = pair_chunk (the last chunk is
-        padded with copies of a pair), so a jitted function compiles once per length bucket.
+        padded with copies of a pair), so a jitted function compiles once per length bucket. Or the
+        same in two stages.
       query_tokens: "s2i": (Q, T, W) of recordings; "i2s": (Q, P, W) of images.
       gallery_tokens: "s2i": (G, P, W) of images; "i2s": (G, T, W) of recordings.
       candidates: (Q, k) gallery rows.
@@ -58,7 +79,8 @@ def match_candidates(
       speech_lengths: valid tokens of each recording, (Q,) for "s2i", (G,) for "i2s".
       pair_chunk: b, pairs matched at once.
       length_buckets: number of lengths that T is cut to; a pair is matched at the shortest that
-        holds its recording. More buckets mean fewer padding tokens and more compilations.
+        holds its recording, or the longest of a single chunk. More buckets mean fewer padding
+        tokens and more compilations.
       share_work: divides the chunks over processes, all of which have the same arguments.
 
     Returns:
@@ -295,6 +317,8 @@ def _cut(pairs: _Pairs, pair_chunk: int, length_buckets: int) -> Iterator[_Chunk
     shares = np.arange(1, length_buckets + 1) / length_buckets
     frames = np.ceil(shares * longest).astype(int)
     bucket = np.searchsorted(frames[:-1], pairs.speech_lengths)[pairs.speech_rows]
+    if 0 < len(bucket) <= pair_chunk:
+        bucket[:] = bucket.max()  # a call for each length would take longer than the padding
     for number in range(length_buckets):
         members = np.flatnonzero(bucket == number)
         for start, filled in fixed_blocks(members, pair_chunk, members[:1]):
@@ -302,15 +326,65 @@ def _cut(pairs: _Pairs, pair_chunk: int, length_buckets: int) -> Iterator[_Chunk
 
 
 def _matched_chunks(
-    match_fn: MatchFunction, pairs: _Pairs, chunks: Sequence[_Chunk]
+    match_fn: MatchFunction | StagedMatch, pairs: _Pairs, chunks: Sequence[_Chunk]
 ) -> Iterator[tuple[np.ndarray, ArrayLike]]:
     """Yield (places of the pairs, their logits) of each chunk."""
+    if isinstance(match_fn, StagedMatch):
+        started = _start_staged(match_fn, pairs, chunks)
+    else:
+        started = (
+            (chunk.members, match_fn(*pairs.gather(chunk.filled, chunk.frames))) for chunk in chunks
+        )
     # One chunk is computed on the device while the host gathers the next.
     waiting = None
-    for chunk in chunks:
-        logits = match_fn(*pairs.gather(chunk.filled, chunk.frames))
+    for one in started:
         if waiting is not None:
             yield waiting
-        waiting = chunk.members, logits
+        waiting = one
     if waiting is not None:
         yield waiting
+
+
+def _start_staged(
+    match_fn: StagedMatch, pairs: _Pairs, chunks: Sequence[_Chunk]
+) -> Iterator[tuple[np.ndarray, ArrayLike]]:
+    """Yield (places of the pairs, their logits) of each chunk, items prepared for many chunks."""
+    if not chunks:
+        return
+    size = len(chunks[0].filled)
+    if len(chunks) > 1:
+        size = max(size, match_fn.most_items)
+    for group in _group(pairs, chunks, size):
+        members = np.concatenate([chunk.filled for chunk in group])
+        speech_rows = np.unique(pairs.speech_rows[members])
+        image_rows = np.unique(pairs.image_rows[members])
+        lengths = np.zeros(size, np.int32)
+        lengths[: len(speech_rows)] = pairs.speech_lengths[speech_rows]
+        tokens = pairs.speech_tokens[speech_rows, : group[0].frames]
+        speech = match_fn.prepare_speech(tokens, lengths[: len(speech_rows)], size)
+        image = match_fn.prepare_image(pairs.image_tokens[image_rows], size)
+        for chunk in group:
+            rows = (
+                np.searchsorted(speech_rows, pairs.speech_rows[chunk.filled]),
+                np.searchsorted(image_rows, pairs.image_rows[chunk.filled]),
+            )
+            yield chunk.members, match_fn.match(speech, lengths, image, *rows)
+
+
+def _group(pairs: _Pairs, chunks: Sequence[_Chunk], size: int) -> Iterator[list[_Chunk]]:
+    """Yield runs of chunks of one length, with at most ``size`` recordings and images each."""
+    group: list[_Chunk] = []
+    speech: set[int] = set()
+    image: set[int] = set()
+    for chunk in chunks:
+        more_speech = speech.union(pairs.speech_rows[chunk.filled].tolist())
+        more_image = image.union(pairs.image_rows[chunk.filled].tolist())
+        too_many = max(len(more_speech), len(more_image)) > size
+        if group and (too_many or chunk.frames != group[0].frames):
+            yield group
+            group = []
+            more_speech = set(pairs.speech_rows[chunk.filled].tolist())
+            more_image = set(pairs.image_rows[chunk.filled].tolist())
+        group.append(chunk)
+        speech, image = more_speech, more_image
+    yield group

@@ -18,6 +18,7 @@ from c2f_jax.decoding.audio import SAMPLE_RATE
 from c2f_jax.errors import UserError
 from c2f_jax.inference import LENGTH_BUCKETS, TrainedModel
 from c2f_jax.items import DecodedItem
+from c2f_jax.retrieval.reranking import match_candidates
 from c2f_jax.retriever import Answer, Answers, Retriever
 from c2f_jax.serving.limits import MOST_ANSWERS, Limits, Refusal
 
@@ -80,11 +81,24 @@ class Service:
         # A recording is matched at one of a few lengths, and candidates come in one number.
         tokens, width = self.model.token_shape("speech")
         pairs = -(-self.most_candidates // len(_devices())) * len(_devices())
-        images = np.zeros((pairs, *self.model.token_shape("image")), np.float32)
-        for bucket in range(1, LENGTH_BUCKETS + 1):
-            frames = math.ceil(bucket / LENGTH_BUCKETS * tokens)
-            speech = np.zeros((pairs, frames, width), np.float32)
-            self.model.match(speech, np.full(pairs, frames, np.int32), images)
+        speech = np.zeros((pairs, tokens, width), np.float32)
+        image = np.zeros((pairs, *self.model.token_shape("image")), np.float32)
+        for kind, direction in (("image", "s2i"), ("speech", "i2s")):
+            if kind not in self.retrievers:
+                continue
+            queries, gallery = (speech, image) if kind == "image" else (image, speech)
+            for bucket in range(1, LENGTH_BUCKETS + 1):
+                frames = math.ceil(bucket / LENGTH_BUCKETS * tokens)
+                match_candidates(
+                    self.model.staged_match,
+                    queries[:1],
+                    gallery,
+                    np.arange(pairs)[None],
+                    direction=direction,
+                    speech_lengths=[frames] * (1 if kind == "image" else pairs),
+                    pair_chunk=pairs,
+                    length_buckets=LENGTH_BUCKETS,
+                )
 
     def read(self, body: bytes, find: str, name: str) -> str:
         """Decode and keep a query.

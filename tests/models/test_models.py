@@ -23,6 +23,7 @@ from c2f_jax.models.layers import (
     dropout,
 )
 from c2f_jax.models.log_mel import LogMelSpeechEncoder
+from c2f_jax.models.multimodal import MultimodalEncoder
 from c2f_jax.models.parameters import momentum_subset
 from c2f_jax.models.spectrogram import log_mel
 from c2f_jax.models.vit import ViTImageEncoder, patches
@@ -454,23 +455,20 @@ def test_create_model_checks_given_heads_against_the_default_width():
 def test_a_loop_over_blocks_equals_one_after_the_other(style):
     rng = np.random.default_rng(4)
     x = jnp.asarray(rng.normal(size=(3, 6, 8)), jnp.float32)
-    context = jnp.asarray(rng.normal(size=(3, 4, 8)), jnp.float32)
     lengths = jnp.array([6, 2, 5])
     keys = jax.random.split(jax.random.key(2), 3)
 
     def stack(remat):
-        return Transformer(
-            3, 2, cross_attention=True, dropout_rate=0.3, style=style, layer_drop=0.3, remat=remat
-        )
+        return Transformer(3, 2, dropout_rate=0.3, style=style, layer_drop=0.3, remat=remat)
 
-    params = stack(False).init(jax.random.key(0), x, lengths, keys, context)["params"]
+    params = stack(False).init(jax.random.key(0), x, lengths, keys)["params"]
     assert jax.tree.structure(params) == jax.tree.structure(
-        stack(True).init(jax.random.key(0), x, lengths, keys, context)["params"]
+        stack(True).init(jax.random.key(0), x, lengths, keys)["params"]
     )
 
     def values(remat, params, x):
         def total(params, x):
-            tokens, hidden = stack(remat).apply({"params": params}, x, lengths, keys, context)
+            tokens, hidden = stack(remat).apply({"params": params}, x, lengths, keys)
             return jnp.sum(jnp.sin(tokens)) + sum(jnp.sum(y**2) for y in hidden), hidden
 
         return jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(params, x)
@@ -480,4 +478,71 @@ def test_a_loop_over_blocks_equals_one_after_the_other(style):
         functools.partial(values, False),
         (params, x),
         jax.jit(functools.partial(values, True))(params, x),
+    )
+
+
+def pair_of_tokens(count=3):
+    rng = np.random.default_rng(5)
+    speech = jnp.asarray(rng.normal(size=(count, 6, 5)), jnp.float32)
+    image = jnp.asarray(rng.normal(size=(count, 4, 7)), jnp.float32)
+    return speech, jnp.array([6, 1, 4][:count]), image, jnp.full(count, 4)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_what_pairs_share_may_be_computed_apart(depth, pooling):
+    """Prepared recordings and images match as pairs do, and as a stack of general blocks does."""
+    encoder = MultimodalEncoder(8, depth, 2, pooling=pooling)
+    pair = speech, speech_lengths, image, image_lengths = pair_of_tokens()
+    params = encoder.init(jax.random.key(1), *pair)["params"]
+    apply = functools.partial(encoder.apply, {"params": params})
+    expected = apply(*pair)
+    prepared = apply(speech, speech_lengths, method="prepare_speech")
+    keys_values = apply(image, method="prepare_image")
+    assert keys_values.shape == (3, 4, 16 * depth)
+    crossed = jnp.array([0, 1, 2, 2]), jnp.array([0, 1, 2, 0])
+    logits = apply(
+        prepared[crossed[0]],
+        speech_lengths[crossed[0]],
+        keys_values[crossed[1]],
+        image_lengths[crossed[1]],
+        method="match_prepared",
+    )
+    np.testing.assert_allclose(logits[:3], expected, atol=1e-6)
+    other = apply(speech[2:], speech_lengths[2:], image[:1], image_lengths[:1])
+    np.testing.assert_allclose(logits[3:], other, atol=1e-6)
+
+    general = Transformer(depth, 2, mlp_ratio=2.0, cross_attention=True)
+    dense = {name: params[name] for name in ("speech_input", "image_input", "match_head")}
+    x, context = (
+        part @ dense[f"{name}_input"]["kernel"] + dense[f"{name}_input"]["bias"]
+        for name, part in (("speech", speech), ("image", image))
+    )
+    x, _ = general.apply({"params": params["transformer"]}, x, speech_lengths, None, context)
+    first = x[:, 0]
+    if pooling == "mean":
+        first = jnp.stack(
+            [row[:length].mean(0) for row, length in zip(x, speech_lengths, strict=True)]
+        )
+    np.testing.assert_allclose(
+        first @ dense["match_head"]["kernel"] + dense["match_head"]["bias"], expected, atol=1e-5
+    )
+
+
+def test_recomputed_multimodal_blocks_have_the_same_gradients():
+    pair = pair_of_tokens()
+    keys = jax.random.split(jax.random.key(2), 3)
+    plain = MultimodalEncoder(8, 2, 2, dropout_rate=0.3)
+    params = plain.init(jax.random.key(1), *pair)["params"]
+
+    def gradients(encoder, params):
+        total = lambda params: jnp.sum(jnp.sin(encoder.apply({"params": params}, *pair, keys)))  # noqa: E731
+        return jax.value_and_grad(total)(params)
+
+    again = MultimodalEncoder(8, 2, 2, dropout_rate=0.3, remat=True)
+    assert "remat" in str(jax.make_jaxpr(functools.partial(gradients, again))(params))
+    assert_equal_but_for_rounding(
+        functools.partial(gradients, plain),
+        (params,),
+        jax.jit(functools.partial(gradients, again))(params),
     )

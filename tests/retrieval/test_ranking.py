@@ -212,6 +212,78 @@ def test_length_buckets_hand_over_fewer_frames_and_the_same_answers(direction):
     np.testing.assert_allclose(bucketed, whole, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("most_items", [4, 7, 100])
+@pytest.mark.parametrize("direction", ["s2i", "i2s"])
+def test_two_stages_give_the_logits_of_one(direction, most_items, processes):
+    """Whatever is prepared at once, each item is prepared at the length of its pairs."""
+    rng = np.random.default_rng(2)
+    lengths = np.array([1, 3, 4, 5, 6, 10, 10, 7, 2])
+    speech, images = rng.normal(size=(9, 10, 2)), rng.normal(size=(6, 3, 2))
+    prepared = []
+
+    def match_fn(speech_tokens, speech_lengths, image_tokens):
+        valid = np.arange(speech_tokens.shape[1])[None, :] < speech_lengths[:, None]
+        score = (speech_tokens * valid[:, :, None]).sum((1, 2)) * image_tokens.sum((1, 2))
+        return np.stack([np.zeros_like(score), score], 1)
+
+    def fill(rows, size):
+        assert len(rows) <= size
+        prepared.append(len(rows))
+        return np.concatenate([rows, np.full((size - len(rows), *rows.shape[1:]), np.nan)])
+
+    def match_rows(speech, lengths, image, speech_rows, image_rows):
+        assert len(speech_rows) == len(image_rows) == 4
+        return match_fn(speech[speech_rows] / 2, lengths[speech_rows], image[image_rows] / 2)
+
+    staged = reranking.StagedMatch(
+        lambda tokens, lengths, size: fill(2 * tokens, size),
+        lambda tokens, size: fill(2 * tokens, size),
+        match_rows,
+        most_items,
+    )
+    columns, rows = (6, 9) if direction == "s2i" else (9, 6)
+    tokens = (speech, images) if direction == "s2i" else (images, speech)
+    candidates = np.stack([rng.permutation(columns)[:5] for _ in range(rows)])
+
+    def match(function):
+        return reranking.match_candidates(
+            function,
+            *tokens,
+            candidates,
+            direction=direction,
+            speech_lengths=lengths,
+            pair_chunk=4,
+            length_buckets=3,
+            share_work=lambda work: [work(p, processes) for p in range(processes)],
+        )
+
+    np.testing.assert_allclose(match(staged), match(match_fn), rtol=1e-5)
+    if most_items == 100 and processes == 1:
+        # Each of the three lengths has its recordings, and at most all images.
+        assert sum(prepared) <= 9 + 3 * 6
+
+
+def test_few_pairs_are_matched_in_one_call():
+    calls = []
+
+    def match_fn(speech_tokens, speech_lengths, image_tokens):
+        calls.append(speech_tokens.shape)
+        return np.zeros((len(speech_tokens), 2))
+
+    reranking.match_candidates(
+        match_fn,
+        np.ones((1, 3, 2)),
+        np.ones((5, 12, 2)),
+        np.arange(5)[None],
+        direction="i2s",
+        speech_lengths=[1, 2, 3, 8, 5],
+        pair_chunk=8,
+        length_buckets=3,
+    )
+    assert calls == [(8, 8, 2)]
+
+
 def test_fine_scores_are_the_written_formulas():
     cosine, match = np.array([[0.5, -0.25]]), np.array([[3.0, -800.0]])
     scores = reranking.fine_scores(cosine, match, tau=0.05)

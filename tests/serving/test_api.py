@@ -8,7 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from c2f_jax.errors import UserError
-from c2f_jax.inference import match
+from c2f_jax.matcher import match
 from c2f_jax.serving.app import create_app
 from c2f_jax.serving.limits import Limits, Refusal
 from c2f_jax.serving.server import addresses, serve

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from c2f_jax.inference import match
+from c2f_jax.matcher import match
 
 
 def norm(x, p, epsilon):
