@@ -17,6 +17,8 @@ from c2f_jax.retrieval.checks import check_finite, check_rank
 
 QUERY_CHUNK = 512
 GALLERY_CHUNK = 8192
+FIRST_PIECE = 1 << 14  # items that `top_k_of_blocks` scores at once; then twice as many, ...
+LOWEST = np.finfo(np.float32).min
 MOST_SCORES = 1 << 23  # that `top_k_of_blocks` holds at once
 
 Block = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -88,8 +90,8 @@ def top_k_of_blocks(
     worst = np.full((len(queries), 1), -np.inf, np.float32)  # that may enter each list
     on_host = jax.default_backend() == "cpu"  # where jax would copy the block
     for block_rows, embeddings, wanted in blocks:
-        # Small pieces first: once k items are known, few of the others are looked at.
-        begin, size = 0, GALLERY_CHUNK
+        # Small pieces first: once k items are known, few of the others are sorted.
+        begin, size = 0, FIRST_PIECE
         while begin < len(embeddings) and k:
             piece = np.asarray(embeddings[begin : begin + size], np.float32)
             # (Q, D) . (D, n) -> (Q, n)
@@ -102,12 +104,13 @@ def top_k_of_blocks(
             else:
                 scores = np.asarray(inner_products(jnp.asarray(queries), jnp.asarray(piece)))
             chosen = wanted[begin : begin + size]
+            if not chosen.all():
+                scores = np.where(chosen, scores, np.float32(-np.inf))
             if len(piece) > k and np.isneginf(worst).any():
                 # The k-th best of the first piece bounds what is worth sorting.
-                known = np.where(chosen, scores, np.float32(-np.inf))
-                worst = np.partition(known, len(piece) - k, axis=1)[:, len(piece) - k, None]
+                worst = np.partition(scores, len(piece) - k, axis=1)[:, len(piece) - k, None]
             # One that equals the worst enters if its row is lower.
-            enters = (scores >= worst) & chosen
+            enters = scores >= np.maximum(worst, LOWEST)
             for query in np.flatnonzero(enters.any(1)):
                 places = np.flatnonzero(enters[query])
                 found = np.concatenate([best[query][0], scores[query, places]])
