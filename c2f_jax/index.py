@@ -290,6 +290,7 @@ def _encode_block(
     threads: ThreadPoolExecutor,
 ) -> _Block:
     """Decode and encode some items."""
+    data = model.experiment.data
 
     def read(number: int) -> tuple[Item, DecodedItem | None]:
         name = listed.names[number]
@@ -301,7 +302,8 @@ def _encode_block(
         item = Item(name, listed.stamp(number).record(), about)
         try:
             label = file if isinstance(file, str) else name
-            decoded = read_item(model.experiment.data, kind, file, label)
+            # A data set is heard as it is evaluated.
+            decoded = read_item(data, kind, file, label, cut_silence=listed.is_folder)
             if listed.tokens is not None:
                 decoded = dataclasses.replace(decoded, array=listed.tokens(number))
         except BadFileError as error:

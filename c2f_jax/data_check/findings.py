@@ -70,6 +70,7 @@ KINDS = {
     "out of phase": (NOTE, "the mean would lose a part of the sound: the loudest one is used"),
     "silent channel": (NOTE, "left out of the mean of the channels"),
     "scaled": (NOTE, "samples far above full scale: all are divided by one number"),
+    "silence cut": (NOTE, "but for a tenth of a second"),
     "clipped": (NOTE, "samples at full scale or above: what was louder is lost"),
     "incomplete": (NOTE, "what is missing cannot be heard: the rest is used"),
     "wrong length": (NOTE, "the header gives fewer samples than follow: all are used"),

@@ -40,7 +40,7 @@ def encode_files(
     while chunk := list(itertools.islice(files, most)):
         arrays = []
         for name, file in chunk:
-            item = read_item(model.experiment.data, kind, file, name)
+            item = read_item(model.experiment.data, kind, file, name, cut_silence=False)
             notes.extend((name, note) for note in (*item.converted, *item.notes))
             arrays.append(item.array)
         # After a whole batch all have its size, so that one shape is compiled.

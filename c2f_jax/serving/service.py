@@ -177,7 +177,8 @@ class Service:
 
         Returns:
           "weights", T rows for equal parts of the recording with a weight for each of the rows x
-          columns patches of "grid", which add up to 1; "seconds" of the recording.
+          columns patches of "grid", which add up to 1; "start" and "seconds" of what was heard of
+          the query, or of the sound of the item.
 
         Raises:
           UserError: the model's tokens are not a grid of the whole image.
@@ -185,7 +186,7 @@ class Service:
         """
         kept = self._query(query)
         retriever = self.retrievers[kept.find]
-        metadata = self._item(kept.find, row).metadata
+        item = self._item(kept.find, row)
         if not self._can_show_attention:
             raise UserError(f"{self.model.name}: its image tokens are not patches in a grid")
         weights = retriever.attention(row, kept.item)
@@ -194,11 +195,14 @@ class Service:
         patches = weights[1:, 1:].astype(np.float64)
         patches /= np.maximum(patches.sum(1, keepdims=True), 1e-12)
         side = math.isqrt(patches.shape[1])
-        about = kept.item.metadata if kept.find == "image" else metadata
-        heard = min(float(about["seconds"]), self.model.experiment.data.max_seconds)
+        start, seconds = kept.item.start, len(kept.item.array) / SAMPLE_RATE
+        if kept.find == "speech":  # the sound of an item is what was heard of it
+            longest = self.model.experiment.data.max_seconds
+            start, seconds = 0.0, min(float(item.metadata["seconds"]), longest)
         return {
             "grid": [side, side],
-            "seconds": heard,
+            "start": start,
+            "seconds": seconds,
             "weights": [[round(value, 6) for value in line] for line in patches.tolist()],
         }
 

@@ -56,9 +56,9 @@ def read(monkeypatch):
     """Names of the files that were decoded, since it was last cleared."""
     names, read_item = [], indexing.read_item
 
-    def record(experiment, kind, file, name):
+    def record(data, kind, file, name, **options):
         names.append(os.path.basename(name))
-        return read_item(experiment, kind, file, name)
+        return read_item(data, kind, file, name, **options)
 
     monkeypatch.setattr(indexing, "read_item", record)
     return names

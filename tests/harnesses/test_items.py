@@ -61,3 +61,30 @@ def test_samples_that_are_not_finite_and_short_ones_are_refused():
     for samples, message in ((np.full(900, np.nan), "not numbers"), (tone(16_000)[:399], "399")):
         with pytest.raises(BadFileError, match=message):
             heard(samples)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.003, 0.01])
+def test_silence_around_the_sound_is_cut_but_for_a_tenth_of_a_second(noise):
+    """Noise of a room, 32 to 42 dB below the tone, is silence as well; a soft middle is kept."""
+    rng = np.random.default_rng(0)
+    sound = np.concatenate([tone(16_000, 0.2), 0.002 * tone(16_000, 0.2), tone(16_000, 0.2)])
+    samples = np.concatenate([np.zeros(8000), sound, np.zeros(16_000)])
+    samples += noise * rng.standard_normal(len(samples))
+    item = heard(samples)
+    assert item.start == pytest.approx(0.4, abs=0.03)
+    assert len(item.array) == pytest.approx(len(sound) + 3200, abs=800)
+    first = round(16_000 * item.start)
+    np.testing.assert_allclose(item.array, samples[first : first + len(item.array)], atol=1e-4)
+    assert item.notes == [("silence cut", "0.4 s before and 0.9 s after the sound")]
+    assert item.metadata["seconds"] == 2.1
+    whole = read_item(DATA, "speech", wave_file(samples, 16_000, "it"), "it", cut_silence=False)
+    assert len(whole.array) == 16_000 and whole.start == 0
+
+
+@pytest.mark.parametrize(
+    "samples", [tone(16_000), np.zeros(8000), np.full(8000, 0.3), tone(16_000, 0.03)]
+)
+def test_where_there_is_no_silence_around_or_nothing_else_all_is_kept(samples):
+    item = heard(samples)
+    assert len(item.array) == len(samples)
+    assert "silence cut" not in dict(item.notes)

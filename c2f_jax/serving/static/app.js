@@ -271,7 +271,10 @@ async function showAttention(query, answer) {
     return; // the answer itself is shown
   }
   if (page.detail.answer !== answer || !samples) return;
-  const heard = samples.subarray(0, Math.round(map.seconds * SAMPLE_RATE));
+  const heard = samples.subarray(
+    Math.round(map.start * SAMPLE_RATE),
+    Math.round((map.start + map.seconds) * SAMPLE_RATE),
+  );
   const [rows, columns] = map.grid;
   $("patches").style.grid = `repeat(${rows}, 1fr) / repeat(${columns}, 1fr)`;
   $("patches").replaceChildren(...Array.from({ length: rows * columns }, () => element("i")));
