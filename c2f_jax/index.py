@@ -23,6 +23,7 @@ from c2f_jax.galleries.gallery_index import About, GalleryIndex
 from c2f_jax.galleries.item import EncodedItems, Item
 from c2f_jax.galleries.media import count_suffixes, shortlist
 from c2f_jax.galleries.stores import create_index, index_exists, open_index
+from c2f_jax.hardware.cores import usable_cores
 from c2f_jax.inference import TrainedModel
 from c2f_jax.items import DecodedItem, Gallery, open_gallery, read_item
 from c2f_jax.training.distributed import in_first_process, say, share_work
@@ -253,7 +254,7 @@ def _encode(
     size = min(model.experiment.eval.batch_size, max(len(plan.encode), 1), chunk_rows)
     size = round_up_rows(model.params, size)
     hidden = True if not progress or jax.process_index() else None  # None: but on a terminal
-    threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    threads = ThreadPoolExecutor(usable_cores())
     bar = tqdm(total=len(plan.encode), desc="encoding", unit="", disable=hidden, leave=False)
     with threads, bar:
         for start in range(0, len(plan.encode), chunk_rows):

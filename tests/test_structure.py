@@ -11,8 +11,8 @@ PACKAGE = ROOT / "c2f_jax"
 # A room may import those after it, and nothing else.
 ROOMS = (
     "main commands compile ablate train harnesses serving evaluate search export retriever index "
-    "items inference config data_check reports pretrained training galleries retrieval datasets "
-    "models data decoding objectives hardware exported errors"
+    "items inference matcher config data_check reports pretrained training galleries retrieval "
+    "datasets models data decoding objectives hardware exported errors"
 ).split()
 
 

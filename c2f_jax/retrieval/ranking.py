@@ -4,8 +4,8 @@ Memory is bounded: a chunk of queries meets a chunk of the gallery at a time. Ti
 scores the item that comes first in the gallery ranks first.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,14 +86,64 @@ def top_k_of_blocks(
       Scores (Q, k) float32 and rows (Q, k) int64, best first; of equal scores the lower row.
     """
     queries = np.ascontiguousarray(queries, np.float32)
-    best = [(np.empty(0, np.float32), np.empty(0, np.int64))] * len(queries)
-    worst = np.full((len(queries), 1), -np.inf, np.float32)  # that may enter each list
+    best, waiting, count = _Found.none(), [], 0
+    worst = np.full(len(queries), -np.inf, np.float32)  # that may enter each list
+    for rows, scores in _scored_pieces(queries, blocks) if k else ():
+        size = len(rows)
+        if size > k and np.isneginf(worst).any():
+            # The k-th best of the first piece bounds what is worth sorting.
+            worst = np.maximum(worst, np.partition(scores, size - k, axis=1)[:, size - k])
+        # One that equals the worst enters if its row is lower.
+        enters = scores >= np.maximum(worst, LOWEST)[:, None]
+        flat = np.flatnonzero(enters)
+        waiting.append(_Found(flat // size, scores.ravel()[flat], rows[flat % size]))
+        count += len(flat)
+        if count > k * len(queries):
+            best, waiting, count = _Found.best([best, *waiting], k), [], 0
+            worst = best.worst(worst, k)
+    best = _Found.best([best, *waiting], k)
+    return best.scores.reshape(len(queries), k), best.rows.reshape(len(queries), k)
+
+
+class _Found(NamedTuple):
+    """Items that may be among the nearest: number of the query, score and row of each, (n,)."""
+
+    queries: np.ndarray
+    scores: np.ndarray
+    rows: np.ndarray
+
+    @classmethod
+    def none(cls) -> "_Found":
+        return cls(np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.int64))
+
+    @classmethod
+    def best(cls, parts: Sequence["_Found"], k: int) -> "_Found":
+        """Return the k best of each query, best first, one query after another."""
+        queries, scores, rows = (np.concatenate(part) for part in zip(*parts, strict=True))
+        order = np.lexsort((rows, -scores, queries))
+        queries = queries[order]
+        places = np.arange(len(order)) - np.searchsorted(queries, queries)
+        order = order[places < k]
+        return cls(queries[places < k], scores[order], rows[order])
+
+    def worst(self, worst: np.ndarray, k: int) -> np.ndarray:
+        """Return the k-th score of the queries that have as many, for the others ``worst``."""
+        counts = np.bincount(self.queries, minlength=len(worst))
+        last = np.maximum(np.cumsum(counts) - 1, 0)
+        return np.where(counts == k, self.scores[last], worst)
+
+
+def _scored_pieces(
+    queries: np.ndarray, blocks: Iterable[Block]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield rows (n,) and scores (Q, n) of pieces of a gallery, -inf for what is not wanted."""
     on_host = jax.default_backend() == "cpu"  # where jax would copy the block
-    for block_rows, embeddings, wanted in blocks:
+    for rows, embeddings, wanted in blocks:
         # Small pieces first: once k items are known, few of the others are sorted.
         begin, size = 0, FIRST_PIECE
-        while begin < len(embeddings) and k:
-            piece = np.asarray(embeddings[begin : begin + size], np.float32)
+        while begin < len(embeddings):
+            part = slice(begin, begin + size)
+            piece = np.asarray(embeddings[part], np.float32)
             # (Q, D) . (D, n) -> (Q, n)
             if on_host and len(queries) == 1:
                 # A product of one row is read from memory. The threads of BLAS would wait for each
@@ -103,27 +153,10 @@ def top_k_of_blocks(
                 scores = queries @ piece.T
             else:
                 scores = np.asarray(inner_products(jnp.asarray(queries), jnp.asarray(piece)))
-            chosen = wanted[begin : begin + size]
-            if not chosen.all():
-                scores = np.where(chosen, scores, np.float32(-np.inf))
-            if len(piece) > k and np.isneginf(worst).any():
-                # The k-th best of the first piece bounds what is worth sorting.
-                worst = np.partition(scores, len(piece) - k, axis=1)[:, len(piece) - k, None]
-            # One that equals the worst enters if its row is lower.
-            enters = scores >= np.maximum(worst, LOWEST)
-            for query in np.flatnonzero(enters.any(1)):
-                places = np.flatnonzero(enters[query])
-                found = np.concatenate([best[query][0], scores[query, places]])
-                rows = np.concatenate([best[query][1], block_rows[begin + places]])
-                if len(found) > k:  # sorting is slow: only of those that may be among the k
-                    likely = found >= np.partition(found, len(found) - k)[len(found) - k]
-                    found, rows = found[likely], rows[likely]
-                order = np.lexsort((rows, -found))[:k]
-                best[query] = found[order], rows[order]
-                if len(order) == k:
-                    worst[query] = found[order[-1]]
+            if not wanted[part].all():
+                scores = np.where(wanted[part], scores, np.float32(-np.inf))
+            yield rows[part], scores
             begin, size = begin + size, min(2 * size, MOST_SCORES // len(queries) + 1)
-    return np.stack([scores for scores, _ in best]), np.stack([rows for _, rows in best])
 
 
 def first_relevant_rank(

@@ -28,6 +28,8 @@ from typing import Any
 
 import numpy as np
 
+from c2f_jax.hardware.cores import usable_cores
+
 SAMPLE_RATE = 16_000  # as in decoding/audio.py, which a worker does not import
 # Longer sentences are spoken faster; what is still longer is cut.
 WANTED_SECONDS, MOST_SECONDS = 4.5, 5.0
@@ -232,7 +234,7 @@ def speak_all(utterances: Iterable[dict], *, processes: int | None = None) -> It
     Yields:
       FLAC bytes and number of samples of each utterance, in order.
     """
-    processes = processes or _cores()
+    processes = processes or usable_cores()
     workers = [_start_worker() for _ in range(processes)]
 
     # A thread waits for each worker, which is in the queue while it has nothing to do.
@@ -293,10 +295,6 @@ def _chunks(utterances: Iterable[dict]) -> Iterator[list[dict]]:
     utterances = iter(utterances)
     while chunk := list(itertools.islice(utterances, _CHUNK)):
         yield chunk
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _serve() -> None:
