@@ -168,7 +168,7 @@ def _list_recordings(source: PairSource) -> Gallery:
 def _with_paths(listed: Gallery, source: PairSource, kind: str, folder: str) -> Gallery:
     """Name the items of a manifest by their paths."""
     key_of = source.image_key if kind == "image" else source.recording_key
-    root = folder if "://" in folder else os.path.abspath(folder)
+    root = folder.rstrip("/") if "://" in folder else os.path.abspath(folder)
     keys = [key_of(row) for row in range(len(listed.names))]
     return dataclasses.replace(listed, names=keys, root=root)
 

@@ -388,13 +388,12 @@ class Retriever:
         place: int,
     ) -> Answer:
         item = known[int(row)]
-        root = self._gallery.about.root
         looked = place < fine.logits.shape[1]
         probability = None
         if looked and fine.probability is not None:
             probability = float(fine.probability[number, place])
         return Answer(
-            path=item.name if root is None else f"{root}/{item.name}",
+            path=self._gallery.file_of(item),
             row=int(row),
             cosine=float(cosine),
             match_logit=float(fine.logits[number, place]) if looked else None,

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -185,6 +186,13 @@ class GalleryIndex(abc.ABC):
     def item(self, row: int) -> Item:
         """Return the item of a row."""
         return self.items_of([row])[0]
+
+    def file_of(self, item: Item) -> str:
+        """Return the path of an item's file, or its id in a data set."""
+        root, name = self.about.root, item.name
+        if root is None or "://" in name or os.path.isabs(name):  # a manifest may list any path
+            return name
+        return f"{root}/{name}"
 
     def tokens(self, rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens of some rows for the fine stage.

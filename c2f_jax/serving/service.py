@@ -286,7 +286,8 @@ class Service:
         def values(answer: Answer) -> dict[str, Any]:
             found = dataclasses.asdict(answer)
             # The name below the gallery: folders of the server are nobody's business.
-            found["name"] = self._item(find, answer.row).name
+            name = self._item(find, answer.row).name
+            found["name"] = os.path.basename(name) if os.path.isabs(name) else name
             del found["path"]
             return found
 

@@ -167,6 +167,16 @@ def test_items_of_a_manifest_are_named_by_their_files(model, gallery, tmp_path, 
     heard = build_index(model, tmp_path / "heard", listed, kind="speech")
     assert names(heard) == ["speech 0", "speech 1", "speech 2"]
 
+    elsewhere = tmp_path / "lists" / "listed.jsonl"
+    elsewhere.parent.mkdir()
+    lines = map(json.loads, listed.read_text().splitlines())
+    away = [
+        line | {kind: str(gallery / line[kind]) for kind in ("image", "audio")} for line in lines
+    ]
+    elsewhere.write_text("".join(json.dumps(line) + "\n" for line in away))
+    retriever.index(elsewhere, tmp_path / "away")
+    assert {answer.path for answer in retriever.search(QUESTION, where="image_id = 'cat'")} == paths
+
 
 def test_tokens_of_another_tool_are_indexed_with_their_images(gallery, tmp_path, read, capsys):
     """A model that takes nothing else indexes a data set, whose files it shows."""
