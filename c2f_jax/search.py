@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -204,8 +205,9 @@ def _items(gallery: GalleryIndex) -> str:
 
 
 def _label(answer: Answer) -> str:
-    """Return what an answer is called: a path, or a caption if it has one."""
-    return printable(str(answer.metadata.get("caption") or answer.path))
+    """Return what an answer is called: a caption if it has one, or its path from here."""
+    path = answer.path.removeprefix(os.path.join(os.getcwd(), ""))
+    return printable(str(answer.metadata.get("caption") or path))
 
 
 def _print_answers(name: str, answers: Answers) -> None:
