@@ -1,8 +1,8 @@
-"""The quickstart: embedded spoken scenes, light encoders, ten minutes on two cores.
+"""The quickstart: embedded spoken scenes, light encoders, seven minutes on two cores.
 
     c2f train --config=spoken_scenes --workdir=runs/spoken_scenes
 
-Speech to image on the test split: R@1 67 coarse, 500 images (docs/results.md).
+Speech to image on the test split: R@1 65 coarse, 500 images (docs/results.md).
 
 The argument chooses another run:
 
