@@ -28,8 +28,6 @@ from typing import Any
 
 import numpy as np
 
-from c2f_jax.hardware.cores import usable_cores
-
 SAMPLE_RATE = 16_000  # as in decoding/audio.py, which a worker does not import
 # Longer sentences are spoken faster; what is still longer is cut.
 WANTED_SECONDS, MOST_SECONDS = 4.5, 5.0
@@ -234,6 +232,8 @@ def speak_all(utterances: Iterable[dict], *, processes: int | None = None) -> It
     Yields:
       FLAC bytes and number of samples of each utterance, in order.
     """
+    from c2f_jax.hardware.cores import usable_cores  # a worker imports nothing of the package
+
     processes = processes or usable_cores()
     workers = [_start_worker() for _ in range(processes)]
 
