@@ -1,4 +1,4 @@
-"""The quickstart: embedded spoken scenes, light encoders, seven minutes on two cores.
+"""The quickstart: embedded spoken scenes, light encoders, six minutes on two cores.
 
     c2f train --config=spoken_scenes --workdir=runs/spoken_scenes
 
