@@ -529,18 +529,20 @@ def test_what_pairs_share_may_be_computed_apart(depth, pooling):
     )
 
 
-def test_recomputed_multimodal_blocks_have_the_same_gradients():
+@pytest.mark.parametrize("depth", [2, 4])  # more than two are a loop
+def test_recomputed_multimodal_blocks_have_the_same_gradients(depth):
     pair = pair_of_tokens()
     keys = jax.random.split(jax.random.key(2), 3)
-    plain = MultimodalEncoder(8, 2, 2, dropout_rate=0.3)
+    plain = MultimodalEncoder(8, depth, 2, dropout_rate=0.3)
     params = plain.init(jax.random.key(1), *pair)["params"]
 
     def gradients(encoder, params):
         total = lambda params: jnp.sum(jnp.sin(encoder.apply({"params": params}, *pair, keys)))  # noqa: E731
         return jax.value_and_grad(total)(params)
 
-    again = MultimodalEncoder(8, 2, 2, dropout_rate=0.3, remat=True)
-    assert "remat" in str(jax.make_jaxpr(functools.partial(gradients, again))(params))
+    again = MultimodalEncoder(8, depth, 2, dropout_rate=0.3, remat=True)
+    written = str(jax.make_jaxpr(functools.partial(gradients, again))(params))
+    assert "remat" in written and ("scan" in written) == (depth > 2)
     assert_equal_but_for_rounding(
         functools.partial(gradients, plain),
         (params,),
