@@ -127,7 +127,17 @@ class MultimodalBlock(nn.Module):
         image_lengths: jax.Array,
         keys: jax.Array | None = None,
     ) -> jax.Array:
-        """Let tokens (n, T, W) attend to an image, then run the MLP."""
+        """Let tokens attend to an image, then run the MLP.
+
+        Args:
+          x: (n, T, W), or (n, 1, W).
+          keys_values: those of the image, (n, P, heads, W / heads) each.
+          image_lengths: (n,) valid image tokens.
+          keys: (n,) typed keys for dropout.
+
+        Returns:
+          The shape of x.
+        """
         y = self.cross_attention(self.cross_attention_norm(x), keys_values, image_lengths)
         x = x + dropout(y, self.dropout_rate, fold_keys(keys, Site.CROSS_ATTENTION))
         y = self.mlp_out(nn.gelu(self.mlp_in(self.mlp_norm(x))))
